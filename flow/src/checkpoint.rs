@@ -1,0 +1,443 @@
+//! Weights on disk: safetensors files, single or sharded by an index, mapped and never copied whole.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+pub use safetensors::Dtype;
+use safetensors::SafeTensors;
+use safetensors::tensor::Metadata;
+use serde::Deserialize;
+
+use crate::ops::shapes::Manifest;
+
+/// What can be wrong with weights.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// A file or folder that cannot be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file that is not what its name says.
+    #[error("{path}: {why}")]
+    Malformed {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Tensors that do not fit the network.
+    #[error("{path} does not fit its config.json: {list}")]
+    Misfit {
+        /// Folder of the weights.
+        path: PathBuf,
+        /// Every missing, unexpected and mis-shaped tensor.
+        list: String,
+    },
+}
+
+impl CheckpointError {
+    /// The I/O error of `path`.
+    pub fn io(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { path, source }
+    }
+
+    /// `path` is not what it should be, because of `why`.
+    pub fn malformed(path: &Path, why: impl ToString) -> Self {
+        Self::Malformed { path: path.to_owned(), why: why.to_string() }
+    }
+}
+
+type Result<T> = std::result::Result<T, CheckpointError>;
+
+/// Largest header and index read into memory.
+const MAX_INDEX_BYTES: u64 = 100 << 20;
+
+/// One tensor of a mapped file.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    /// Element type.
+    pub dtype: Dtype,
+    /// Shape.
+    pub shape: &'a [usize],
+    /// Little-endian values, row-major.
+    pub bytes: &'a [u8],
+}
+
+impl View<'_> {
+    /// The values as f32, converted from bf16 or f16 where needed.
+    ///
+    /// # Errors
+    /// Names the type when it is not a float of at most 32 bits.
+    pub fn to_f32(&self) -> std::result::Result<Vec<f32>, String> {
+        let pairs = || self.bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+        match self.dtype {
+            Dtype::F32 => Ok(self
+                .bytes
+                .chunks_exact(4)
+                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                .collect()),
+            Dtype::BF16 => Ok(pairs().map(|b| bf16::from_le_bytes(b).to_f32()).collect()),
+            Dtype::F16 => Ok(pairs().map(|b| f16::from_le_bytes(b).to_f32()).collect()),
+            other => Err(format!("unsupported type {other:?}: only F32, F16 and BF16 are read")),
+        }
+    }
+}
+
+struct Shard {
+    path: PathBuf,
+    map: Mmap,
+    header: Metadata,
+    data_start: usize,
+}
+
+impl Shard {
+    fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(CheckpointError::io(path))?;
+        #[expect(unsafe_code, reason = "mapping is the only way to read weights larger than memory")]
+        // SAFETY: the map is read-only; weights are replaced by rename, never written in place.
+        let map = unsafe { Mmap::map(&file) }.map_err(CheckpointError::io(path))?;
+        let (header_len, header) = SafeTensors::read_metadata(&map).map_err(|error| {
+            CheckpointError::malformed(path, format!("not a whole safetensors file ({error})"))
+        })?;
+        Ok(Self { path: path.to_owned(), map, header, data_start: header_len + 8 })
+    }
+
+    fn view(&self, name: &str) -> Option<View<'_>> {
+        let info = self.header.info(name)?;
+        let (from, to) = info.data_offsets;
+        let bytes = &self.map[self.data_start + from..self.data_start + to];
+        Some(View { dtype: info.dtype, shape: &info.shape, bytes })
+    }
+}
+
+/// The weights of one component, or any set of safetensors files.
+pub struct Weights {
+    path: PathBuf,
+    shards: Vec<Shard>,
+    shard_of: BTreeMap<String, usize>,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Weights {
+    /// `dir/stem.safetensors`, or the shards that `dir/stem.safetensors.index.json` names.
+    ///
+    /// # Errors
+    /// When neither exists, a file is truncated, or the index points outside the folder.
+    pub fn open(dir: &Path, stem: &str) -> Result<Self> {
+        let single = dir.join(format!("{stem}.safetensors"));
+        if single.exists() {
+            return Ok(Self { path: dir.to_owned(), ..Self::open_file(&single)? });
+        }
+        let index_path = dir.join(format!("{stem}.safetensors.index.json"));
+        if !index_path.exists() {
+            let why = format!("no {stem}.safetensors and no {stem}.safetensors.index.json in it");
+            return Err(CheckpointError::malformed(dir, why));
+        }
+        let text = read_bounded(&index_path)?;
+        let index: Index = serde_json::from_slice(&text)
+            .map_err(|error| CheckpointError::malformed(&index_path, error))?;
+        let mut files: Vec<&String> = index.weight_map.values().collect();
+        files.sort();
+        files.dedup();
+        let mut shards = Vec::with_capacity(files.len());
+        for file in &files {
+            if Path::new(file).file_name().is_none_or(|name| name != file.as_str()) {
+                let why = format!("names {file:?}, which is not a file of this folder");
+                return Err(CheckpointError::malformed(&index_path, why));
+            }
+            shards.push(Shard::open(&dir.join(file))?);
+        }
+        let mut shard_of = BTreeMap::new();
+        for (name, file) in &index.weight_map {
+            let at = files.binary_search(&file).expect("collected above");
+            if shards[at].view(name).is_none() {
+                let why = format!("says that {name} is in {file}, which does not hold it");
+                return Err(CheckpointError::malformed(&index_path, why));
+            }
+            shard_of.insert(name.clone(), at);
+        }
+        Ok(Self { path: dir.to_owned(), shards, shard_of })
+    }
+
+    /// The tensors of one safetensors file.
+    ///
+    /// # Errors
+    /// When it is missing or not whole.
+    pub fn open_file(path: &Path) -> Result<Self> {
+        let shard = Shard::open(path)?;
+        let shard_of = shard.header.offset_keys().into_iter().map(|name| (name, 0)).collect();
+        Ok(Self { path: path.to_owned(), shards: vec![shard], shard_of })
+    }
+
+    /// The folder or file they came from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Names in alphabetical order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.shard_of.keys().map(String::as_str)
+    }
+
+    /// The tensor called `name`.
+    pub fn get(&self, name: &str) -> Option<View<'_>> {
+        self.shards[*self.shard_of.get(name)?].view(name)
+    }
+
+    /// The tensor called `name`, as f32.
+    ///
+    /// # Errors
+    /// When there is none, or it is not a float.
+    pub fn f32(&self, name: &str) -> Result<Vec<f32>> {
+        let malformed = |why: String| CheckpointError::malformed(&self.path, why);
+        let view = self.get(name).ok_or_else(|| malformed(format!("no tensor {name} in it")))?;
+        view.to_f32().map_err(|why| malformed(format!("{name}: {why}")))
+    }
+
+    /// The `__metadata__` entry `key`.
+    pub fn metadata(&self, key: &str) -> Option<&str> {
+        self.shards.iter().find_map(|shard| {
+            let metadata = shard.header.metadata().as_ref()?;
+            metadata.get(key).map(String::as_str)
+        })
+    }
+
+    /// Files these weights are mapped from.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.shards.iter().map(|shard| shard.path.as_path())
+    }
+
+    /// Compares names, shapes and types with what the network uses; `ignored` names may be present.
+    ///
+    /// # Errors
+    /// One message that lists every missing, unexpected, mis-shaped and mis-typed tensor.
+    pub fn check(&self, manifest: &Manifest, ignored: &[&str]) -> Result<()> {
+        let mut list = Vec::new();
+        for (name, shape) in manifest.entries() {
+            match self.get(name) {
+                None => list.push(format!("{name} {shape:?} is missing")),
+                Some(view) if view.shape != shape => {
+                    list.push(format!("{name} has shape {:?} instead of {shape:?}", view.shape));
+                }
+                Some(view) if !matches!(view.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) => {
+                    list.push(format!("{name} has type {:?} instead of a float", view.dtype));
+                }
+                Some(_) => {}
+            }
+        }
+        let known: std::collections::BTreeSet<&str> =
+            manifest.entries().map(|(name, _)| name).chain(ignored.iter().copied()).collect();
+        list.extend(
+            self.names().filter(|n| !known.contains(n)).map(|n| format!("{n} is unexpected")),
+        );
+        if list.is_empty() {
+            return Ok(());
+        }
+        Err(CheckpointError::Misfit { path: self.path.clone(), list: list.join("; ") })
+    }
+}
+
+/// A tensor to be written.
+pub struct Entry<'a> {
+    /// Name in the file.
+    pub name: String,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Little-endian values, row-major.
+    pub bytes: std::borrow::Cow<'a, [u8]>,
+}
+
+impl Entry<'_> {
+    /// An f32 tensor.
+    pub fn f32(name: impl Into<String>, shape: &[usize], values: &[f32]) -> Self {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Self { name: name.into(), shape: shape.to_vec(), dtype: Dtype::F32, bytes: bytes.into() }
+    }
+
+    /// An i64 tensor.
+    pub fn i64(name: impl Into<String>, shape: &[usize], values: &[i64]) -> Self {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Self { name: name.into(), shape: shape.to_vec(), dtype: Dtype::I64, bytes: bytes.into() }
+    }
+}
+
+impl safetensors::View for &Entry<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
+        std::borrow::Cow::Borrowed(&self.bytes)
+    }
+    fn data_len(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+/// Writes one safetensors file beside its place and renames it.
+///
+/// # Errors
+/// When the folder cannot be written.
+pub fn write_tensors(path: &Path, entries: &[Entry<'_>], metadata: &[(&str, String)]) -> Result<()> {
+    let mut metadata: std::collections::HashMap<String, String> =
+        metadata.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
+    metadata.insert("format".into(), "pt".into());
+    let views = entries.iter().map(|entry| (entry.name.as_str(), entry));
+    let bytes = safetensors::serialize(views, Some(metadata))
+        .map_err(|error| CheckpointError::malformed(path, error))?;
+    write_atomically(path, &bytes)
+}
+
+/// Writes `bytes` to a temporary file beside `path`, flushes it to disk and renames it into place.
+///
+/// # Errors
+/// When the folder cannot be written.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let failed = |source| CheckpointError::Io { path: path.to_owned(), source };
+    fs::create_dir_all(folder).map_err(failed)?;
+    let mut beside = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
+    beside.write_all(bytes).map_err(failed)?;
+    beside.as_file().sync_all().map_err(failed)?;
+    make_readable(beside.as_file()).map_err(failed)?;
+    beside.persist(path).map_err(|error| failed(error.error))?;
+    Ok(())
+}
+
+/// Temporary files are private; what is left for people is not.
+fn make_readable(file: &File) -> io::Result<()> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        file.set_permissions(fs::Permissions::from_mode(0o644))?;
+    }
+    Ok(())
+}
+
+/// Reads a small text file whole.
+///
+/// # Errors
+/// When it is missing or larger than any config or index is.
+pub fn read_bounded(path: &Path) -> Result<Vec<u8>> {
+    let size = fs::metadata(path).map_err(CheckpointError::io(path))?.len();
+    if size > MAX_INDEX_BYTES {
+        let why = format!("is {size} bytes long, more than a file of its kind can be");
+        return Err(CheckpointError::malformed(path, why));
+    }
+    fs::read(path).map_err(CheckpointError::io(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::shapes::Shapes;
+    use crate::ops::{Ops, ParamPath};
+
+    fn manifest() -> Manifest {
+        let shapes = Shapes::new();
+        shapes.linear(&ParamPath::root().at("proj"), &vec![1, 2], 2, 3, true);
+        shapes.manifest()
+    }
+
+    fn write(dir: &Path, file: &str, entries: &[Entry<'_>]) {
+        write_tensors(&dir.join(file), entries, &[("note", "kept".into())]).unwrap();
+    }
+
+    #[test]
+    fn a_file_reads_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let values = [1.5, -2.0, 3.25, 0.0, 1e-8, 4.0];
+        write(
+            dir.path(),
+            "w.safetensors",
+            &[Entry::f32("proj.weight", &[3, 2], &values), Entry::f32("proj.bias", &[3], &[0.0; 3])],
+        );
+        let weights = Weights::open(dir.path(), "w").unwrap();
+        assert_eq!(weights.f32("proj.weight").unwrap(), values);
+        assert_eq!(weights.metadata("note"), Some("kept"));
+        weights.check(&manifest(), &[]).unwrap();
+    }
+
+    #[test]
+    fn one_message_lists_every_misfit() {
+        let dir = tempfile::tempdir().unwrap();
+        write(
+            dir.path(),
+            "w.safetensors",
+            &[Entry::f32("proj.weight", &[2, 3], &[0.0; 6]), Entry::i64("extra", &[1], &[0])],
+        );
+        let weights = Weights::open(dir.path(), "w").unwrap();
+        let message = weights.check(&manifest(), &[]).unwrap_err().to_string();
+        for part in [
+            "proj.weight has shape [2, 3] instead of [3, 2]",
+            "proj.bias [3] is missing",
+            "extra is unexpected",
+        ] {
+            assert!(message.contains(part), "{message}");
+        }
+    }
+
+    #[test]
+    fn half_floats_widen() {
+        let bytes: Vec<u8> =
+            [1.5f32, -0.25].iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect();
+        let view = View { dtype: Dtype::BF16, shape: &[2], bytes: &bytes };
+        assert_eq!(view.to_f32().unwrap(), [1.5, -0.25]);
+        let view = View { dtype: Dtype::I64, shape: &[0], bytes: &[] };
+        assert!(view.to_f32().is_err());
+    }
+
+    #[test]
+    fn broken_files_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "w.safetensors", &[Entry::f32("a", &[64], &[1.0; 64])]);
+        let whole = fs::read(dir.path().join("w.safetensors")).unwrap();
+        for cut in [0, 4, 40, whole.len() - 1] {
+            fs::write(dir.path().join("w.safetensors"), &whole[..cut]).unwrap();
+            let message = Weights::open(dir.path(), "w").err().expect("truncated").to_string();
+            assert!(message.contains("w.safetensors"), "{message}");
+        }
+    }
+
+    #[test]
+    fn an_index_stays_in_its_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        for target in ["../w.safetensors", "/etc/passwd", "absent.safetensors"] {
+            let index = format!(r#"{{"weight_map": {{"a": "{target}"}}}}"#);
+            fs::write(dir.path().join("w.safetensors.index.json"), index).unwrap();
+            assert!(Weights::open(dir.path(), "w").is_err(), "{target}");
+        }
+    }
+
+    #[test]
+    fn shards_are_found_by_the_index() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "w-1.safetensors", &[Entry::f32("a", &[1], &[1.0])]);
+        write(dir.path(), "w-2.safetensors", &[Entry::f32("b", &[1], &[2.0])]);
+        let index = r#"{"weight_map": {"a": "w-1.safetensors", "b": "w-2.safetensors"}}"#;
+        fs::write(dir.path().join("w.safetensors.index.json"), index).unwrap();
+        let weights = Weights::open(dir.path(), "w").unwrap();
+        assert_eq!(weights.f32("b").unwrap(), [2.0]);
+        assert_eq!(weights.names().collect::<Vec<_>>(), ["a", "b"]);
+    }
+}

@@ -1,0 +1,73 @@
+//! The networks of a FLUX pipeline over [`Ops`](crate::ops::Ops), one architecture a file.
+//!
+//! Each config deserialises from the component's `config.json` as diffusers and transformers write it,
+//! refuses what it does not support, and bounds every size before anything is allocated.
+
+pub mod clip;
+pub mod t5;
+pub mod transformer;
+pub mod vae;
+
+/// A `config.json` that this project cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A value outside what the architecture allows.
+    #[error("invalid {field} = {value}: {expected}")]
+    Invalid {
+        /// Name of the entry.
+        field: &'static str,
+        /// What it holds.
+        value: String,
+        /// What it should hold.
+        expected: &'static str,
+    },
+    /// A legal value that this project does not implement.
+    #[error("unsupported {field} = {value}: only {supported} is implemented")]
+    Unsupported {
+        /// Name of the entry.
+        field: &'static str,
+        /// What it holds.
+        value: String,
+        /// What is implemented.
+        supported: &'static str,
+    },
+}
+
+/// Largest width, vocabulary or channel count a config may name.
+const MAX_SIZE: usize = 1 << 20;
+/// Largest number of layers or heads a config may name.
+const MAX_COUNT: usize = 4096;
+
+fn size(field: &'static str, value: usize) -> Result<(), ConfigError> {
+    within(field, value, MAX_SIZE, "a size from 1 to 1048576")
+}
+
+fn count(field: &'static str, value: usize) -> Result<(), ConfigError> {
+    within(field, value, MAX_COUNT, "a count from 1 to 4096")
+}
+
+fn within(
+    field: &'static str,
+    value: usize,
+    max: usize,
+    expected: &'static str,
+) -> Result<(), ConfigError> {
+    if (1..=max).contains(&value) {
+        Ok(())
+    } else {
+        Err(ConfigError::Invalid { field, value: value.to_string(), expected })
+    }
+}
+
+fn only(
+    field: &'static str,
+    value: &str,
+    allowed: &[&str],
+    supported: &'static str,
+) -> Result<(), ConfigError> {
+    if allowed.contains(&value) {
+        Ok(())
+    } else {
+        Err(ConfigError::Unsupported { field, value: value.to_owned(), supported })
+    }
+}

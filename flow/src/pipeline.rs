@@ -1,0 +1,223 @@
+//! A diffusers pipeline folder: its configs, its components and what their weights must look like.
+
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+
+use crate::checkpoint::{CheckpointError, Weights, read_bounded};
+use crate::latents::{LatentSize, PATCH, SizeError};
+use crate::models::clip::ClipTextConfig;
+use crate::models::t5::{T5Config, TIED_EMBEDDING};
+use crate::models::transformer::{Inputs, TransformerConfig};
+use crate::models::vae::VaeConfig;
+use crate::ops::shapes::{Manifest, Shapes};
+use crate::schedule::SchedulerConfig;
+
+type Result<T> = std::result::Result<T, CheckpointError>;
+
+/// The networks of a FLUX pipeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Component {
+    /// CLIP: the pooled vector.
+    TextEncoder,
+    /// T5: the text tokens.
+    TextEncoder2,
+    /// The velocity network.
+    Transformer,
+    /// The image autoencoder.
+    Vae,
+}
+
+impl Component {
+    /// All four.
+    pub const ALL: [Self; 4] = [Self::TextEncoder, Self::TextEncoder2, Self::Transformer, Self::Vae];
+
+    /// Its folder.
+    pub fn folder(self) -> &'static str {
+        match self {
+            Self::TextEncoder => "text_encoder",
+            Self::TextEncoder2 => "text_encoder_2",
+            Self::Transformer => "transformer",
+            Self::Vae => "vae",
+        }
+    }
+
+    /// Name of its weight file without `.safetensors`.
+    pub fn stem(self) -> &'static str {
+        match self {
+            Self::TextEncoder | Self::TextEncoder2 => "model",
+            Self::Transformer | Self::Vae => "diffusion_pytorch_model",
+        }
+    }
+
+    /// Tensors that files carry and no network uses.
+    fn ignored(self) -> &'static [&'static str] {
+        match self {
+            Self::TextEncoder => &["text_model.embeddings.position_ids"],
+            Self::TextEncoder2 => &[TIED_EMBEDDING],
+            Self::Transformer | Self::Vae => &[],
+        }
+    }
+}
+
+/// The configs of a pipeline folder, read and validated.
+#[derive(Clone, Debug)]
+pub struct Pipeline {
+    /// The folder.
+    pub dir: PathBuf,
+    /// `transformer/config.json`.
+    pub transformer: TransformerConfig,
+    /// `vae/config.json` (`vae_decoder/config.json` in an export).
+    pub vae: VaeConfig,
+    /// `text_encoder/config.json`.
+    pub text_encoder: ClipTextConfig,
+    /// `text_encoder_2/config.json`.
+    pub text_encoder_2: T5Config,
+    /// `scheduler/scheduler_config.json`.
+    pub scheduler: SchedulerConfig,
+}
+
+impl Pipeline {
+    /// Reads the configs of a checkpoint folder or of an export made from one.
+    ///
+    /// # Errors
+    /// When the folder is no FLUX pipeline, or a config is missing, malformed or unsupported.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let index_path = dir.join("model_index.json");
+        if !dir.is_dir() {
+            return Err(CheckpointError::malformed(dir, "no such folder"));
+        }
+        if !index_path.is_file() {
+            let why = "not a pipeline folder: it has no model_index.json";
+            return Err(CheckpointError::malformed(dir, why));
+        }
+        let index: serde_json::Value = read_json(&index_path)?;
+        let class = index["_class_name"].as_str().unwrap_or_default();
+        if !class.contains("Flux") {
+            let why = format!("unsupported _class_name {class:?}: only FluxPipeline folders are read");
+            return Err(CheckpointError::malformed(&index_path, why));
+        }
+        let exported = dir.join("vae_decoder/config.json");
+        let vae = if exported.is_file() { exported } else { dir.join("vae/config.json") };
+        let pipeline = Self {
+            dir: dir.to_owned(),
+            transformer: validated(&dir.join("transformer/config.json"), TransformerConfig::validate)?,
+            vae: validated(&vae, VaeConfig::validate)?,
+            text_encoder: validated(
+                &dir.join("text_encoder/config.json"),
+                ClipTextConfig::validate,
+            )?,
+            text_encoder_2: validated(&dir.join("text_encoder_2/config.json"), T5Config::validate)?,
+            scheduler: validated(
+                &dir.join("scheduler/scheduler_config.json"),
+                SchedulerConfig::validate,
+            )?,
+        };
+        pipeline.check_seams()?;
+        Ok(pipeline)
+    }
+
+    /// The components must fit each other.
+    fn check_seams(&self) -> Result<()> {
+        let transformer = self.dir.join("transformer/config.json");
+        let seams = [
+            ("in_channels", self.transformer.in_channels, PATCH * PATCH * self.vae.latent_channels),
+            ("joint_attention_dim", self.transformer.joint_attention_dim, self.text_encoder_2.d_model),
+            (
+                "pooled_projection_dim",
+                self.transformer.pooled_projection_dim,
+                self.text_encoder.hidden_size,
+            ),
+        ];
+        for (field, found, expected) in seams {
+            if found != expected {
+                let why = format!("{field} is {found}, but the other components need {expected}");
+                return Err(CheckpointError::malformed(&transformer, why));
+            }
+        }
+        Ok(())
+    }
+
+    /// The latents of an image of `width`×`height` pixels.
+    ///
+    /// # Errors
+    /// When the size is not a multiple of what one token covers.
+    pub fn latent_size(
+        &self,
+        width: usize,
+        height: usize,
+    ) -> std::result::Result<LatentSize, SizeError> {
+        LatentSize::of_image(self.vae.latent_channels, self.vae.factor(), width, height)
+    }
+
+    /// Parameters of `component`, from a dry run of its network.
+    pub fn manifest(&self, component: Component) -> Manifest {
+        let shapes = Shapes::new();
+        match component {
+            Component::TextEncoder => {
+                self.text_encoder.forward(&shapes, &vec![1, self.text_encoder.max_position_embeddings]);
+            }
+            Component::TextEncoder2 => {
+                self.text_encoder_2.forward(&shapes, &vec![1, 2]);
+            }
+            Component::Transformer => {
+                self.dry_velocity(&shapes, 1, 1, 1);
+            }
+            Component::Vae => {
+                let (z, factor) = (self.vae.latent_channels, self.vae.factor());
+                self.vae.encode(&shapes, &vec![1, 3, 2 * factor, 2 * factor]);
+                self.vae.decode(&shapes, &vec![1, z, 2, 2]);
+            }
+        }
+        shapes.manifest()
+    }
+
+    /// One velocity of `batch` images of `tokens` image and `text` text tokens, on shapes alone.
+    pub fn dry_velocity(&self, shapes: &Shapes, batch: usize, tokens: usize, text: usize) {
+        let config = &self.transformer;
+        config.forward(
+            shapes,
+            &Inputs {
+                hidden_states: &vec![batch, tokens, config.in_channels],
+                encoder_hidden_states: &vec![batch, text, config.joint_attention_dim],
+                pooled_projections: &vec![batch, config.pooled_projection_dim],
+                timestep: &vec![batch],
+                img_ids: &vec![tokens, 3],
+                txt_ids: &vec![text, 3],
+                guidance: Some(&vec![batch]),
+            },
+        );
+    }
+
+    /// The weights of `component`, checked against its manifest.
+    ///
+    /// # Errors
+    /// When files are missing or broken, or one message listing every tensor that does not fit.
+    pub fn weights(&self, component: Component) -> Result<Weights> {
+        let dir = self.dir.join(component.folder());
+        if !dir.is_dir() {
+            return Err(CheckpointError::malformed(&dir, "no such folder"));
+        }
+        let weights = Weights::open(&dir, component.stem())?;
+        weights.check(&self.manifest(component), component.ignored())?;
+        Ok(weights)
+    }
+}
+
+/// Reads a JSON file.
+///
+/// # Errors
+/// When it is missing, or not the JSON that `T` describes.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    serde_json::from_slice(&read_bounded(path)?)
+        .map_err(|error| CheckpointError::malformed(path, error))
+}
+
+fn validated<T: DeserializeOwned, E: ToString>(
+    path: &Path,
+    validate: impl Fn(&T) -> std::result::Result<(), E>,
+) -> Result<T> {
+    let config: T = read_json(path)?;
+    validate(&config).map_err(|error| CheckpointError::malformed(path, error))?;
+    Ok(config)
+}

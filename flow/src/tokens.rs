@@ -1,0 +1,193 @@
+//! Prompts to token ids, with the files of the pipeline folder.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use tokenizers::models::bpe::BPE;
+use tokenizers::normalizers::Lowercase;
+use tokenizers::{Tokenizer, TruncationParams};
+
+use crate::checkpoint::CheckpointError;
+use crate::pipeline::read_json;
+
+/// Both tokenizers of a pipeline, each padding to its fixed length as `FluxPipeline` does.
+pub struct Tokenizers {
+    clip: Padded,
+    t5: Padded,
+}
+
+/// One prompt's ids.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PromptIds {
+    /// For CLIP, padded with its end token to the encoder's positions.
+    pub clip: Vec<i64>,
+    /// For T5, padded with 0 to the maximum sequence length.
+    pub t5: Vec<i64>,
+}
+
+struct Padded {
+    tokenizer: Tokenizer,
+    length: usize,
+    pad: u32,
+}
+
+/// T5 pads with this id.
+const T5_PAD: u32 = 0;
+/// FLUX.1-dev's text length, and the most `FluxPipeline` accepts.
+pub const MAX_TEXT_TOKENS: usize = 512;
+
+#[derive(Deserialize)]
+struct TokenizerConfig {
+    #[serde(default)]
+    model_max_length: Option<f64>,
+    #[serde(default)]
+    pad_token: Option<serde_json::Value>,
+}
+
+impl Tokenizers {
+    /// Reads `tokenizer/` (CLIP) and `tokenizer_2/` (T5) of `dir`. Text lengths come from their
+    /// `tokenizer_config.json`, the T5 one at most 512, or `max_text_tokens` where given.
+    ///
+    /// # Errors
+    /// When a file is missing or no tokenizer.
+    pub fn open(dir: &Path, max_text_tokens: Option<usize>) -> Result<Self, CheckpointError> {
+        let (clip_dir, t5_dir) = (dir.join("tokenizer"), dir.join("tokenizer_2"));
+        let clip_config = config(&clip_dir)?;
+        let clip = clip_tokenizer(&clip_dir)?;
+        let pad_token = match &clip_config.pad_token {
+            Some(serde_json::Value::String(token)) => token.clone(),
+            Some(object) => object["content"].as_str().unwrap_or("<|endoftext|>").to_owned(),
+            None => "<|endoftext|>".to_owned(),
+        };
+        let pad = clip.token_to_id(&pad_token).ok_or_else(|| {
+            CheckpointError::malformed(&clip_dir, format!("pad token {pad_token:?} is not in it"))
+        })?;
+        let length = max_text_tokens.unwrap_or_else(|| max_length(&t5_dir).min(MAX_TEXT_TOKENS));
+        Ok(Self {
+            clip: Padded::new(clip, max_length(&clip_dir), pad, &clip_dir)?,
+            t5: Padded::new(from_json(&t5_dir)?, length, T5_PAD, &t5_dir)?,
+        })
+    }
+
+    /// Ids of `prompt` for both encoders.
+    ///
+    /// # Errors
+    /// When a tokenizer cannot encode it.
+    pub fn encode(&self, prompt: &str) -> Result<PromptIds, tokenizers::Error> {
+        Ok(PromptIds { clip: self.clip.encode(prompt)?, t5: self.t5.encode(prompt)? })
+    }
+
+    /// Tokens of a T5 row.
+    pub fn text_tokens(&self) -> usize {
+        self.t5.length
+    }
+}
+
+impl Padded {
+    fn new(
+        mut tokenizer: Tokenizer,
+        length: usize,
+        pad: u32,
+        dir: &Path,
+    ) -> Result<Self, CheckpointError> {
+        let truncation = TruncationParams { max_length: length, ..TruncationParams::default() };
+        tokenizer
+            .with_truncation(Some(truncation))
+            .map_err(|error| CheckpointError::malformed(dir, error))?;
+        tokenizer.with_padding(None);
+        Ok(Self { tokenizer, length, pad })
+    }
+
+    fn encode(&self, prompt: &str) -> Result<Vec<i64>, tokenizers::Error> {
+        let encoding = self.tokenizer.encode(prompt, true)?;
+        let mut ids: Vec<i64> = encoding.get_ids().iter().map(|&id| i64::from(id)).collect();
+        ids.resize(self.length, i64::from(self.pad));
+        Ok(ids)
+    }
+}
+
+fn config(dir: &Path) -> Result<TokenizerConfig, CheckpointError> {
+    if !dir.is_dir() {
+        return Err(CheckpointError::malformed(dir, "no such folder"));
+    }
+    read_json(&dir.join("tokenizer_config.json"))
+}
+
+/// `model_max_length`, where it is a sensible number; libraries write 1e30 for "none".
+fn max_length(dir: &Path) -> usize {
+    config(dir)
+        .ok()
+        .and_then(|config| config.model_max_length)
+        .filter(|length| (2.0..1e6).contains(length))
+        .map_or(MAX_TEXT_TOKENS, |length| length as usize)
+}
+
+fn from_json(dir: &Path) -> Result<Tokenizer, CheckpointError> {
+    let path = dir.join("tokenizer.json");
+    Tokenizer::from_file(&path).map_err(|error| CheckpointError::malformed(&path, error))
+}
+
+/// `tokenizer.json` where there is one, else the byte-level BPE of `vocab.json` and `merges.txt`.
+fn clip_tokenizer(dir: &Path) -> Result<Tokenizer, CheckpointError> {
+    if dir.join("tokenizer.json").is_file() {
+        return from_json(dir);
+    }
+    let file = |name: &str| -> Result<String, CheckpointError> {
+        let path: PathBuf = dir.join(name);
+        if !path.is_file() {
+            let why = format!("neither tokenizer.json nor {name} is in it");
+            return Err(CheckpointError::malformed(dir, why));
+        }
+        Ok(path.to_string_lossy().into_owned())
+    };
+    let malformed = |error: tokenizers::Error| CheckpointError::malformed(dir, error);
+    let bpe = BPE::from_file(&file("vocab.json")?, &file("merges.txt")?)
+        .end_of_word_suffix("</w>".into())
+        .unk_token("<|endoftext|>".into())
+        .build()
+        .map_err(malformed)?;
+    let mut tokenizer = Tokenizer::new(bpe);
+    clip_stages(&mut tokenizer).map_err(malformed)?;
+    Ok(tokenizer)
+}
+
+/// CLIP's normaliser, word pattern and special tokens. Source: `CLIPTokenizer` of transformers.
+fn clip_stages(tokenizer: &mut Tokenizer) -> Result<(), tokenizers::Error> {
+    use tokenizers::normalizers::{NFC, Replace, Sequence};
+    use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+    use tokenizers::pre_tokenizers::sequence::Sequence as Stages;
+    use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+    use tokenizers::processors::roberta::RobertaProcessing;
+
+    let (start, end) = ("<|startoftext|>", "<|endoftext|>");
+    let spaces = Replace::new(
+        tokenizers::normalizers::replace::ReplacePattern::Regex(r"\s+".into()),
+        " ",
+    )?;
+    tokenizer.with_normalizer(Some(Sequence::new(vec![
+        NFC.into(),
+        spaces.into(),
+        Lowercase.into(),
+    ])))?;
+    let words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+    tokenizer.with_pre_tokenizer(Some(Stages::new(vec![
+        Split::new(
+            SplitPattern::Regex(words.into()),
+            tokenizers::SplitDelimiterBehavior::Removed,
+            true,
+        )?
+        .into(),
+        ByteLevel::new(false, true, false).into(),
+    ])));
+    let id = |token: &str| {
+        tokenizer.token_to_id(token).ok_or_else(|| format!("{token} is not in vocab.json"))
+    };
+    let (start_id, end_id) = (id(start)?, id(end)?);
+    let ends = RobertaProcessing::new((end.into(), end_id), (start.into(), start_id));
+    tokenizer.with_post_processor(Some(ends.trim_offsets(false).add_prefix_space(false)));
+    tokenizer.add_special_tokens([
+        tokenizers::AddedToken::from(start, true),
+        tokenizers::AddedToken::from(end, true),
+    ])?;
+    Ok(())
+}
