@@ -123,7 +123,8 @@ impl Shard {
 pub struct Weights {
     path: PathBuf,
     shards: Vec<Shard>,
-    shard_of: BTreeMap<String, usize>,
+    /// Shard of each tensor, and its name there.
+    place_of: BTreeMap<String, (usize, String)>,
 }
 
 #[derive(Deserialize)]
@@ -160,16 +161,16 @@ impl Weights {
             }
             shards.push(Shard::open(&dir.join(file))?);
         }
-        let mut shard_of = BTreeMap::new();
+        let mut place_of = BTreeMap::new();
         for (name, file) in &index.weight_map {
             let at = files.binary_search(&file).expect("collected above");
             if shards[at].view(name).is_none() {
                 let why = format!("says that {name} is in {file}, which does not hold it");
                 return Err(CheckpointError::malformed(&index_path, why));
             }
-            shard_of.insert(name.clone(), at);
+            place_of.insert(name.clone(), (at, name.clone()));
         }
-        Ok(Self { path: dir.to_owned(), shards, shard_of })
+        Ok(Self { path: dir.to_owned(), shards, place_of })
     }
 
     /// The tensors of one safetensors file.
@@ -178,8 +179,22 @@ impl Weights {
     /// When it is missing or not whole.
     pub fn open_file(path: &Path) -> Result<Self> {
         let shard = Shard::open(path)?;
-        let shard_of = shard.header.offset_keys().into_iter().map(|name| (name, 0)).collect();
-        Ok(Self { path: path.to_owned(), shards: vec![shard], shard_of })
+        let names = shard.header.offset_keys().into_iter();
+        let place_of = names.map(|name| (name.clone(), (0, name))).collect();
+        Ok(Self { path: path.to_owned(), shards: vec![shard], place_of })
+    }
+
+    /// Puts `prefix` before every name that lacks it.
+    #[must_use]
+    pub fn with_prefix(mut self, prefix: &str) -> Self {
+        self.place_of = std::mem::take(&mut self.place_of)
+            .into_iter()
+            .map(|(name, place)| {
+                let whole = if name.starts_with(prefix) { name } else { format!("{prefix}{name}") };
+                (whole, place)
+            })
+            .collect();
+        self
     }
 
     /// The folder or file they came from.
@@ -189,12 +204,13 @@ impl Weights {
 
     /// Names in alphabetical order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.shard_of.keys().map(String::as_str)
+        self.place_of.keys().map(String::as_str)
     }
 
     /// The tensor called `name`.
     pub fn get(&self, name: &str) -> Option<View<'_>> {
-        self.shards[*self.shard_of.get(name)?].view(name)
+        let (shard, stored) = self.place_of.get(name)?;
+        self.shards[*shard].view(stored)
     }
 
     /// The tensor called `name`, as f32.

@@ -3,6 +3,8 @@
 //!
 //! Source: `FluxPipeline._pack_latents` of diffusers 0.42: channels outermost within a token.
 
+use crate::noise::Noise;
+
 /// Side of the patch that makes a token.
 pub const PATCH: usize = 2;
 
@@ -72,6 +74,11 @@ impl LatentSize {
     /// Numbers a token holds.
     pub fn token_width(&self) -> usize {
         PATCH * PATCH * self.channels
+    }
+
+    /// The noise `[Z, h, w]` that image `seed` starts from, in every program.
+    pub fn noise(&self, seed: u64) -> Vec<f32> {
+        Noise::new(seed).normal(0, self.len())
     }
 
     /// `[Z, h, w]` → `[tokens, 4·Z]`, one image.

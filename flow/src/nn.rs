@@ -69,8 +69,9 @@ pub fn modulation<O: Ops>(
 pub fn timestep_features<O: Ops>(ops: &O, t: &O::Tensor, width: usize) -> O::Tensor {
     let half = width / 2;
     let log_period = -(10_000f64.ln()) as f32;
-    let frequencies: Vec<f32> =
-        (0..half).map(|i| libm::expf(log_period * i as f32 / half as f32)).collect();
+    // Guidance reaches angles of thousands of radians: the exponent is rounded as the source rounds it.
+    let exponents = (0..half).map(|i| f64::from(log_period * i as f32 / half as f32));
+    let frequencies: Vec<f32> = exponents.map(|e| libm::exp(e) as f32).collect();
     let t = ops.affine(&ops.reshape(t, &[Dim::Infer, Dim::Is(1)]), 1000.0, 0.0);
     let angle = ops.mul(&t, &ops.floats(&frequencies, &[1, half]));
     ops.concat(&[&ops.cos(&angle), &ops.sin(&angle)], 1)

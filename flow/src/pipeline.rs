@@ -15,6 +15,11 @@ use crate::schedule::SchedulerConfig;
 
 type Result<T> = std::result::Result<T, CheckpointError>;
 
+/// FLUX.1 is trained at this side, whatever its autoencoder's `sample_size` says.
+const FLUX_IMAGE: usize = 1024;
+/// An autoencoder's `sample_size` below this is meant.
+const SMALL_IMAGE: usize = 512;
+
 /// The networks of a FLUX pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Component {
@@ -150,6 +155,12 @@ impl Pipeline {
         LatentSize::of_image(self.vae.latent_channels, self.vae.factor(), width, height)
     }
 
+    /// Side in pixels of the images the model was made for: `sample_size` of a small autoencoder, else
+    /// FLUX's 1024.
+    pub fn default_size(&self) -> usize {
+        self.vae.sample_size.filter(|&side| side < SMALL_IMAGE).unwrap_or(FLUX_IMAGE)
+    }
+
     /// Parameters of `component`, from a dry run of its network.
     pub fn manifest(&self, component: Component) -> Manifest {
         let shapes = Shapes::new();
@@ -198,7 +209,11 @@ impl Pipeline {
         if !dir.is_dir() {
             return Err(CheckpointError::malformed(&dir, "no such folder"));
         }
-        let weights = Weights::open(&dir, component.stem())?;
+        let mut weights = Weights::open(&dir, component.stem())?;
+        if component == Component::TextEncoder {
+            // transformers 5 drops the prefix that every older file has.
+            weights = weights.with_prefix("text_model.");
+        }
         weights.check(&self.manifest(component), component.ignored())?;
         Ok(weights)
     }

@@ -32,6 +32,9 @@ pub struct VaeConfig {
     /// See `scaling_factor`.
     #[serde(default)]
     pub shift_factor: Option<f64>,
+    /// Side in pixels of the images it was trained on.
+    #[serde(default)]
+    pub sample_size: Option<usize>,
     /// Whether a 1×1 convolution follows the encoder.
     #[serde(default = "yes")]
     pub use_quant_conv: bool,
@@ -64,7 +67,7 @@ impl VaeConfig {
         1 << (self.block_out_channels.len() - 1)
     }
 
-    /// `z − shift` shift.
+    /// The shift, 0 where the config gives none.
     pub fn shift(&self) -> f64 {
         self.shift_factor.unwrap_or(0.0)
     }

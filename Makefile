@@ -1,0 +1,58 @@
+# Everything from an empty machine: each target installs what is missing first, behind a stamp.
+# Where a target says what it does, `make help` prints it.
+
+RUNTIME := .runtime
+PYTHON  := $(RUNTIME)/venv/bin/python
+LIGHT   := $(RUNTIME)/light.stamp
+PARITY  := $(RUNTIME)/parity.stamp
+CARGO   := cargo
+NG      := target/release
+OUT     := out
+
+.DEFAULT_GOAL := help
+.PHONY: help runtime parity-runtime build demo signs test parity bench gpu lint clean-runtime
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
+
+runtime: $(LIGHT) ## Install libtorch, ONNX Runtime and the OCR models into .runtime (0.65 GB)
+
+parity-runtime: $(PARITY) ## Add the Python references: diffusers and all of torch (5 GB)
+
+build: $(LIGHT) ## Build the programs into target/release
+	$(CARGO) build --release --workspace --locked
+
+demo: build ## Align the embedded model, export it, sample it (out/demo)
+	OUT=$(OUT)/demo ./setup/demo.sh
+
+signs: build ## Make the embedded model again, from the font to the weights (out/signs)
+	OUT=$(OUT)/signs ./setup/signs.sh
+
+test: build ## Run every test
+	$(CARGO) test --release --workspace --locked
+
+parity: build $(PARITY) ## Compare our programs live with diffusers and onnxruntime (out/parity)
+	HF_HUB_OFFLINE=1 $(PYTHON) -B tests/parity/run.py --programs $(NG) --out $(OUT)/parity \
+	  tests/fixtures/tiny-flux/pipeline tests/fixtures/tiny-schnell/pipeline assets/signs
+
+bench: build ## Measure the claims of the README (out/bench)
+	$(CARGO) bench --workspace --locked
+
+gpu: build $(PARITY) ## Run the tests that need a CUDA device
+	nvidia-smi --query-gpu=name,memory.total --format=csv
+	$(CARGO) test --release --workspace --locked -- --ignored cuda
+
+lint: $(LIGHT) ## Check format and lints
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --workspace --all-targets --locked -- -D warnings
+
+clean-runtime: ## Remove .runtime
+	rm -rf $(RUNTIME)
+
+$(LIGHT): setup/light.sh setup/libtorch.sh setup/requirements-light.txt
+	./setup/light.sh $(RUNTIME)
+	@touch $@
+
+$(PARITY): $(LIGHT) setup/parity.sh setup/requirements-parity.txt setup/requirements-optimum.txt
+	./setup/parity.sh $(RUNTIME)
+	@touch $@

@@ -1,0 +1,193 @@
+//! The tiny random pipelines of `tests/fixtures`, exported and compared with what diffusers computed.
+
+use flow::checkpoint::{Weights, write_tensors};
+use onnx::{Model, Options, Tensor};
+use tempfile::TempDir;
+
+use super::*;
+use crate::external::MODEL_FILE;
+
+/// Guided with transformers 5's tensor names, and unguided with those of FLUX.1's own files.
+const FIXTURES: [&str; 2] = ["tiny-flux", "tiny-schnell"];
+
+/// A copy of a fixture's pipeline with its case as reference, and an empty folder beside it.
+struct Scratch {
+    home: TempDir,
+    request: Request,
+}
+
+impl Scratch {
+    fn new(fixture: &str) -> Self {
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(fixture);
+        let home = tempfile::tempdir().unwrap();
+        let checkpoint = home.path().join("checkpoint");
+        copy_tree(&fixture.join("pipeline"), &checkpoint);
+        fs::copy(fixture.join("case.safetensors"), checkpoint.join("reference.safetensors"))
+            .unwrap();
+        let target = home.path().join("export");
+        let request = Request { checkpoint, target, replace: false, verify: true, threads: 1 };
+        Self { home, request }
+    }
+
+    fn export(&self) -> Result<Vec<Summary>> {
+        export(&self.request, &ProgressBar::hidden(), &AtomicBool::new(false))
+    }
+
+    #[track_caller]
+    fn assert_nothing_left(&self) {
+        let left: Vec<_> = list(self.home.path()).unwrap();
+        assert_eq!(left, std::slice::from_ref(&self.request.checkpoint));
+    }
+}
+
+fn copy_tree(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for path in list(from).unwrap() {
+        let target = to.join(path.file_name().unwrap());
+        if path.is_dir() {
+            copy_tree(&path, &target);
+        } else {
+            fs::copy(&path, &target).unwrap();
+        }
+    }
+}
+
+#[test]
+fn every_component_agrees_with_diffusers() {
+    for fixture in FIXTURES {
+        let summaries = Scratch::new(fixture).export().unwrap();
+        println!("{fixture}\n{}", Table(&summaries));
+        assert_eq!(summaries.len(), Part::ALL.len());
+        for summary in &summaries {
+            let difference = summary.difference.expect("verified");
+            assert!(difference.passes(), "{fixture} {}: {difference:?}", summary.part.folder());
+        }
+    }
+}
+
+#[test]
+fn the_folder_is_optimums() {
+    let scratch = Scratch::new("tiny-flux");
+    scratch.export().unwrap();
+    let open = |part: &str| {
+        let path = scratch.request.target.join(part).join(MODEL_FILE);
+        assert!(path.with_file_name("config.json").is_file());
+        Model::open(path, &Options { threads: 1 }).unwrap()
+    };
+    let names = |part: &str| {
+        let model = open(part);
+        let names = |ports: &[onnx::Port]| {
+            ports.iter().map(|port| port.name.clone()).collect::<Vec<_>>().join(" ")
+        };
+        (names(model.inputs()), names(model.outputs()))
+    };
+    let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+    assert_eq!(names("text_encoder"), pair("input_ids", "last_hidden_state pooler_output"));
+    assert_eq!(names("text_encoder_2"), pair("input_ids", "last_hidden_state"));
+    assert_eq!(names("vae_decoder"), pair("latent_sample", "sample"));
+    assert_eq!(names("vae_encoder"), pair("sample", "latent_parameters"));
+    let inputs = "hidden_states encoder_hidden_states pooled_projections timestep txt_ids img_ids \
+                  guidance";
+    assert_eq!(names("transformer"), pair(inputs, "out_hidden_states"));
+    let transformer = open("transformer");
+    assert_eq!(transformer.inputs()[0].shape, [None, None, Some(64)]);
+    assert_eq!(transformer.inputs()[5].shape, [None, Some(3)]);
+    assert_eq!(transformer.metadata("component").as_deref(), Some("transformer"));
+    for rest in ["model_index.json", "tokenizer", "tokenizer_2", "scheduler/scheduler_config.json"]
+    {
+        assert!(scratch.request.target.join(rest).exists(), "{rest}");
+    }
+    Pipeline::open(&scratch.request.target).expect("an export reads as a pipeline");
+}
+
+#[test]
+fn one_image_of_a_batch_is_that_image_alone() {
+    let scratch = Scratch::new("tiny-schnell");
+    scratch.export().unwrap();
+    let reference = verify::reference(&scratch.request.checkpoint).unwrap();
+    let path = scratch.request.target.join("transformer").join(MODEL_FILE);
+    let mut model = Model::open(path, &Options { threads: 1 }).unwrap();
+    let inputs: Vec<_> = model
+        .inputs()
+        .iter()
+        .map(|port| {
+            let view = reference.get(&format!("transformer.{}", port.name)).unwrap();
+            let (mut shape, mut values) = (view.shape.to_vec(), view.to_f32().unwrap());
+            if !port.name.ends_with("_ids") {
+                assert_eq!(shape[0], 2);
+                shape[0] = 1;
+                values.truncate(values.len() / 2);
+            }
+            (port.name.clone(), Tensor::f32(shape, values).unwrap())
+        })
+        .collect();
+    let inputs: Vec<_> = inputs.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let alone = model.run(&inputs, &["out_hidden_states"]).unwrap().remove(0);
+    let batch = reference.f32("transformer.out_hidden_states").unwrap();
+    let difference = Difference::between(alone.as_f32().unwrap(), &batch[..batch.len() / 2]);
+    assert_eq!(alone.shape[0], 1);
+    assert!(difference.passes(), "{difference:?}");
+}
+
+#[test]
+fn a_changed_weight_fails_verification_and_leaves_nothing() {
+    let scratch = Scratch::new("tiny-schnell");
+    let path = scratch.request.checkpoint.join("reference.safetensors");
+    change(&path, "vae_decoder.sample");
+    let message = scratch.export().unwrap_err().to_string();
+    assert!(message.contains("vae_decoder by") && !message.contains("transformer"), "{message}");
+    scratch.assert_nothing_left();
+}
+
+/// Raises the largest value of one tensor by a ten-thousandth.
+fn change(path: &Path, name: &str) {
+    let tensors = Weights::open_file(path).unwrap();
+    let entries: Vec<_> = tensors
+        .names()
+        .map(|entry| {
+            let view = tensors.get(entry).unwrap();
+            let bytes = if entry == name {
+                let mut values = view.to_f32().unwrap();
+                let largest = values.iter_mut().max_by(|a, b| a.abs().total_cmp(&b.abs()));
+                *largest.unwrap() *= 1.0001;
+                values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>().into()
+            } else {
+                view.bytes.into()
+            };
+            let shape = view.shape.to_vec();
+            flow::checkpoint::Entry { name: entry.into(), shape, dtype: view.dtype, bytes }
+        })
+        .collect();
+    write_tensors(path, &entries, &[]).unwrap();
+}
+
+#[test]
+fn a_broken_checkpoint_leaves_nothing() {
+    let scratch = Scratch::new("tiny-schnell");
+    let weights = scratch.request.checkpoint.join("vae/diffusion_pytorch_model.safetensors");
+    let whole = fs::read(&weights).unwrap();
+    fs::write(&weights, &whole[..whole.len() - 4]).unwrap();
+    let message = format!("{:#}", scratch.export().unwrap_err());
+    assert!(message.contains("vae/diffusion_pytorch_model.safetensors"), "{message}");
+    scratch.assert_nothing_left();
+}
+
+#[test]
+fn an_interrupted_export_leaves_nothing() {
+    let scratch = Scratch::new("tiny-schnell");
+    let stopped = export(&scratch.request, &ProgressBar::hidden(), &AtomicBool::new(true));
+    assert!(stopped.unwrap_err().to_string().contains("interrupted"));
+    scratch.assert_nothing_left();
+}
+
+#[test]
+fn the_checkpoint_is_never_the_target() {
+    let mut scratch = Scratch::new("tiny-schnell");
+    scratch.request.replace = true;
+    for target in [scratch.request.checkpoint.clone(), scratch.home.path().to_owned()] {
+        scratch.request.target = target;
+        let message = scratch.export().unwrap_err().to_string();
+        assert!(message.contains("holds the checkpoint"), "{message}");
+    }
+    scratch.assert_nothing_left();
+}

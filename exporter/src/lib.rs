@@ -1,0 +1,25 @@
+//! FLUX checkpoints as ONNX, without Python and without running the model.
+//!
+//! A network of [`flow::models`] is interpreted once by [`graph::Builder`], which records it as a
+//! graph of standard operators; [`external`] writes that graph beside the checkpoint's weights, and
+//! [`export`] puts the five graphs of a pipeline into the folder layout of Hugging Face Optimum.
+//!
+//! - [`args`]: what was typed.
+//! - [`export`]: the whole folder, all or nothing.
+//! - [`parts`]: which graphs there are, their inputs and outputs.
+//! - [`graph`], [`external`], [`proto`]: recording, writing, file format.
+//! - [`verify`]: the written graphs against reference tensors, in ONNX Runtime.
+//!
+//! Invariants: batch, tokens and image size stay open in every graph; a weight is read from its
+//! mapped file tensor by tensor, so memory does not grow with the model; ONNX Runtime is opened by
+//! [`verify`] only; a folder appears under its final name complete or not at all.
+#![warn(missing_docs)]
+
+pub mod args;
+pub mod export;
+pub mod external;
+pub mod graph;
+pub mod parts;
+pub mod proto;
+mod publish;
+pub mod verify;

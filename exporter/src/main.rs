@@ -1,0 +1,39 @@
+//! `ng-export`: a FLUX checkpoint as ONNX.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use exporter::args::Args;
+use exporter::export::{Table, export};
+use indicatif::{ProgressBar, ProgressStyle};
+
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> Result<()> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let asked = Arc::clone(&stop);
+    ctrlc::set_handler(move || asked.store(true, Ordering::Relaxed))
+        .context("cannot listen for interrupts")?;
+    let template = "{msg:<24} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+    let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template(template)?);
+    let summaries = export(&args.request(), &bar, &stop);
+    bar.finish_and_clear();
+    match write!(io::stdout(), "{}", Table(&summaries?)) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to standard output")
+        }
+        _ => Ok(()),
+    }
+}

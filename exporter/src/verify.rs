@@ -1,0 +1,151 @@
+//! Written graphs against reference tensors.
+//!
+//! `reference.safetensors` in a checkpoint folder holds, for each graph, inputs and the outputs that
+//! libtorch computed from them, named `<folder>.<input or output>`: `transformer.hidden_states`,
+//! `vae_decoder.sample`. The graphs run in ONNX Runtime on the CPU.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use flow::checkpoint::{Dtype, View, Weights};
+use onnx::{ElementType, Model, Options, Port, Tensor};
+
+use crate::external::MODEL_FILE;
+use crate::parts::Part;
+
+/// Largest relative difference that passes: f32 rounding over a deep network.
+pub const MAX_RELATIVE: f32 = 1e-5;
+
+/// How far a graph's outputs are from the reference: the worst of its outputs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Difference {
+    /// max |a − b|.
+    pub absolute: f32,
+    /// max |a − b| / max |b|.
+    pub relative: f32,
+}
+
+impl Difference {
+    /// Of values `a` from the expected `b`; infinite where either is not finite.
+    pub fn between(a: &[f32], b: &[f32]) -> Self {
+        let largest = |values: &mut dyn Iterator<Item = f32>| {
+            values
+                .map(f32::abs)
+                .fold(0.0, |max: f32, x| if x.is_finite() { max.max(x) } else { f32::INFINITY })
+        };
+        let absolute = largest(&mut a.iter().zip(b).map(|(a, b)| a - b));
+        let scale = largest(&mut b.iter().copied());
+        let relative = if absolute == 0.0 { 0.0 } else { absolute / scale };
+        Self { absolute, relative: if relative.is_nan() { f32::INFINITY } else { relative } }
+    }
+
+    /// Whether it is within [`MAX_RELATIVE`].
+    pub fn passes(self) -> bool {
+        self.relative <= MAX_RELATIVE
+    }
+
+    fn worse(self, other: Self) -> Self {
+        Self {
+            absolute: self.absolute.max(other.absolute),
+            relative: self.relative.max(other.relative),
+        }
+    }
+}
+
+/// The reference tensors of `checkpoint`.
+///
+/// # Errors
+/// When the file is missing, with what makes it, or is not whole.
+pub fn reference(checkpoint: &Path) -> Result<Weights> {
+    let path = checkpoint.join("reference.safetensors");
+    ensure!(
+        path.is_file(),
+        "{} is missing: make it with `ng-train reference {}`",
+        path.display(),
+        checkpoint.display()
+    );
+    Ok(Weights::open_file(&path)?)
+}
+
+/// Runs the graph of `part` under `export` on the reference's inputs and compares every output.
+///
+/// # Errors
+/// When the reference lacks a tensor or its shape differs, or ONNX Runtime is missing or fails.
+pub fn compare(
+    export: &Path,
+    part: Part,
+    reference: &Weights,
+    threads: usize,
+) -> Result<Difference> {
+    let path = export.join(part.folder()).join(MODEL_FILE);
+    let mut model = Model::open(&path, &Options { threads })?;
+    let find = |port: &Port| {
+        let name = format!("{}.{}", part.folder(), port.name);
+        tensor(reference, &name, &port.element)
+            .with_context(|| format!("{}: {name}", reference.path().display()))
+    };
+    let inputs = model.inputs().iter().map(find).collect::<Result<Vec<_>>>()?;
+    let expected = model.outputs().iter().map(find).collect::<Result<Vec<_>>>()?;
+    let names = |ports: &[Port]| ports.iter().map(|port| port.name.clone()).collect::<Vec<_>>();
+    let (input_names, output_names) = (names(model.inputs()), names(model.outputs()));
+    let named: Vec<_> = input_names.iter().map(String::as_str).zip(&inputs).collect();
+    let output_names: Vec<_> = output_names.iter().map(String::as_str).collect();
+    let results = model.run(&named, &output_names)?;
+    let mut worst = Difference { absolute: 0.0, relative: 0.0 };
+    for ((name, result), expected) in output_names.iter().zip(&results).zip(&expected) {
+        ensure!(
+            result.shape == expected.shape,
+            "{}.{name} has shape {:?}, but {:?} in {}",
+            part.folder(),
+            result.shape,
+            expected.shape,
+            reference.path().display()
+        );
+        worst = worst.worse(Difference::between(result.as_f32()?, expected.as_f32()?));
+    }
+    Ok(worst)
+}
+
+fn tensor(reference: &Weights, name: &str, element: &ElementType) -> Result<Tensor> {
+    let view = reference.get(name).context("no such tensor")?;
+    match (element, view.dtype) {
+        (ElementType::I64, Dtype::I64) => Tensor::i64(view.shape, integers(&view)),
+        (ElementType::F32, Dtype::F32) => {
+            Tensor::f32(view.shape, view.to_f32().map_err(anyhow::Error::msg)?)
+        }
+        (wanted, found) => bail!("has type {found:?}, but the graph has {wanted}"),
+    }
+}
+
+fn integers(view: &View<'_>) -> Vec<i64> {
+    let bytes = view.bytes.chunks_exact(size_of::<i64>());
+    bytes.map(|b| i64::from_le_bytes(b.try_into().expect("eight bytes"))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_difference_is_the_worst_element_over_the_largest_value() {
+        let difference = Difference::between(&[1.0, -4.5, 2.0], &[1.0, -4.0, 2.25]);
+        assert_eq!(difference, Difference { absolute: 0.5, relative: 0.125 });
+        assert!(!difference.passes());
+        assert!(Difference::between(&[1.0, 2.0], &[1.0, 2.0]).passes());
+    }
+
+    #[test]
+    fn what_is_not_a_number_never_passes() {
+        for (a, b) in [(f32::NAN, 1.0), (1.0, f32::NAN), (f32::INFINITY, f32::INFINITY)] {
+            assert!(!Difference::between(&[a, 1.0], &[b, 1.0]).passes(), "{a} {b}");
+        }
+        assert!(!Difference::between(&[1e-9], &[0.0]).passes());
+    }
+
+    #[test]
+    fn a_missing_reference_says_what_makes_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let message = reference(folder.path()).err().unwrap().to_string();
+        assert!(message.contains("ng-train reference"), "{message}");
+    }
+}

@@ -1,0 +1,75 @@
+"""Compares whole images from given noise: diffusers, `ng-train sample` and `ng-sample`.
+
+    python tests/parity/image.py MODEL EXPORT --programs target/release --out DIR
+
+All three start from the same noise and take the same Euler steps with the model's own schedule.
+Latents may differ by 1e-4 of their largest value, pixels by 2 of 255. The images stay in DIR.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from report import Report, run, tensors
+from safetensors.numpy import save_file
+
+LATENTS, PIXELS = 1e-4, 2 / 255
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("export", type=Path)
+    parser.add_argument("--programs", type=Path, default=Path("target/release"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prompt", default='a red "HAT"')
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--height", type=int, default=64)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    pipe = FluxPipeline.from_pretrained(
+        args.model, torch_dtype=torch.float32, local_files_only=True,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    factor, length = pipe.vae_scale_factor, min(pipe.tokenizer_2.model_max_length, 512)
+    shape = (1, 16, args.height // factor, args.width // factor)
+    noise = np.random.default_rng(7).standard_normal(shape).astype(np.float32)
+    save_file({"latents": noise}, args.out / "noise.safetensors")
+
+    settings = {
+        "prompt": args.prompt, "height": args.height, "width": args.width,
+        "num_inference_steps": args.steps, "guidance_scale": 3.5, "max_sequence_length": length,
+        "latents": pipe._pack_latents(torch.from_numpy(noise), *shape),
+    }
+    packed = pipe(**settings, output_type="latent").images
+    latents = pipe._unpack_latents(packed, args.height, args.width, factor).numpy()
+    image = pipe(**settings, output_type="np").images[0]
+    # save_file writes memory as it lies; the image is a transposed view.
+    stored = {"latents": np.ascontiguousarray(latents), "image": np.ascontiguousarray(image)}
+    save_file(stored, args.out / "diffusers.safetensors")
+    Image.fromarray((image * 255).round().astype(np.uint8)).save(args.out / "diffusers.png")
+
+    guidance = ["--guidance", 3.5] if pipe.transformer.config.guidance_embeds else []
+    report = Report(f"images against diffusers, {args.model}")
+    for program, model in ((["ng-train", "sample"], args.model), (["ng-sample"], args.export)):
+        name = program[0]
+        png, stored = args.out / f"{name}.png", args.out / f"{name}.safetensors"
+        run(
+            args.programs / name, *program[1:], "--model", model, "--prompt", args.prompt,
+            "--steps", args.steps, "--solver", "euler", *guidance,
+            "--width", args.width, "--height", args.height, "--max-sequence-length", length,
+            "--noise", args.out / "noise.safetensors", "--latents-out", stored, "-o", png,
+        )
+        report.relative(f"{name} latents", tensors(stored)["latents"], latents, LATENTS)
+        pixels = np.asarray(Image.open(png).convert("RGB"), np.float32) / 255
+        report.absolute(f"{name} pixels", pixels, image, PIXELS)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Runs an export in Hugging Face Optimum and compares its image with the one from diffusers.
+
+    PYTHONPATH=.runtime/optimum python tests/parity/ort_pipeline.py EXPORT DIR
+
+DIR is the folder that image.py filled for the same export, with noise.safetensors and
+diffusers.safetensors in it.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from optimum.onnxruntime import ORTFluxPipeline
+from report import Report, tensors
+from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast
+
+
+def tokenizer(folder):
+    """The tokenizer in `folder`, read by hand: Optimum's transformers is older than the folder."""
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    names = ("bos_token", "eos_token", "pad_token", "unk_token", "model_max_length")
+    settings = {name: config[name] for name in names if name in config}
+    whole = folder / "tokenizer.json"
+    if whole.is_file():
+        return PreTrainedTokenizerFast(tokenizer_file=str(whole), **settings)
+    return CLIPTokenizerFast(
+        vocab_file=str(folder / "vocab.json"), merges_file=str(folder / "merges.txt"), **settings,
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("export", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--prompt", default='a red "HAT"')
+    parser.add_argument("--steps", type=int, default=4)
+    args = parser.parse_args()
+
+    noise = torch.from_numpy(tensors(args.out / "noise.safetensors")["latents"])
+    expected = tensors(args.out / "diffusers.safetensors")
+    pipe = ORTFluxPipeline.from_pretrained(
+        args.export, provider="CPUExecutionProvider", local_files_only=True,
+        tokenizer=tokenizer(args.export / "tokenizer"),
+        tokenizer_2=tokenizer(args.export / "tokenizer_2"),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    height, width, _ = expected["image"].shape
+    image = pipe(
+        prompt=args.prompt, height=height, width=width, num_inference_steps=args.steps,
+        guidance_scale=3.5, max_sequence_length=min(pipe.tokenizer_2.model_max_length, 512),
+        latents=pipe._pack_latents(noise, *noise.shape), output_type="np",
+    ).images[0]
+    report = Report(f"Optimum's ORTFluxPipeline on {args.export}")
+    report.equal("class", type(pipe).__name__, "ORTFluxPipeline")
+    report.absolute("pixels", np.asarray(image), expected["image"], 2 / 255)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

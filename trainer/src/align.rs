@@ -1,0 +1,366 @@
+//! Aligning a model by Neighbor GRPO: roll out, reward, advantage, update, log, save.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use flow::latents::LatentSize;
+use flow::pipeline::Component;
+use flow::schedule::{Schedule, Shift};
+use flow::solver::{self, SOLVERS, Solver, Step};
+use serde::{Deserialize, Serialize};
+use tch::Device;
+
+use crate::advantage::AdvantageConfig;
+use crate::experience::{self, Experience};
+use crate::interrupt;
+use crate::model::Model;
+use crate::neighbor::NeighborConfig;
+use crate::optimizer::{AdamW, OptimizerConfig};
+use crate::progress::Progress;
+use crate::prompts::{self, Order, Prompt};
+use crate::report::Report;
+use crate::reward::{RewardConfig, Rewards};
+use crate::state;
+use crate::update::{self, Recorder};
+
+/// One run.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct AlignConfig {
+    /// Pipeline folder to start from.
+    pub model: PathBuf,
+    /// Folder for checkpoints, metrics and pictures.
+    pub output: PathBuf,
+    /// Training prompts: `.txt`, `.json` or `.jsonl`.
+    pub prompts: PathBuf,
+    /// Prompts of the sample sheets; the first few are drawn.
+    pub sheet_prompts: PathBuf,
+    /// Everything random follows from it.
+    #[serde(default)]
+    pub seed: u64,
+    /// Iterations of the whole run.
+    pub iterations: usize,
+    /// Prompts, each with its group, an iteration.
+    pub prompts_per_iteration: usize,
+    /// Members of a group, G.
+    #[serde(default = "group_size")]
+    pub group_size: usize,
+    /// Strength σ of the perturbation of the initial noise, in (0, 1] (Eq. 7).
+    #[serde(default = "sigma")]
+    pub sigma: f64,
+    /// Anchors of a group, B.
+    #[serde(default = "anchors")]
+    pub anchors: usize,
+    /// Optimiser steps an iteration, a divisor of B; B of them is Algorithm 1.
+    pub updates: usize,
+    /// Trained transitions of an anchor, K; without it, the fraction below.
+    #[serde(default)]
+    pub train_steps: Option<usize>,
+    /// K as a fraction of all transitions but the last.
+    #[serde(default = "timestep_fraction")]
+    pub timestep_fraction: f64,
+    /// How trajectories are solved.
+    pub rollout: RolloutConfig,
+    /// The surrogate policy.
+    #[serde(default)]
+    pub neighbor: NeighborConfig,
+    /// From rewards to advantages.
+    #[serde(default)]
+    pub advantage: AdvantageConfig,
+    /// AdamW.
+    pub optimizer: OptimizerConfig,
+    /// What is maximised: a weighted sum of advantages.
+    pub rewards: Vec<RewardConfig>,
+    /// What `ng-train eval` reports beside the rewards; nothing trains on it.
+    #[serde(default)]
+    pub judges: Vec<RewardConfig>,
+    /// A checkpoint, a sheet and a curve every so many iterations.
+    #[serde(default = "save_every")]
+    pub save_every: usize,
+    /// Whether backward recomputes each block, so that memory does not grow with depth.
+    #[serde(default)]
+    pub recompute: bool,
+}
+
+/// How trajectories are solved.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RolloutConfig {
+    /// `dpmpp-2m`, `euler` or `heun`.
+    #[serde(default = "default_solver")]
+    pub solver: String,
+    /// Steps T.
+    #[serde(default = "steps")]
+    pub steps: usize,
+    /// Constant shift of the time grid; without it, the checkpoint's scheduler decides.
+    #[serde(default)]
+    pub shift: Option<f64>,
+    /// Guidance scale, for a model that embeds one.
+    #[serde(default = "guidance")]
+    pub guidance: f64,
+    /// Width and height in pixels; without it, the model's own.
+    #[serde(default)]
+    pub size: Option<[usize; 2]>,
+    /// Images a network call takes at most.
+    #[serde(default = "rollout_batch")]
+    pub batch: usize,
+}
+
+fn group_size() -> usize {
+    12
+}
+fn sigma() -> f64 {
+    0.3
+}
+fn anchors() -> usize {
+    4
+}
+fn timestep_fraction() -> f64 {
+    0.6
+}
+fn save_every() -> usize {
+    50
+}
+fn default_solver() -> String {
+    Solver::Dpmpp2m.name().to_owned()
+}
+fn steps() -> usize {
+    8
+}
+fn guidance() -> f64 {
+    3.5
+}
+fn rollout_batch() -> usize {
+    64
+}
+
+impl RolloutConfig {
+    /// The table of steps for images of `size` under `scheduler`.
+    pub(crate) fn plan(
+        &self,
+        scheduler: &flow::schedule::SchedulerConfig,
+        size: &LatentSize,
+    ) -> Result<Vec<Step>> {
+        let shift = self.shift.map_or_else(|| scheduler.shift(size.tokens()), Shift::Factor);
+        let Some(solver) = Solver::by_name(&self.solver) else {
+            let known: Vec<&str> = SOLVERS.iter().map(|(name, _)| *name).collect();
+            bail!("unknown solver {:?}: {} are possible", self.solver, known.join(", "));
+        };
+        Ok(solver::plan(solver, &Schedule::new(self.steps, shift)?))
+    }
+}
+
+impl AlignConfig {
+    /// K.
+    pub(crate) fn n_train_steps(&self) -> usize {
+        let possible = self.rollout.steps - 1;
+        self.train_steps.unwrap_or((possible as f64 * self.timestep_fraction) as usize)
+    }
+
+    fn validate(&self) -> Result<()> {
+        ensure!(self.iterations > 0, "iterations = 0: nothing to do");
+        ensure!(self.prompts_per_iteration > 0, "prompts_per_iteration must be at least 1");
+        ensure!(self.group_size >= 2, "group_size = {}: at least 2", self.group_size);
+        ensure!(self.sigma > 0.0 && self.sigma <= 1.0, "sigma = {}: in (0, 1]", self.sigma);
+        ensure!(
+            (1..=self.group_size).contains(&self.anchors),
+            "anchors = {}: from 1 to group_size = {}",
+            self.anchors,
+            self.group_size
+        );
+        ensure!(
+            self.updates > 0 && self.anchors.is_multiple_of(self.updates),
+            "updates = {} must divide anchors = {}",
+            self.updates,
+            self.anchors
+        );
+        ensure!(self.rollout.steps >= 2, "rollout.steps = {}: at least 2", self.rollout.steps);
+        ensure!(self.rollout.batch > 0, "rollout.batch must be at least 1");
+        let (k, possible) = (self.n_train_steps(), self.rollout.steps - 1);
+        ensure!((1..=possible).contains(&k), "train_steps = {k}: from 1 to {possible}");
+        let p = self.advantage.quasi_norm;
+        ensure!(p > 0.0 && p <= 2.0, "advantage.quasi_norm = {p}: in (0, 2]");
+        ensure!(self.neighbor.tau > 0.0, "neighbor.tau = {}: above 0", self.neighbor.tau);
+        let clip = self.neighbor.clip;
+        ensure!(clip > 0.0 && clip < 1.0, "neighbor.clip = {clip}: in (0, 1)");
+        ensure!(self.save_every > 0, "save_every must be at least 1");
+        ensure!(!self.rewards.is_empty(), "no [[rewards]]: at least one is needed");
+        Ok(())
+    }
+}
+
+/// How a run was asked for, beside its configuration.
+pub struct Options {
+    /// Continue from the newest checkpoint of the output folder.
+    pub resume: bool,
+    /// Where to store one update's tensors.
+    pub record_update: Option<PathBuf>,
+    /// Worker threads of rewards.
+    pub threads: usize,
+    /// Where tensors live.
+    pub device: Device,
+}
+
+/// Name of the finished model's folder in the output folder.
+pub const ALIGNED: &str = "aligned";
+
+/// Trains as `config` says.
+///
+/// # Errors
+/// When the configuration, a file or a reward is at fault, when the ratio is not 1 before an update, or
+/// when the loss diverges.
+pub fn run(config: &AlignConfig, options: &Options) -> Result<()> {
+    config.validate()?;
+    let aligned = config.output.join(ALIGNED);
+    let found = state::newest(&config.output)?;
+    ensure!(
+        options.resume || (found.is_none() && !aligned.exists()),
+        "{} holds a run already: continue it with --resume, or choose another output",
+        config.output.display()
+    );
+    ensure!(
+        !options.resume || found.is_some(),
+        "--resume: no checkpoint in {}",
+        config.output.display()
+    );
+    let train_prompts = prompts::read(&config.prompts)?;
+    let rewards = Rewards::open(&config.rewards, options.threads)?;
+    rewards.check(&train_prompts)?;
+    let source = found.as_ref().map_or(&config.model, |position| &position.folder);
+    let kind = if options.device.is_cuda() { tch::Kind::BFloat16 } else { tch::Kind::Float };
+    let mut model = Model::load(source, options.device, kind)?;
+    model.engine.parameters.train();
+    model.engine.recompute = config.recompute;
+    let mut optimizer = AdamW::new(config.optimizer.clone(), &[&model.engine.parameters]);
+    let mut start = 0;
+    if let Some(position) = &found {
+        state::restore(position, config, &mut optimizer, &model)?;
+        start = position.iteration;
+    }
+    let size = model.latent_size(config.rollout.size)?;
+    let plan = config.rollout.plan(&model.pipeline.scheduler, &size)?;
+    let mut run = Run {
+        config,
+        options,
+        report: Report::open(config, found.as_ref(), &model, &size, &plan)?,
+        order: Order::new(train_prompts.len(), config.seed),
+        prompts: train_prompts,
+        rewards,
+        model,
+        optimizer,
+        size,
+        plan,
+    };
+    run.iterate(start)
+}
+
+struct Run<'a> {
+    config: &'a AlignConfig,
+    options: &'a Options,
+    prompts: Vec<Prompt>,
+    order: Order,
+    rewards: Rewards,
+    model: Model,
+    optimizer: AdamW,
+    size: LatentSize,
+    plan: Vec<Step>,
+    report: Report,
+}
+
+impl Run<'_> {
+    fn iterate(&mut self, start: usize) -> Result<()> {
+        let total = self.config.iterations;
+        ensure!(start < total, "all {total} iterations are done: raise iterations to go on");
+        let progress = Progress::new("align", total, start);
+        for iteration in start..total {
+            let line = self.once(iteration, iteration == start)?;
+            progress.advance(&line);
+            let done = iteration + 1;
+            let stop = interrupt::asked() && done < total;
+            if stop || done == total || done.is_multiple_of(self.config.save_every) {
+                self.save(done)?;
+                self.report.draw(done, &self.model)?;
+            }
+            if stop {
+                progress.say(&format!(
+                    "stopped after iteration {done} of {total}: the same command with --resume continues"
+                ));
+                bail!(Stopped);
+            }
+        }
+        self.publish()
+    }
+
+    fn once(&mut self, iteration: usize, is_first: bool) -> Result<String> {
+        let started = Instant::now();
+        let n = self.config.prompts_per_iteration;
+        let first = (iteration * n) as u64;
+        let picked: Vec<&Prompt> =
+            (0..n as u64).map(|i| &self.prompts[self.order.at(first + i)]).collect();
+        let experience: Experience = experience::gather(
+            self.config,
+            &self.model,
+            &self.rewards,
+            &self.plan,
+            &self.size,
+            &picked,
+            first,
+        )
+        .with_context(|| format!("iteration {}", iteration + 1))?;
+        let mut recorder = self
+            .options
+            .record_update
+            .as_deref()
+            .filter(|_| is_first)
+            .map(|path| Recorder::new(path, self.config));
+        let outcome = update::run(
+            self.config,
+            &self.model,
+            &mut self.optimizer,
+            &experience,
+            iteration,
+            recorder.as_mut(),
+        )
+        .with_context(|| format!("iteration {}", iteration + 1))?;
+        if let Some(recorder) = recorder {
+            recorder.write()?;
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        self.report.log(iteration + 1, self.config, &experience, &outcome, seconds)
+    }
+
+    fn save(&mut self, done: usize) -> Result<()> {
+        let config = self.config;
+        state::save(config, done, &self.model, &self.optimizer)
+            .with_context(|| format!("cannot save after iteration {done}"))
+    }
+
+    /// Puts the finished model where people look for it.
+    fn publish(&self) -> Result<()> {
+        let folder = self.config.output.join(ALIGNED);
+        let saved = crate::save::Saved {
+            component: Component::Transformer,
+            parameters: &self.model.engine.parameters,
+            averaged: self.optimizer.averaged(),
+        };
+        crate::save::pipeline(&self.model, &folder, &[saved], |folder| {
+            crate::reference::write(&self.model, folder)
+        })?;
+        println!("{}", folder.display());
+        Ok(())
+    }
+}
+
+/// The run was asked to stop and saved its state; the program ends with code 130.
+#[derive(Debug)]
+pub struct Stopped;
+
+impl std::fmt::Display for Stopped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("interrupted")
+    }
+}
+
+impl std::error::Error for Stopped {}
+

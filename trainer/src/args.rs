@@ -1,0 +1,133 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Aligns flow-matching text-to-image models with human preference (Neighbor GRPO).
+#[derive(Parser)]
+#[command(name = "ng-train", version, subcommand_required = true, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+    /// Where tensors live: auto, cpu, cuda or cuda:N
+    #[arg(long, global = true, default_value = "auto")]
+    pub device: String,
+    /// CPU threads [default: all cores]
+    #[arg(long, global = true)]
+    pub threads: Option<usize>,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Align a model: roll out, reward, update
+    ///
+    /// The output folder gets metrics.jsonl and a TensorBoard event file, curve.png, samples/ (a sheet
+    /// every save_every iterations), checkpoints/ (complete, for --resume) and, at the end, aligned/: a
+    /// pipeline folder that diffusers loads. Ctrl-C saves and stops.
+    Align {
+        #[command(flatten)]
+        source: SourceArgs,
+        /// Continue from the newest checkpoint of the output folder
+        #[arg(long)]
+        resume: bool,
+        /// Store the tensors of the first iteration's last update as safetensors
+        #[arg(long, value_name = "FILE")]
+        record_update: Option<PathBuf>,
+    },
+    /// Train a small model from captioned images: autoencoder, then flow
+    Pretrain {
+        #[command(flatten)]
+        source: SourceArgs,
+    },
+    /// Score checkpoints on a prompt file; writes eval.md, eval.json and side-by-side.png
+    Eval {
+        /// Pipeline folders, the first being the one to compare with
+        #[arg(long = "model", required = true, value_name = "DIR")]
+        models: Vec<PathBuf>,
+        /// Prompt file: .txt, .json or .jsonl
+        #[arg(long, value_name = "FILE")]
+        prompts: PathBuf,
+        /// Image i starts from the noise of seed + i
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
+        /// Folder for the results
+        #[arg(long, value_name = "DIR", default_value = "out/eval")]
+        out: PathBuf,
+        /// Rewards, judges and rollout come from it
+        #[command(flatten)]
+        source: SourceArgs,
+    },
+    /// Sample images from a checkpoint through libtorch
+    Sample(SampleArgs),
+    /// Write reference.safetensors into a pipeline folder, for `ng-export --verify`
+    Reference {
+        /// Pipeline folder
+        model: PathBuf,
+    },
+    /// Render the captioned images that the embedded model is trained on
+    Signs {
+        /// Folder to write; it must not exist
+        out: PathBuf,
+        /// Images
+        #[arg(short, default_value_t = 16_000)]
+        n: usize,
+    },
+}
+
+/// Where a configuration comes from.
+#[derive(Args)]
+pub struct SourceArgs {
+    /// A run that ships with the program
+    #[arg(long, conflicts_with = "config", required_unless_present = "config")]
+    pub preset: Option<String>,
+    /// A run described by a TOML file
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Replace one setting, as in optimizer.learning_rate=1e-5 or rewards.0.weight=2; repeatable
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub settings: Vec<String>,
+}
+
+#[derive(Args)]
+pub struct SampleArgs {
+    /// Pipeline folder
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// What to draw
+    #[arg(long)]
+    pub prompt: String,
+    /// Images
+    #[arg(short, default_value_t = 1)]
+    pub n: usize,
+    /// Image i starts from the noise of seed + i
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// dpmpp-2m, euler or heun
+    #[arg(long, default_value = "dpmpp-2m")]
+    pub solver: String,
+    /// Steps
+    #[arg(long, default_value_t = 8)]
+    pub steps: usize,
+    /// Constant shift of the time grid [default: the checkpoint's scheduler]
+    #[arg(long)]
+    pub shift: Option<f64>,
+    /// Guidance scale, for a model that embeds one
+    #[arg(long, default_value_t = 3.5)]
+    pub guidance: f64,
+    /// Pixels [default: the model's own]
+    #[arg(long, requires = "height")]
+    pub width: Option<usize>,
+    /// Pixels [default: the model's own]
+    #[arg(long, requires = "width")]
+    pub height: Option<usize>,
+    /// Start from this noise: safetensors, tensor `latents` [n, Z, h, w]
+    #[arg(long, value_name = "FILE")]
+    pub noise: Option<PathBuf>,
+    /// Store the final latents there
+    #[arg(long, value_name = "FILE")]
+    pub latents_out: Option<PathBuf>,
+    /// PNG file; several images get a number before the extension
+    #[arg(short, long, value_name = "FILE", default_value = "out.png")]
+    pub out: PathBuf,
+}

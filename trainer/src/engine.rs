@@ -1,0 +1,209 @@
+//! The velocity network as training uses it: without gradients for rollouts, and forward with backward
+//! for updates, block by block where memory matters.
+
+use std::rc::Rc;
+
+use flow::models::transformer::{Inputs, State, TransformerConfig};
+use flow::ops::Rope;
+use flow::ops::shapes::{Manifest, Shapes};
+use tch::{Tensor, no_grad};
+
+use crate::parameters::Parameters;
+
+/// What conditions a velocity, one row a sample.
+pub(crate) struct Condition {
+    /// T5 tokens, `[B, L, D]`.
+    pub(crate) text: Tensor,
+    /// CLIP vector, `[B, P]`.
+    pub(crate) pooled: Tensor,
+    /// Guidance scale `[B]`; ignored by a network that embeds none.
+    pub(crate) guidance: Tensor,
+    /// Position ids of image tokens, `[S, 3]`.
+    pub(crate) img_ids: Tensor,
+}
+
+impl Condition {
+    /// Rows `index` (integers `[M]`).
+    pub(crate) fn rows(&self, index: &Tensor) -> Self {
+        Self {
+            text: self.text.index_select(0, index),
+            pooled: self.pooled.index_select(0, index),
+            guidance: self.guidance.index_select(0, index),
+            img_ids: self.img_ids.shallow_clone(),
+        }
+    }
+}
+
+/// The velocity network.
+pub(crate) struct Engine {
+    config: TransformerConfig,
+    pub(crate) parameters: Parameters,
+    /// Whether backward recomputes each block from its input, so that activations of one block at a
+    /// time are held.
+    pub(crate) recompute: bool,
+}
+
+/// One manifest a segment: prologue, every block, epilogue. A parameter belongs to its first user.
+pub(crate) fn segments(config: &TransformerConfig) -> Vec<Manifest> {
+    let shape = |n: &[usize]| n.to_vec();
+    let (x, c) = (shape(&[1, 1, config.in_channels]), shape(&[1, 1, config.joint_attention_dim]));
+    let (pooled, scalar, ids) = (shape(&[1, config.pooled_projection_dim]), shape(&[1]), shape(&[1, 3]));
+    let inputs = Inputs {
+        hidden_states: &x,
+        encoder_hidden_states: &c,
+        pooled_projections: &pooled,
+        timestep: &scalar,
+        img_ids: &ids,
+        txt_ids: &ids,
+        guidance: Some(&scalar),
+    };
+    let dry = Shapes::new();
+    let mut state = config.prologue(&dry, &inputs);
+    let mut manifests = vec![dry.manifest()];
+    for index in 0..config.n_blocks() {
+        let dry = Shapes::new();
+        state = config.block(&dry, index, &state);
+        manifests.push(dry.manifest());
+    }
+    let dry = Shapes::new();
+    config.epilogue(&dry, &state);
+    manifests.push(dry.manifest());
+    manifests
+}
+
+type T = Rc<Tensor>;
+
+impl Engine {
+    pub(crate) fn new(config: TransformerConfig, parameters: Parameters) -> Self {
+        Self { config, parameters, recompute: false }
+    }
+
+    /// Velocity `[B, S, C]` of `x_t` `[B, S, C]` at times `t` `[B]`, in f32, without gradients.
+    pub(crate) fn velocity(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Tensor {
+        no_grad(|| self.forward(x_t, t, condition))
+    }
+
+    /// The velocity with its graph, for losses that train the text encoders as well.
+    pub(crate) fn forward(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Tensor {
+        let owned = self.inputs(x_t, t, condition);
+        let v = self.config.forward(&self.parameters.ops(), &owned.borrow());
+        v.to_kind(tch::Kind::Float)
+    }
+
+    /// Runs the network forward, asks `gradient` for dJ/dv (same shape as v, f32) and accumulates its
+    /// product with dv/dθ on the parameters.
+    pub(crate) fn forward_backward(
+        &self,
+        x_t: &Tensor,
+        t: &Tensor,
+        condition: &Condition,
+        gradient: impl FnOnce(&Tensor) -> Tensor,
+    ) {
+        if self.recompute {
+            return self.blockwise(x_t, t, condition, gradient);
+        }
+        let v = self.forward(x_t, t, condition);
+        let of_v = gradient(&v.detach());
+        (v * of_v).sum(tch::Kind::Float).backward();
+    }
+
+    fn blockwise(
+        &self,
+        x_t: &Tensor,
+        t: &Tensor,
+        condition: &Condition,
+        gradient: impl FnOnce(&Tensor) -> Tensor,
+    ) {
+        let (ops, config) = (self.parameters.ops(), &self.config);
+        let owned = self.inputs(x_t, t, condition);
+        let mut inputs: Vec<State<T>> = Vec::with_capacity(config.n_blocks() + 1);
+        no_grad(|| {
+            let mut state = config.prologue(&ops, &owned.borrow());
+            for index in 0..config.n_blocks() {
+                let next = config.block(&ops, index, &state);
+                inputs.push(std::mem::replace(&mut state, next));
+            }
+            inputs.push(state);
+        });
+        let last = leaf(&inputs.pop().expect("one state at least"));
+        let v = config.epilogue(&ops, &last);
+        let of_v = gradient(&v.detach().to_kind(tch::Kind::Float));
+        (&*v * of_v).sum(tch::Kind::Float).backward();
+        let mut upstream = gradients(&last);
+        for index in (0..config.n_blocks()).rev() {
+            let input = leaf(&inputs.pop().expect("one state a block"));
+            inject(&config.block(&ops, index, &input), &upstream);
+            upstream = gradients(&input);
+        }
+        inject(&config.prologue(&ops, &owned.borrow()), &upstream);
+    }
+
+    fn inputs(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> OwnedInputs {
+        let kind = self.parameters.kind();
+        let float = |x: &Tensor| Rc::new(x.to_kind(kind));
+        let n_text = condition.text.size()[1];
+        OwnedInputs {
+            x_t: float(x_t),
+            text: float(&condition.text),
+            pooled: float(&condition.pooled),
+            t: float(t),
+            img_ids: Rc::new(condition.img_ids.shallow_clone()),
+            txt_ids: Rc::new(Tensor::zeros([n_text, 3], (tch::Kind::Float, x_t.device()))),
+            guidance: float(&condition.guidance),
+        }
+    }
+}
+
+struct OwnedInputs {
+    x_t: T,
+    text: T,
+    pooled: T,
+    t: T,
+    img_ids: T,
+    txt_ids: T,
+    guidance: T,
+}
+
+impl OwnedInputs {
+    fn borrow(&self) -> Inputs<'_, T> {
+        Inputs {
+            hidden_states: &self.x_t,
+            encoder_hidden_states: &self.text,
+            pooled_projections: &self.pooled,
+            timestep: &self.t,
+            img_ids: &self.img_ids,
+            txt_ids: &self.txt_ids,
+            guidance: Some(&self.guidance),
+        }
+    }
+}
+
+/// The same values, cut from their history and asking for gradients.
+fn leaf(state: &State<T>) -> State<T> {
+    let cut = |x: &T| Rc::new(x.detach().set_requires_grad(true));
+    State {
+        x: cut(&state.x),
+        c: cut(&state.c),
+        temb: cut(&state.temb),
+        rope: Rope { cos: state.rope.cos.clone(), sin: state.rope.sin.clone() },
+    }
+}
+
+/// Gradients that reached a leaf: x, c, temb; undefined where none did.
+fn gradients(state: &State<T>) -> [Tensor; 3] {
+    [&state.x, &state.c, &state.temb].map(|x| x.grad())
+}
+
+/// Carries `upstream` through the graph of `state`.
+fn inject(state: &State<T>, upstream: &[Tensor; 3]) {
+    let parts = [&state.x, &state.c, &state.temb];
+    let products: Vec<Tensor> = parts
+        .iter()
+        .zip(upstream)
+        .filter(|(part, gradient)| part.requires_grad() && gradient.defined())
+        .map(|(part, gradient)| (&***part * gradient).sum(tch::Kind::Float))
+        .collect();
+    if let Some(total) = products.into_iter().reduce(|a, b| a + b) {
+        total.backward();
+    }
+}

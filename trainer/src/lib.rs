@@ -1,0 +1,113 @@
+//! `ng-train`: alignment of flow-matching text-to-image models with human preference, through libtorch.
+
+use std::num::NonZero;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::args::{Cli, Command, SampleArgs, SourceArgs};
+use crate::config::Source;
+
+mod advantage;
+pub mod align;
+pub mod args;
+pub mod atomic;
+pub mod captioned;
+pub mod config;
+pub mod device;
+mod eager;
+mod engine;
+pub mod eval;
+mod experience;
+pub mod font;
+mod init;
+pub mod interrupt;
+pub mod metrics;
+mod model;
+mod neighbor;
+mod optimizer;
+mod parameters;
+pub mod picture;
+pub mod plot;
+pub mod pretrain;
+mod progress;
+pub mod prompts;
+mod reference;
+mod report;
+pub mod reward;
+mod rollout;
+pub mod sample;
+mod save;
+mod seeds;
+pub mod sheet;
+pub mod signs;
+pub mod splitmix;
+mod state;
+mod update;
+
+/// Does what the command line asks for.
+///
+/// # Errors
+/// Whatever is wrong, in one line.
+pub fn run(cli: &Cli) -> Result<()> {
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let threads = cli.threads.unwrap_or(cores);
+    ensure!(threads > 0, "--threads 0: at least one");
+    tch::set_num_threads(threads as i32);
+    let device = device::open(&cli.device)?;
+    interrupt::listen()?;
+    match &cli.command {
+        Command::Align { source, resume, record_update } => {
+            let config = config::read(&of(source), &config::ALIGN_PRESETS, &source.settings)?;
+            let record_update = record_update.clone();
+            align::run(&config, &align::Options { resume: *resume, record_update, threads, device })
+        }
+        Command::Pretrain { source } => {
+            let config = config::read(&of(source), &config::PRETRAIN_PRESETS, &source.settings)?;
+            pretrain::run(&config, device)
+        }
+        Command::Eval { models, prompts, seed, out, source } => {
+            let config = config::read(&of(source), &config::ALIGN_PRESETS, &source.settings)?;
+            let options = eval::Options { models, prompts, seed: *seed, out, threads, device };
+            eval::run(&config, &options)
+        }
+        Command::Sample(args) => sample::run(&sample_options(args, device)),
+        Command::Reference { model } => {
+            let loaded = model::Model::load(model, device, tch::Kind::Float)?;
+            reference::write(&loaded, model)?;
+            println!("{}", model.join(reference::FILE).display());
+            Ok(())
+        }
+        Command::Signs { out, n } => {
+            let config = signs::SignsConfig { n_images: *n, ..signs::SignsConfig::default() };
+            signs::write(out, &config).with_context(|| format!("cannot write {}", out.display()))
+        }
+    }
+}
+
+fn of(args: &SourceArgs) -> Source<'_> {
+    match (&args.preset, &args.config) {
+        (_, Some(path)) => Source::File(path),
+        (preset, None) => Source::Preset(preset.as_deref().unwrap_or_default()),
+    }
+}
+
+fn sample_options(args: &SampleArgs, device: tch::Device) -> sample::Options<'_> {
+    sample::Options {
+        model: &args.model,
+        prompt: &args.prompt,
+        n: args.n,
+        seed: args.seed,
+        rollout: align::RolloutConfig {
+            solver: args.solver.clone(),
+            steps: args.steps,
+            shift: args.shift,
+            guidance: args.guidance,
+            size: args.width.zip(args.height).map(|(width, height)| [width, height]),
+            batch: args.n.max(1),
+        },
+        noise: args.noise.as_deref(),
+        latents_out: args.latents_out.as_deref(),
+        out: &args.out,
+        device,
+    }
+}

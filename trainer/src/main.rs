@@ -1,0 +1,18 @@
+//! `ng-train`.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use trainer::args::Cli;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match trainer::run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<trainer::align::Stopped>() => ExitCode::from(130),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

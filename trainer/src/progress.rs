@@ -1,0 +1,56 @@
+//! A line that tells how far a run is, how fast it goes and what it reaches; plain lines where no one
+//! watches a terminal.
+
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// Without a terminal, a line this often.
+const PLAIN_EVERY: Duration = Duration::from_secs(10);
+
+/// Progress of one stage.
+pub(crate) struct Progress {
+    bar: ProgressBar,
+    name: &'static str,
+    started: Instant,
+    first: u64,
+    said: std::cell::Cell<Instant>,
+    is_plain: bool,
+}
+
+impl Progress {
+    /// `total` steps, of which `done` were done by an earlier run.
+    pub(crate) fn new(name: &'static str, total: usize, done: usize) -> Self {
+        let bar = ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr_with_hz(4));
+        let style = ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len}  {msg}  {elapsed} < {eta}");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.set_prefix(name);
+        bar.set_position(done as u64);
+        bar.reset_eta();
+        let is_plain = bar.is_hidden();
+        let now = Instant::now();
+        Self { bar, name, started: now, first: done as u64, said: now.into(), is_plain }
+    }
+
+    /// One step is done; `message` says what it reached.
+    pub(crate) fn advance(&self, message: &str) {
+        self.bar.inc(1);
+        let (done, total) = (self.bar.position(), self.bar.length().unwrap_or(0));
+        let rate = (done - self.first) as f64 / self.started.elapsed().as_secs_f64();
+        self.bar.set_message(format!("{message}  {}", per_time(rate)));
+        if self.is_plain && (self.said.get().elapsed() >= PLAIN_EVERY || done == total) {
+            self.said.set(Instant::now());
+            let left = (total - done) as f64 / rate;
+            eprintln!("{} {done}/{total}  {message}  {}  {left:.0} s left", self.name, per_time(rate));
+        }
+    }
+
+    /// Says something above the line.
+    pub(crate) fn say(&self, text: &str) {
+        if self.is_plain { eprintln!("{text}") } else { self.bar.suspend(|| eprintln!("{text}")) }
+    }
+}
+
+fn per_time(rate: f64) -> String {
+    if rate >= 1.0 { format!("{rate:.1}/s") } else { format!("{:.1} s each", 1.0 / rate) }
+}

@@ -1,0 +1,260 @@
+//! Rewards: what an image is worth for its prompt.
+//!
+//! [`Rewards`] scores a group of images under every reward of a run. Training sums *advantages*
+//! over rewards, not the rewards themselves (METHOD section 2), so scales need not match.
+//!
+//! A reward that fails (an error, a list of the wrong length, a number that is not finite) is
+//! tried again after a pause that doubles. If it keeps failing, it ends the run when it is
+//! required; else the group's sum goes without it. A failure never becomes a score.
+
+mod colour;
+mod config;
+mod constant;
+mod ctc;
+mod jpeg;
+mod ocr;
+mod onnx;
+mod pool;
+mod text;
+
+use std::{
+    collections::HashSet,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use image::RgbImage;
+
+pub use self::{
+    colour::ColourMatch,
+    config::{JpegSize, Measure, RewardConfig, RewardKind},
+    constant::Constant,
+    jpeg::Jpeg,
+    ocr::{LOG_PROB_FLOOR, Ocr, Verdict},
+    onnx::{ImageModel, ImageModelConfig},
+    text::{exact, similarity},
+};
+use crate::prompts::Prompt;
+
+/// Scores images for their prompts; higher is better.
+pub trait Reward: Send + Sync {
+    /// One finite number an image, in order; `prompts[i]` belongs to `images[i]`. An image's score
+    /// depends on nothing but the image and its prompt. Called from several threads at once, each
+    /// with a part of the images.
+    fn score(&self, prompts: &[&Prompt], images: &[&RgbImage]) -> Result<Vec<f64>>;
+
+    /// Refuses a prompt that this reward can never score, so that a run learns it at its start.
+    fn check(&self, _prompt: &Prompt) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// The rewards of a run.
+pub struct Rewards {
+    entries: Vec<Entry>,
+    threads: usize,
+    first_pause: Duration,
+}
+
+/// One group scored by every reward, in the order of the configuration.
+#[derive(Clone, Debug)]
+pub struct Scores {
+    pub outcomes: Vec<Outcome>,
+}
+
+/// One group scored by one reward.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// One score an image; `None` if the reward failed and is not required.
+    pub scores: Option<Vec<f64>>,
+    /// Failed attempts, and attempts after the first.
+    pub failures: u32,
+    pub retries: u32,
+    /// Wall time of all attempts and the pauses between them.
+    pub seconds: f64,
+    /// Why the last failed attempt failed.
+    pub error: Option<String>,
+}
+
+struct Entry {
+    name: String,
+    weight: f64,
+    required: bool,
+    retries: u32,
+    reward: Box<dyn Reward>,
+}
+
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
+impl Rewards {
+    /// Opens every reward, each for up to `threads` worker threads that use one core each.
+    ///
+    /// # Errors
+    /// There is no reward, two have one name, a setting is out of range, or a model does not open.
+    pub fn open(configs: &[RewardConfig], threads: usize) -> Result<Self> {
+        let mut names = HashSet::new();
+        let entries = configs
+            .iter()
+            .map(|config| {
+                let name = &config.name;
+                ensure!(names.insert(name), "two rewards are named {name:?}");
+                ensure!(config.weight.is_finite(), "weight of reward {name:?} is not finite");
+                let reward = open(&config.kind, threads)
+                    .with_context(|| format!("cannot open reward {name:?}"))?;
+                Ok(Entry {
+                    name: name.clone(),
+                    weight: config.weight,
+                    required: config.required,
+                    retries: config.retries,
+                    reward,
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Self::new(entries, threads)
+    }
+
+    /// Names and weights, in the order of [`Scores::outcomes`].
+    pub fn weights(&self) -> impl ExactSizeIterator<Item = (&str, f64)> {
+        self.entries.iter().map(|entry| (entry.name.as_str(), entry.weight))
+    }
+
+    /// Refuses prompts that a reward can never score (no quoted text for OCR, an unknown colour).
+    pub fn check<'a>(&self, prompts: impl IntoIterator<Item = &'a Prompt>) -> Result<()> {
+        for prompt in prompts {
+            for entry in &self.entries {
+                entry.reward.check(prompt).with_context(|| format!("reward {:?}", entry.name))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Scores the images of one group; `prompts[i]` belongs to `images[i]`.
+    ///
+    /// Call it once a group: a reward that fails is left out of all images given together. The
+    /// scores do not depend on the number of threads.
+    ///
+    /// # Errors
+    /// A required reward failed on every attempt.
+    pub fn score(&self, prompts: &[&Prompt], images: &[&RgbImage]) -> Result<Scores> {
+        ensure!(
+            prompts.len() == images.len(),
+            "{} prompts for {} images",
+            prompts.len(),
+            images.len()
+        );
+        let outcomes = self.entries.iter().map(|entry| self.outcome(entry, prompts, images));
+        Ok(Scores { outcomes: outcomes.collect::<Result<_>>()? })
+    }
+
+    fn new(entries: Vec<Entry>, threads: usize) -> Result<Self> {
+        ensure!(!entries.is_empty(), "a run needs at least one reward");
+        ensure!(threads > 0, "rewards need at least one thread");
+        Ok(Self { entries, threads, first_pause: FIRST_PAUSE })
+    }
+
+    fn outcome(&self, entry: &Entry, prompts: &[&Prompt], images: &[&RgbImage]) -> Result<Outcome> {
+        let start = Instant::now();
+        let mut pause = self.first_pause;
+        let mut last_error = None;
+        for attempt in 0..=entry.retries {
+            match score_in_parallel(&*entry.reward, prompts, images, self.threads) {
+                Ok(scores) => {
+                    return Ok(Outcome {
+                        scores: Some(scores),
+                        failures: attempt,
+                        retries: attempt,
+                        seconds: start.elapsed().as_secs_f64(),
+                        error: last_error.map(|error| format!("{error:#}")),
+                    });
+                }
+                Err(error) => last_error = Some(error),
+            }
+            if attempt < entry.retries {
+                thread::sleep(pause);
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            }
+        }
+        let attempts = entry.retries + 1;
+        let error = last_error.unwrap_or_else(|| anyhow!("no attempt was made"));
+        if entry.required {
+            let name = &entry.name;
+            return Err(error.context(format!("reward {name:?} failed, attempts: {attempts}")));
+        }
+        Ok(Outcome {
+            scores: None,
+            failures: attempts,
+            retries: entry.retries,
+            seconds: start.elapsed().as_secs_f64(),
+            error: Some(format!("{error:#}")),
+        })
+    }
+}
+
+fn open(kind: &RewardKind, threads: usize) -> Result<Box<dyn Reward>> {
+    Ok(match kind {
+        RewardKind::Ocr { model, measure } => Box::new(Ocr::open(model, *measure, threads)?),
+        RewardKind::Jpeg { quality, prefer } => {
+            ensure!((1..=100).contains(quality), "`quality` is {quality}, it goes from 1 to 100");
+            Box::new(Jpeg { quality: *quality, prefer: *prefer })
+        }
+        RewardKind::Colour {} => Box::new(ColourMatch),
+        RewardKind::Onnx { model, size, mean, std, index } => {
+            let config = ImageModelConfig {
+                model: model.clone(),
+                size: *size,
+                mean: *mean,
+                std: *std,
+                index: *index,
+            };
+            Box::new(ImageModel::open(config, threads)?)
+        }
+        RewardKind::Constant { value } => {
+            ensure!(value.is_finite(), "`value` is not finite");
+            Box::new(Constant { value: *value })
+        }
+    })
+}
+
+/// One attempt: the images in `threads` runs of neighbours, scored at once.
+fn score_in_parallel(
+    reward: &dyn Reward,
+    prompts: &[&Prompt],
+    images: &[&RgbImage],
+    threads: usize,
+) -> Result<Vec<f64>> {
+    let n_each = images.len().div_ceil(threads).max(1);
+    let mut parts = prompts.chunks(n_each).zip(images.chunks(n_each));
+    let Some(first) = parts.next() else { return Ok(Vec::new()) };
+    let parts = thread::scope(|scope| {
+        let others: Vec<_> = parts
+            .map(|(prompts, images)| scope.spawn(move || checked(reward, prompts, images)))
+            .collect();
+        let mut parts = vec![checked(reward, first.0, first.1)];
+        parts.extend(others.into_iter().map(|worker| match worker.join() {
+            Ok(part) => part,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }));
+        parts
+    });
+    parts.into_iter().collect::<Result<Vec<_>>>().map(|parts| parts.concat())
+}
+
+fn checked(reward: &dyn Reward, prompts: &[&Prompt], images: &[&RgbImage]) -> Result<Vec<f64>> {
+    let scores = reward.score(prompts, images)?;
+    ensure!(
+        scores.len() == images.len(),
+        "it returned {} scores for {} images",
+        scores.len(),
+        images.len()
+    );
+    if let Some(i) = scores.iter().position(|score| !score.is_finite()) {
+        let prompt = &prompts[i].text;
+        return Err(anyhow!("it scored an image of prompt {prompt:?} as {}", scores[i]));
+    }
+    Ok(scores)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,152 @@
+//! The `[[rewards]]` tables of a preset.
+//!
+//! ```toml
+//! [[rewards]]
+//! kind = "ocr"
+//! name = "spelling"
+//! weight = 1.0
+//! model = ".runtime/models/ocr-v6.onnx"
+//! measure = "log_prob"
+//!
+//! [[rewards]]
+//! kind = "colour"
+//! name = "colour"
+//! weight = 0.2
+//! required = false
+//! ```
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// One reward of a run. Unknown keys are refused, those of [`RewardKind`] included.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct RewardConfig {
+    /// Name in logs and metrics; unique in a run.
+    pub name: String,
+    /// Factor on this reward's advantages, finite. 0 scores it without training on it.
+    pub weight: f64,
+    /// Whether a failure that outlives the retries ends the run. If not, the reward is left out
+    /// of that group's sum of advantages.
+    #[serde(default = "default_required")]
+    pub required: bool,
+    /// Further attempts after a failed one.
+    #[serde(default = "default_retries")]
+    pub retries: u32,
+    #[serde(flatten)]
+    pub kind: RewardKind,
+}
+
+/// What a reward measures; `kind` in the table.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum RewardKind {
+    /// How well the image reads as the prompt's target text: [`super::Ocr`].
+    Ocr {
+        /// PP-OCR recognition model, `.onnx`.
+        model: PathBuf,
+        #[serde(default)]
+        measure: Measure,
+    },
+    /// Size of the image as a JPEG file, in kB.
+    Jpeg {
+        /// JPEG quality, 1 to 100.
+        #[serde(default = "default_quality")]
+        quality: u8,
+        prefer: JpegSize,
+    },
+    /// Share of the drawn pixels that have the prompt's colour, 0 to 1.
+    Colour {},
+    /// A number that any ONNX model computes from the image alone.
+    Onnx {
+        /// `.onnx` with one f32 input [1, 3, height, width].
+        model: PathBuf,
+        /// Width and height the image is resized to, in pixels.
+        size: [u32; 2],
+        /// Per channel (red, green, blue), subtracted from values in 0 to 1.
+        mean: [f32; 3],
+        /// Per channel, the divisor after the mean is subtracted.
+        std: [f32; 3],
+        /// Which number of the first output is the score.
+        #[serde(default)]
+        index: usize,
+    },
+    /// The same value for every image: a control that must not train anything.
+    Constant { value: f64 },
+}
+
+/// How an OCR reading is turned into a reward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Measure {
+    /// Log-probability of the target a character, at most 0: dense, the one to train on.
+    #[default]
+    LogProb,
+    /// 1 if the image reads exactly as the target, else 0: the one to report.
+    Exact,
+    /// 1 less the edit distance relative to the target's length, 0 to 1.
+    Similarity,
+}
+
+/// The direction of a JPEG-size reward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JpegSize {
+    /// Compressible images score higher (the score is minus the size).
+    Small,
+    /// Incompressible images score higher (the score is the size).
+    Large,
+}
+
+fn default_required() -> bool {
+    true
+}
+
+fn default_retries() -> u32 {
+    2
+}
+
+fn default_quality() -> u8 {
+    85
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(table: &str) -> Result<RewardConfig, toml::de::Error> {
+        toml::from_str(table)
+    }
+
+    #[test]
+    fn tables_with_defaults() {
+        let ocr = parse("kind = 'ocr'\nname = 'a'\nweight = 1.0\nmodel = 'm.onnx'").unwrap();
+        assert!(ocr.required);
+        assert_eq!(ocr.retries, 2);
+        assert!(matches!(ocr.kind, RewardKind::Ocr { measure: Measure::LogProb, .. }));
+        let colour = parse("kind = 'colour'\nname = 'c'\nweight = 0.5\nrequired = false").unwrap();
+        assert!(!colour.required);
+        let jpeg = parse("kind = 'jpeg'\nname = 'j'\nweight = 1\nprefer = 'small'").unwrap();
+        let RewardKind::Jpeg { quality: 85, prefer: JpegSize::Small } = jpeg.kind else {
+            panic!("{jpeg:?}");
+        };
+        let written = toml::to_string(&jpeg).unwrap();
+        assert_eq!(toml::to_string(&parse(&written).unwrap()).unwrap(), written);
+    }
+
+    #[test]
+    fn unknown_keys_and_values_are_refused() {
+        let cases = [
+            ("kind = 'colour'\nname = 'c'\nweight = 1\nretry = 3", "retry"),
+            ("kind = 'jpeg'\nname = 'j'\nweight = 1\nprefer = 'small'\nqualty = 3", "qualty"),
+            ("kind = 'jpeg'\nname = 'j'\nweight = 1\nprefer = 'tiny'", "tiny"),
+            ("kind = 'clip'\nname = 'j'\nweight = 1", "clip"),
+            ("kind = 'colour'\nname = 'c'", "weight"),
+            ("name = 'c'\nweight = 1", "kind"),
+        ];
+        for (table, culprit) in cases {
+            let error = parse(table).unwrap_err().to_string();
+            assert!(error.contains(culprit), "{culprit} is not in: {error}");
+        }
+    }
+}

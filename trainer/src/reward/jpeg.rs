@@ -1,0 +1,71 @@
+//! JPEG size in kB: the (in)compressibility rewards of DDPO (Black et al. 2023, section 5).
+//!
+//! The absolute size depends on the encoder; it is the one of the `image` crate (baseline, no
+//! chroma subsampling). Only differences within a group matter to training.
+
+use anyhow::{Context, Result};
+use image::{RgbImage, codecs::jpeg::JpegEncoder};
+
+use super::{JpegSize, Reward};
+use crate::prompts::Prompt;
+
+/// Size of the image as a JPEG of `quality` (1 to 100) in thousands of bytes; negated when small
+/// files are preferred.
+pub struct Jpeg {
+    pub quality: u8,
+    pub prefer: JpegSize,
+}
+
+impl Reward for Jpeg {
+    fn score(&self, _prompts: &[&Prompt], images: &[&RgbImage]) -> Result<Vec<f64>> {
+        images
+            .iter()
+            .map(|image| {
+                let kb = size_kb(image, self.quality)?;
+                Ok(match self.prefer {
+                    JpegSize::Small => -kb,
+                    JpegSize::Large => kb,
+                })
+            })
+            .collect()
+    }
+}
+
+fn size_kb(image: &RgbImage, quality: u8) -> Result<f64> {
+    let mut file = Vec::new();
+    JpegEncoder::new_with_quality(&mut file, quality)
+        .encode_image(image)
+        .context("cannot encode an image as JPEG")?;
+    Ok(file.len() as f64 / 1000.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use image::Rgb;
+
+    use super::*;
+
+    /// Grey noise of up to `amplitude` either side of 128, 64 x 64.
+    fn noise(amplitude: i32) -> RgbImage {
+        let mut state = 1u32;
+        RgbImage::from_fn(64, 64, |_, _| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let level = (state >> 16) as i32 % (2 * amplitude + 1) - amplitude;
+            Rgb([(128 + level) as u8; 3])
+        })
+    }
+
+    #[test]
+    fn detail_and_quality_cost_bytes() {
+        let images = [0, 8, 30, 120].map(noise);
+        let sizes = images.each_ref().map(|image| size_kb(image, 85).unwrap());
+        assert!(sizes.windows(2).all(|pair| pair[0] < pair[1]), "{sizes:?}");
+        assert!(size_kb(&images[3], 20).unwrap() < sizes[3]);
+        let score = |prefer| {
+            let reward = Jpeg { quality: 85, prefer };
+            reward.score(&[], &images.each_ref()).unwrap()
+        };
+        assert_eq!(score(JpegSize::Large), sizes);
+        assert_eq!(score(JpegSize::Small), sizes.map(|size| -size));
+    }
+}

@@ -1,0 +1,249 @@
+//! Text accuracy under a PP-OCR recognition model (PP-OCRv4 to v6, as `rapidocr` ships them).
+//!
+//! The whole image is one line of text; there is no detector. Preprocessing is that of
+//! `rapidocr/ch_ppocr_rec/main.py`, without its padding to 320 pixels (padding changes no reading
+//! of short words and costs three times the time): height 48, width ⌈48·w/h⌉, bilinear, channels
+//! blue, green, red, values (x/255 − 0.5)/0.5. The model returns one softmax row for every 8
+//! pixels of width, so a square image spells at most 6 characters.
+//!
+//! Images go through the model one by one: batches are no faster on one thread, and change the
+//! last bits.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use image::{
+    RgbImage,
+    imageops::{self, FilterType},
+};
+use onnx::{Model, Tensor};
+
+use super::{
+    Measure, Reward,
+    ctc::{Alphabet, Frames},
+    pool::Pool,
+    text,
+};
+use crate::prompts::Prompt;
+
+/// Least log-probability a character that [`Measure::LogProb`] gives: a softmax in f32 underflows
+/// to 0 for a hopeless image, and the reward must stay finite.
+pub const LOG_PROB_FLOOR: f64 = -20.0;
+
+const HEIGHT: u32 = 48;
+/// Wider images (in pixels at height 48) are refused rather than allocated for.
+const MAX_WIDTH: u32 = 8192;
+
+/// Reads images, and scores the readings against [`Prompt::target_text`].
+pub struct Ocr {
+    pool: Pool,
+    alphabet: Alphabet,
+    measure: Measure,
+}
+
+/// One image judged in every way, from one run of the model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Verdict {
+    pub reading: String,
+    pub exact: bool,
+    /// 0 to 1: [`text::similarity`].
+    pub similarity: f64,
+    /// Log-probability of the target a character, from [`LOG_PROB_FLOOR`] to 0. Case and spaces
+    /// do not count.
+    pub log_prob: f64,
+}
+
+impl Ocr {
+    /// Opens a recognition model for up to `threads` workers.
+    ///
+    /// # Errors
+    /// The file is not an ONNX model, or not one with an image input [N, 3, 48, W] and a
+    /// `character` list in its metadata.
+    pub fn open(model: &Path, measure: Measure, threads: usize) -> Result<Self> {
+        let pool = Pool::open(model, threads)?;
+        let alphabet = pool
+            .with(alphabet)
+            .with_context(|| format!("{} is not a PP-OCR recognition model", model.display()))?;
+        Ok(Self { pool, alphabet, measure })
+    }
+
+    /// What the image reads as, with the model's own case and spaces.
+    pub fn read(&self, image: &RgbImage) -> Result<String> {
+        Ok(self.alphabet.read(self.frames(&self.run(image)?)))
+    }
+
+    /// Judges one image against the text it should show.
+    ///
+    /// # Errors
+    /// The model fails, or the target is empty, has a character the model does not know, or is
+    /// longer than the image is wide.
+    pub fn judge(&self, target: &str, image: &RgbImage) -> Result<Verdict> {
+        let probabilities = self.run(image)?;
+        let frames = self.frames(&probabilities);
+        let reading = self.alphabet.read(frames);
+        let len = text::normalised(target).chars().count() as f64;
+        let log_prob = self.alphabet.log_prob(frames, target)? / len;
+        Ok(Verdict {
+            exact: text::exact(&reading, target),
+            similarity: text::similarity(&reading, target),
+            log_prob: log_prob.clamp(LOG_PROB_FLOOR, 0.0),
+            reading,
+        })
+    }
+
+    fn frames<'a>(&self, probabilities: &'a Tensor) -> Frames<'a> {
+        let probabilities = probabilities.as_f32().expect("checked by run");
+        Frames { probabilities, n_classes: self.alphabet.len() }
+    }
+
+    /// Class probabilities of every frame, f32 [1, `n_frames`, `n_classes`].
+    fn run(&self, image: &RgbImage) -> Result<Tensor> {
+        let line = line(image)?;
+        self.pool.with(|session| {
+            let (input, output) =
+                (session.inputs()[0].name.clone(), session.outputs()[0].name.clone());
+            let rows = session.run(&[(&input, &line)], &[&output])?.swap_remove(0);
+            let fits = matches!(rows.shape[..], [1, _, classes] if classes == self.alphabet.len());
+            ensure!(fits && rows.as_f32().is_ok(), "the OCR model returned shape {:?}", rows.shape);
+            Ok(rows)
+        })
+    }
+}
+
+impl Reward for Ocr {
+    fn score(&self, prompts: &[&Prompt], images: &[&RgbImage]) -> Result<Vec<f64>> {
+        prompts
+            .iter()
+            .zip(images)
+            .map(|(prompt, image)| {
+                let target = target(prompt)?;
+                Ok(match self.measure {
+                    Measure::LogProb => self.judge(target, image)?.log_prob,
+                    Measure::Exact => f64::from(text::exact(&self.read(image)?, target)),
+                    Measure::Similarity => text::similarity(&self.read(image)?, target),
+                })
+            })
+            .collect()
+    }
+
+    fn check(&self, prompt: &Prompt) -> Result<()> {
+        self.alphabet.spell(target(prompt)?).map(|_| ())
+    }
+}
+
+fn target(prompt: &Prompt) -> Result<&str> {
+    prompt.target_text().with_context(|| {
+        format!("prompt {:?} has no text in double quotes to be read", prompt.text)
+    })
+}
+
+/// The classes, from the metadata: one character a line, blank before and a space after them.
+fn alphabet(session: &mut Model) -> Result<Alphabet> {
+    let inputs = session.inputs();
+    ensure!(
+        inputs.len() == 1 && inputs[0].shape.len() == 4,
+        "it should have one input [N, 3, {HEIGHT}, W]"
+    );
+    let characters = session.metadata("character").context("no `character` in its metadata")?;
+    let characters = characters.split('\n').chain([" "]).map(str::to_owned);
+    let alphabet = Alphabet::new(characters);
+    let n_classes = session.outputs().first().and_then(|port| *port.shape.last()?);
+    if let Some(n_classes) = n_classes {
+        ensure!(
+            n_classes == alphabet.len(),
+            "it has {n_classes} classes for {} characters, blank and space included",
+            alphabet.len()
+        );
+    }
+    Ok(alphabet)
+}
+
+/// The image as the model takes it: f32 [1, 3, 48, W], blue first, in -1 to 1.
+fn line(image: &RgbImage) -> Result<Tensor> {
+    let (width, height) = image.dimensions();
+    ensure!(width > 0 && height > 0, "the image is empty");
+    let width = (u64::from(width) * u64::from(HEIGHT)).div_ceil(u64::from(height));
+    let width = u32::try_from(width).ok().filter(|width| *width <= MAX_WIDTH);
+    let width = width.with_context(|| {
+        format!("the image is more than {MAX_WIDTH} pixels wide at a height of {HEIGHT}")
+    })?;
+    let resized = imageops::resize(image, width, HEIGHT, FilterType::Triangle);
+    let channel = |c: usize| resized.pixels().map(move |pixel| f32::from(pixel.0[c]) / 127.5 - 1.0);
+    let data = channel(2).chain(channel(1)).chain(channel(0)).collect();
+    Tensor::f32([1, 3, HEIGHT as usize, width as usize], data)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use image::Rgb;
+
+    use super::*;
+    use crate::font;
+
+    /// The models `make runtime` installs.
+    fn open(name: &str) -> Ocr {
+        let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let path: PathBuf = here
+            .ancestors()
+            .map(|folder| folder.join(".runtime/models").join(name))
+            .find(|path| path.is_file())
+            .unwrap_or_else(|| panic!("{name} is not installed: run `make runtime`"));
+        Ocr::open(&path, Measure::LogProb, 2).unwrap()
+    }
+
+    fn sign(text: &str, size: f32, ink: Rgb<u8>) -> RgbImage {
+        let mut image = RgbImage::from_pixel(32, 32, Rgb([250; 3]));
+        let font = font::bold();
+        let left = (32.0 - font::text_width(&font, text, size)) / 2.0;
+        font::draw_text(&mut image, &font, text, (left, 9.0), size, ink);
+        image
+    }
+
+    const WORDS: [&str; 8] = ["CAT", "SUN", "BUS", "KEY", "365", "WIN", "MAP", "EGG"];
+
+    #[test]
+    fn rendered_words_are_read_by_both_models() {
+        for name in ["ocr-v6.onnx", "ocr-v4.onnx"] {
+            let ocr = open(name);
+            for (i, word) in WORDS.into_iter().enumerate() {
+                let ink = [[205, 28, 32], [16, 140, 48], [28, 64, 210], [22, 22, 24]][i % 4];
+                let image = sign(word, 14.0, Rgb(ink));
+                let verdict = ocr.judge(word, &image).unwrap();
+                assert!(verdict.exact, "{name} reads {word} as {:?}", verdict.reading);
+                assert!(verdict.similarity > 1.0 - 1e-12);
+                assert!(verdict.log_prob > -0.35, "{name} {word}: {verdict:?}");
+                let other = WORDS[(i + 1) % WORDS.len()];
+                let wrong = ocr.judge(other, &image).unwrap();
+                assert!(!wrong.exact && wrong.log_prob < -2.0, "{name} {word}: {wrong:?}");
+                assert!(wrong.log_prob >= LOG_PROB_FLOOR);
+            }
+        }
+    }
+
+    #[test]
+    fn scores_do_not_depend_on_company() {
+        let ocr = open("ocr-v6.onnx");
+        let prompts = WORDS.map(|word| Prompt::new(format!("red \"{word}\"")));
+        let images = WORDS.map(|word| sign(word, 14.0, Rgb([205, 28, 32])));
+        let together = ocr.score(&prompts.each_ref(), &images.each_ref()).unwrap();
+        for i in (0..WORDS.len()).rev() {
+            let alone = ocr.score(&[&prompts[i]], &[&images[i]]).unwrap();
+            assert_eq!(alone[0].to_bits(), together[i].to_bits());
+        }
+    }
+
+    #[test]
+    fn prompts_that_cannot_be_judged_are_refused() {
+        let ocr = open("ocr-v6.onnx");
+        assert!(ocr.check(&Prompt::new("red \"SUN\"")).is_ok());
+        let error = |text: &str| ocr.check(&Prompt::new(text)).unwrap_err().to_string();
+        assert!(error("a red sun").contains("no text in double quotes"));
+        assert!(error("red \"a\u{1}b\"").contains("does not know"));
+        let long = Prompt::new("red \"SUNFLOWER\"");
+        let image = sign("SUN", 14.0, Rgb([0; 3]));
+        let error = ocr.score(&[&long], &[&image]).unwrap_err().to_string();
+        assert!(error.contains("takes 9 OCR frames, the image gives 6"), "{error}");
+    }
+}

@@ -1,0 +1,116 @@
+//! Writing a pipeline folder: new weights, everything else carried over, whole or not at all.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use flow::checkpoint::{write_atomically, write_tensors};
+use flow::pipeline::Component;
+use tch::Tensor;
+
+use crate::model::Model;
+use crate::parameters::Parameters;
+
+/// New values of one component.
+pub(crate) struct Saved<'a> {
+    pub(crate) component: Component,
+    pub(crate) parameters: &'a Parameters,
+    /// Flat weights to save in place of the masters: their moving average.
+    pub(crate) averaged: Option<&'a [Tensor]>,
+}
+
+/// Files of a checkpoint that are made anew or not at all.
+const OWN_FILES: [&str; 2] = [crate::reference::FILE, crate::state::FILE];
+
+/// Writes `model` as a pipeline folder at `dir`, replacing what is there: `saved` components anew, the
+/// rest copied. `finish` may add files before the folder gets its name.
+pub(crate) fn pipeline(
+    model: &Model,
+    dir: &Path,
+    saved: &[Saved<'_>],
+    finish: impl FnOnce(&Path) -> Result<()>,
+) -> Result<()> {
+    let parent = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
+    let beside = tempfile::Builder::new()
+        .prefix(".partial-")
+        .tempdir_in(parent)
+        .with_context(|| format!("cannot write in {}", parent.display()))?;
+    let source = &model.pipeline.dir;
+    let listed = || format!("cannot read {}", source.display());
+    for entry in fs::read_dir(source).with_context(listed)? {
+        let name = entry.with_context(listed)?.file_name();
+        let text = name.to_string_lossy();
+        if OWN_FILES.contains(&&*text) || text.starts_with('.') {
+            continue;
+        }
+        let is_saved = saved.iter().any(|s| s.component.folder() == text);
+        copy(&source.join(&name), &beside.path().join(&name), is_saved)?;
+    }
+    for part in saved {
+        let folder = beside.path().join(part.component.folder());
+        let entries = match part.averaged {
+            Some(averaged) => part.parameters.entries(averaged.iter()),
+            None => part.parameters.entries(part.parameters.masters()),
+        }?;
+        let file = folder.join(format!("{}.safetensors", part.component.stem()));
+        write_tensors(&file, &entries, &[])?;
+    }
+    finish(beside.path())?;
+    publish(beside, dir)
+}
+
+/// Gives a finished folder its name; a folder already there is moved aside first and removed last.
+fn publish(beside: tempfile::TempDir, dir: &Path) -> Result<()> {
+    let failed = || format!("cannot write {}", dir.display());
+    open_to_all(beside.path()).with_context(failed)?;
+    let path = beside.keep();
+    let old: Option<PathBuf> = dir.exists().then(|| path.with_extension("old"));
+    if let Some(old) = &old {
+        fs::rename(dir, old).with_context(failed)?;
+    }
+    fs::rename(&path, dir).with_context(failed)?;
+    if let Some(old) = old {
+        fs::remove_dir_all(&old).with_context(|| format!("cannot remove {}", old.display()))?;
+    }
+    Ok(())
+}
+
+/// Temporary folders are private; what is left for people is not.
+fn open_to_all(path: &Path) -> std::io::Result<()> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
+    }
+    Ok(())
+}
+
+/// Copies a file, or the files of a folder; weights are left out where new ones follow.
+fn copy(from: &Path, to: &Path, without_weights: bool) -> Result<()> {
+    let failed = || format!("cannot copy {}", from.display());
+    if from.is_file() {
+        fs::copy(from, to).with_context(failed)?;
+        return Ok(());
+    }
+    fs::create_dir_all(to).with_context(failed)?;
+    for entry in fs::read_dir(from).with_context(failed)? {
+        let path = entry.with_context(failed)?.path();
+        let name = path.file_name().context("a folder entry has a name")?;
+        let is_weights = name.to_string_lossy().contains(".safetensors");
+        if path.is_file() && !(without_weights && is_weights) {
+            fs::copy(&path, to.join(name)).with_context(failed)?;
+        }
+    }
+    Ok(())
+}
+
+/// Changes numbers of a JSON config in place.
+pub(crate) fn edit_config(path: &Path, values: &[(&str, f64)]) -> Result<()> {
+    let mut config: serde_json::Value = flow::pipeline::read_json(path)?;
+    for (key, value) in values {
+        config[*key] = serde_json::json!(value);
+    }
+    let text = serde_json::to_string_pretty(&config)? + "\n";
+    Ok(write_atomically(path, text.as_bytes())?)
+}
