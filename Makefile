@@ -35,8 +35,8 @@ parity: build $(PARITY) ## Compare our programs live with diffusers and onnxrunt
 	HF_HUB_OFFLINE=1 $(PYTHON) -B tests/parity/run.py --programs $(NG) --out $(OUT)/parity \
 	  tests/fixtures/tiny-flux/pipeline tests/fixtures/tiny-schnell/pipeline assets/signs
 
-bench: build ## Measure the claims of the README (out/bench)
-	$(CARGO) bench --workspace --locked
+bench: build $(PARITY) ## Measure the claims of the README
+	$(CARGO) bench -p benches --locked
 
 gpu: build $(PARITY) ## Run the tests that need a CUDA device
 	nvidia-smi --query-gpu=name,memory.total --format=csv

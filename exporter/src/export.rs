@@ -8,12 +8,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use flow::pipeline::Pipeline;
+use flow::staged::Staged;
 use indicatif::ProgressBar;
 
 use crate::external;
 use crate::graph::Graph;
 use crate::parts::Part;
-use crate::publish::Staged;
+use crate::publish::check_target;
 use crate::verify::{self, Difference};
 
 /// What to export, and how.
@@ -63,7 +64,8 @@ pub fn export(request: &Request, bar: &ProgressBar, stop: &AtomicBool) -> Result
     let reference =
         if request.verify { Some(verify::reference(&request.checkpoint)?) } else { None };
     check_apart(&request.checkpoint, &request.target)?;
-    let staged = Staged::begin(&request.target, request.replace)?;
+    check_target(&request.target, request.replace)?;
+    let staged = Staged::begin(&request.target)?;
     let graphs = Part::ALL.map(|part| (part, part.graph(&pipeline)));
     let n_parameters: usize = graphs.iter().map(|(_, graph)| count(graph)).sum();
     bar.set_length((n_parameters * size_of::<f32>()) as u64);
@@ -84,7 +86,8 @@ pub fn export(request: &Request, bar: &ProgressBar, stop: &AtomicBool) -> Result
         }
         check_differences(&summaries, reference.path())?;
     }
-    staged.publish()?;
+    check_target(&request.target, request.replace)?;
+    staged.publish(request.replace)?;
     Ok(summaries)
 }
 

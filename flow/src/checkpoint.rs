@@ -102,7 +102,10 @@ struct Shard {
 impl Shard {
     fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(CheckpointError::io(path))?;
-        #[expect(unsafe_code, reason = "mapping is the only way to read weights larger than memory")]
+        #[expect(
+            unsafe_code,
+            reason = "mapping is the only way to read weights larger than memory"
+        )]
         // SAFETY: the map is read-only; weights are replaced by rename, never written in place.
         let map = unsafe { Mmap::map(&file) }.map_err(CheckpointError::io(path))?;
         let (header_len, header) = SafeTensors::read_metadata(&map).map_err(|error| {
@@ -311,7 +314,11 @@ impl safetensors::View for &Entry<'_> {
 ///
 /// # Errors
 /// When the folder cannot be written.
-pub fn write_tensors(path: &Path, entries: &[Entry<'_>], metadata: &[(&str, String)]) -> Result<()> {
+pub fn write_tensors(
+    path: &Path,
+    entries: &[Entry<'_>],
+    metadata: &[(&str, String)],
+) -> Result<()> {
     let mut metadata: std::collections::HashMap<String, String> =
         metadata.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
     metadata.insert("format".into(), "pt".into());
@@ -386,7 +393,10 @@ mod tests {
         write(
             dir.path(),
             "w.safetensors",
-            &[Entry::f32("proj.weight", &[3, 2], &values), Entry::f32("proj.bias", &[3], &[0.0; 3])],
+            &[
+                Entry::f32("proj.weight", &[3, 2], &values),
+                Entry::f32("proj.bias", &[3], &[0.0; 3]),
+            ],
         );
         let weights = Weights::open(dir.path(), "w").unwrap();
         assert_eq!(weights.f32("proj.weight").unwrap(), values);

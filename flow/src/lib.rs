@@ -19,4 +19,5 @@ pub mod path;
 pub mod pipeline;
 pub mod schedule;
 pub mod solver;
+pub mod staged;
 pub mod tokens;

@@ -36,17 +36,16 @@ pub fn merge_heads<O: Ops>(ops: &O, x: &O::Tensor, heads: usize, width: usize) -
 }
 
 /// Applies the rotation to queries and keys.
-pub fn rotate<O: Ops>(ops: &O, heads: Heads<O::Tensor>, rope: &Rope<O::Tensor>) -> Heads<O::Tensor> {
+pub fn rotate<O: Ops>(
+    ops: &O,
+    heads: Heads<O::Tensor>,
+    rope: &Rope<O::Tensor>,
+) -> Heads<O::Tensor> {
     Heads { q: ops.rope(&heads.q, rope), k: ops.rope(&heads.k, rope), v: heads.v }
 }
 
 /// `x·(1 + scale) + shift`.
-pub fn modulate<O: Ops>(
-    ops: &O,
-    x: &O::Tensor,
-    shift: &O::Tensor,
-    scale: &O::Tensor,
-) -> O::Tensor {
+pub fn modulate<O: Ops>(ops: &O, x: &O::Tensor, shift: &O::Tensor, scale: &O::Tensor) -> O::Tensor {
     ops.add(&ops.mul(x, &ops.affine(scale, 1.0, 1.0)), shift)
 }
 

@@ -35,7 +35,8 @@ pub enum Component {
 
 impl Component {
     /// All four.
-    pub const ALL: [Self; 4] = [Self::TextEncoder, Self::TextEncoder2, Self::Transformer, Self::Vae];
+    pub const ALL: [Self; 4] =
+        [Self::TextEncoder, Self::TextEncoder2, Self::Transformer, Self::Vae];
 
     /// Its folder.
     pub fn folder(self) -> &'static str {
@@ -99,14 +100,18 @@ impl Pipeline {
         let index: serde_json::Value = read_json(&index_path)?;
         let class = index["_class_name"].as_str().unwrap_or_default();
         if !class.contains("Flux") {
-            let why = format!("unsupported _class_name {class:?}: only FluxPipeline folders are read");
+            let why =
+                format!("unsupported _class_name {class:?}: only FluxPipeline folders are read");
             return Err(CheckpointError::malformed(&index_path, why));
         }
         let exported = dir.join("vae_decoder/config.json");
         let vae = if exported.is_file() { exported } else { dir.join("vae/config.json") };
         let pipeline = Self {
             dir: dir.to_owned(),
-            transformer: validated(&dir.join("transformer/config.json"), TransformerConfig::validate)?,
+            transformer: validated(
+                &dir.join("transformer/config.json"),
+                TransformerConfig::validate,
+            )?,
             vae: validated(&vae, VaeConfig::validate)?,
             text_encoder: validated(
                 &dir.join("text_encoder/config.json"),
@@ -127,7 +132,11 @@ impl Pipeline {
         let transformer = self.dir.join("transformer/config.json");
         let seams = [
             ("in_channels", self.transformer.in_channels, PATCH * PATCH * self.vae.latent_channels),
-            ("joint_attention_dim", self.transformer.joint_attention_dim, self.text_encoder_2.d_model),
+            (
+                "joint_attention_dim",
+                self.transformer.joint_attention_dim,
+                self.text_encoder_2.d_model,
+            ),
             (
                 "pooled_projection_dim",
                 self.transformer.pooled_projection_dim,
@@ -166,7 +175,8 @@ impl Pipeline {
         let shapes = Shapes::new();
         match component {
             Component::TextEncoder => {
-                self.text_encoder.forward(&shapes, &vec![1, self.text_encoder.max_position_embeddings]);
+                self.text_encoder
+                    .forward(&shapes, &vec![1, self.text_encoder.max_position_embeddings]);
             }
             Component::TextEncoder2 => {
                 self.text_encoder_2.forward(&shapes, &vec![1, 2]);

@@ -160,7 +160,8 @@ mod tests {
     fn flux_mu_follows_the_published_table() {
         let config: SchedulerConfig =
             serde_json::from_str(r#"{"use_dynamic_shifting": true, "shift": 3.0}"#).unwrap();
-        for (tokens, mu) in [(256, 0.5), (1024, 0.63), (2304, 0.8467), (4096, 1.15), (8192, 1.8433)] {
+        for (tokens, mu) in [(256, 0.5), (1024, 0.63), (2304, 0.8467), (4096, 1.15), (8192, 1.8433)]
+        {
             let Shift::Mu(found) = config.shift(tokens) else { panic!("static shift") };
             assert!((found - mu).abs() < 1e-4, "{tokens}: {found}");
         }

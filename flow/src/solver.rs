@@ -77,9 +77,14 @@ pub enum Term {
 impl Step {
     /// The terms with a coefficient other than zero.
     pub fn terms(&self) -> impl Iterator<Item = (Term, f64)> {
-        [(Term::X, self.x), (Term::V, self.v), (Term::VPrev, self.v_prev), (Term::X0Prev, self.x0_prev)]
-            .into_iter()
-            .filter(|&(_, coefficient)| coefficient != 0.0)
+        [
+            (Term::X, self.x),
+            (Term::V, self.v),
+            (Term::VPrev, self.v_prev),
+            (Term::X0Prev, self.x0_prev),
+        ]
+        .into_iter()
+        .filter(|&(_, coefficient)| coefficient != 0.0)
     }
 
     /// The next state, and the history for the step after. All buffers are equally long; a step that
@@ -153,14 +158,7 @@ fn dpmpp_2m(t_prev: Option<f64>, t: f64, t_next: f64) -> Step {
     let (r, c) = dpmpp_2m_ratio(t_prev, t, t_next);
     let [of_x, of_v] = path::x0_from_v(t);
     let fresh = (1.0 - r) * (1.0 + c);
-    Step {
-        t,
-        t_next,
-        x: r + fresh * of_x,
-        v: fresh * of_v,
-        v_prev: 0.0,
-        x0_prev: -(1.0 - r) * c,
-    }
+    Step { t, t_next, x: r + fresh * of_x, v: fresh * of_v, v_prev: 0.0, x0_prev: -(1.0 - r) * c }
 }
 
 fn dpmpp_2m_ratio(t_prev: Option<f64>, t: f64, t_next: f64) -> (f64, f64) {
@@ -270,7 +268,9 @@ mod tests {
 
     #[test]
     fn each_method_has_its_order() {
-        for (solver, expected) in [(Solver::Euler, 1.0), (Solver::Heun, 2.0), (Solver::Dpmpp2m, 2.0)] {
+        for (solver, expected) in
+            [(Solver::Euler, 1.0), (Solver::Heun, 2.0), (Solver::Dpmpp2m, 2.0)]
+        {
             let slope = order(solver, 256);
             assert!((slope - expected).abs() < 0.1, "{solver:?}: {slope}");
         }

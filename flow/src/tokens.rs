@@ -160,10 +160,8 @@ fn clip_stages(tokenizer: &mut Tokenizer) -> Result<(), tokenizers::Error> {
     use tokenizers::processors::roberta::RobertaProcessing;
 
     let (start, end) = ("<|startoftext|>", "<|endoftext|>");
-    let spaces = Replace::new(
-        tokenizers::normalizers::replace::ReplacePattern::Regex(r"\s+".into()),
-        " ",
-    )?;
+    let spaces =
+        Replace::new(tokenizers::normalizers::replace::ReplacePattern::Regex(r"\s+".into()), " ")?;
     tokenizer.with_normalizer(Some(Sequence::new(vec![
         NFC.into(),
         spaces.into(),

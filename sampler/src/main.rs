@@ -21,7 +21,7 @@ fn main() -> ExitCode {
         Err(error) => {
             let line = format!("{error:#}").replace('\n', " ");
             // There is nowhere left to tell that stderr is closed.
-            let _ = writeln!(std::io::stderr(), "ng-sample: {line}");
+            let _ = writeln!(std::io::stderr(), "error: {line}");
             ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
         }
     }

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
 from PIL import Image
+from pipeline import load
 from report import Report, run, tensors
 from safetensors.numpy import save_file
 
@@ -32,11 +32,8 @@ def main():
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    pipe = FluxPipeline.from_pretrained(
-        args.model, torch_dtype=torch.float32, local_files_only=True,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    factor, length = pipe.vae_scale_factor, min(pipe.tokenizer_2.model_max_length, 512)
+    pipe, length = load(args.model)
+    factor = pipe.vae_scale_factor
     shape = (1, 16, args.height // factor, args.width // factor)
     noise = np.random.default_rng(7).standard_normal(shape).astype(np.float32)
     save_file({"latents": noise}, args.out / "noise.safetensors")
@@ -62,7 +59,7 @@ def main():
         run(
             args.programs / name, *program[1:], "--model", model, "--prompt", args.prompt,
             "--steps", args.steps, "--solver", "euler", *guidance,
-            "--width", args.width, "--height", args.height, "--max-sequence-length", length,
+            "--width", args.width, "--height", args.height,
             "--noise", args.out / "noise.safetensors", "--latents-out", stored, "-o", png,
         )
         report.relative(f"{name} latents", tensors(stored)["latents"], latents, LATENTS)

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline
+from pipeline import load
 from report import Report, tensors
 
 
@@ -30,7 +30,7 @@ def main():
     model = parser.parse_args().model
 
     case = tensors(model / "reference.safetensors")
-    pipe = FluxPipeline.from_pretrained(model, torch_dtype=torch.float32, local_files_only=True)
+    pipe, _ = load(model)
     report = Report(f"ng-train against diffusers, {model}")
 
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """What the comparisons share: reading tensors, running our programs, one table, one verdict."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ def tensors(path):
 def run(*command):
     """Runs one of our programs; a failure ends the comparison with what the program said."""
     command = [str(part) for part in command]
-    print("$", " ".join(command), flush=True)
+    print("$", shlex.join(command), flush=True)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         print(done.stdout, done.stderr, file=sys.stderr)
@@ -67,8 +68,13 @@ class Report:
 
     def equal(self, name, ours, theirs):
         """Passes if both are the same; strings, numbers or lists."""
-        self._add(name, f"{ours}" if ours == theirs else f"{ours}, expected {theirs}", "equal",
-                  ours == theirs)
+        if ours != theirs:
+            value = f"{ours}, expected {theirs}"
+        elif isinstance(ours, list):
+            value = f"{len(ours)} the same" if ours else "no difference"
+        else:
+            value = str(ours)
+        self._add(name, value, "equal", ours == theirs)
 
     def finish(self):
         widths = [max(len(str(row[i])) for row in self.rows) for i in range(3)]

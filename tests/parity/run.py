@@ -3,12 +3,14 @@
     python tests/parity/run.py MODEL... --programs target/release --out out/parity
 
 For each model: `ng-train reference` against diffusers, `ng-export` against onnx, onnxruntime and
-Optimum, images from equal noise. Then, on the last model, a checkpoint and an update of
-`ng-train align`. Every script runs even after one failed; the exit code is 1 if any did.
+Optimum, images from equal noise. Then an iteration of `ng-train align`: its last update recomputed, its
+checkpoint loaded by diffusers, images of that checkpoint compared like those of the model. Every
+script runs even after one failed; the exit code is 1 if any did.
 """
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,11 +19,17 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 # Sizes that are no square where the model allows it: a swapped axis must show.
 SIZES = {"signs": (32, 32)}
-# One short run of two iterations; OUT, MODEL and RECORD are put in.
-ALIGN = [
-    "align", "--model", "MODEL", "--out", "OUT", "--record-update", "RECORD",
-    "--set", "iterations=2",
-]
+# A short run of two rewards with different scales, weights and directions.
+ALIGN = {
+    "iterations": 1,
+    "prompts_per_iteration": 2,
+    "advantage.std_floor": 0.01,
+    "rewards": """[
+      {name = "ocr", kind = "ocr", model = ".runtime/models/ocr-v6.onnx", weight = 1.0},
+      {name = "jpeg", kind = "jpeg", prefer = "small", weight = 0.5},
+    ]""",
+    "judges": "[]",
+}
 
 
 class Comparisons:
@@ -36,9 +44,10 @@ class Comparisons:
                        "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
         if extra_path:
             environment["PYTHONPATH"] = str(extra_path)
-        print("\n$", " ".join(command), flush=True)
+        shown = [Path(command[1]).name, *command[2:]] if command[0] == sys.executable else command
+        print("\n$", shlex.join(shown), flush=True)
         if subprocess.run(command, env=environment).returncode != 0:
-            self.failed.append(" ".join(command))
+            self.failed.append(shlex.join(shown))
             return False
         return True
 
@@ -50,27 +59,37 @@ class Comparisons:
 
     def model(self, source, name, out):
         """All comparisons of one model; a copy of it gets the reference tensors."""
-        model, export, images = out / "model", out / "export", out / "images"
+        model = out / "model"
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(source, model)
-        width, height = SIZES.get(name, (96, 64))
-        self.program("ng-train", "reference", model) and self.script("reference.py", model)
+        size = SIZES.get(name, (96, 64))
+        if self.program("ng-train", "reference", model):
+            self.script("reference.py", model)
+            self.export(model, out / "export", out / "images", size)
+        self.alignment(model, out / "run", size)
+
+    def export(self, model, export, images, size):
+        """The ONNX folder of a pipeline folder that holds reference tensors, and images of both."""
         if not self.program("ng-export", model, "--out", export, "--verify"):
             return
         self.script("export.py", model, export)
-        size = ["--width", width, "--height", height]
-        self.script("image.py", model, export, "--programs", self.programs, "--out", images, *size)
+        width, height = size
+        self.script("image.py", model, export, "--programs", self.programs, "--out", images,
+                    "--width", width, "--height", height)
         optimum = Path(sys.prefix).parent / "optimum"
         self.script("ort_pipeline.py", export, images, extra_path=optimum)
 
-    def alignment(self, model, out):
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
-        record = out / "update.safetensors"
-        values = {"MODEL": model, "OUT": out / "checkpoint", "RECORD": record}
-        if self.program("ng-train", *(values.get(part, part) for part in ALIGN)):
-            self.script("checkpoint.py", out / "checkpoint", "--base", model)
+    def alignment(self, model, run, size):
+        """A short run from `model`: one update, and the checkpoint at the end."""
+        record, aligned = run / "update.safetensors", run / "aligned"
+        settings = {"model": model, "output": run, "rollout.size": list(size), **ALIGN}
+        settings = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+        run.mkdir()
+        if self.program("ng-train", "align", "--preset", "signs", *settings,
+                        "--record-update", record):
             self.script("update.py", record)
+            self.script("checkpoint.py", aligned, "--base", model)
+            self.export(aligned, run / "export", run / "images", size)
 
 
 def main():
@@ -84,7 +103,6 @@ def main():
     for source in args.models:
         name = source.parent.name if source.name == "pipeline" else source.name
         comparisons.model(source, name, args.out / name)
-    comparisons.alignment(args.models[-1], args.out / "align")
     if comparisons.failed:
         sys.exit("error: these comparisons failed:\n  " + "\n  ".join(comparisons.failed))
     print("\nall comparisons passed")

@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValuesParser, RangedU64ValueParser};
 use clap::{Args, Parser, Subcommand};
+use flow::solver::SOLVERS;
 
 /// Aligns flow-matching text-to-image models with human preference (Neighbor GRPO).
 #[derive(Parser)]
@@ -14,7 +16,7 @@ pub struct Cli {
     #[arg(long, global = true, default_value = "auto")]
     pub device: String,
     /// CPU threads [default: all cores]
-    #[arg(long, global = true)]
+    #[arg(long, global = true, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     pub threads: Option<usize>,
 }
 
@@ -70,7 +72,8 @@ pub enum Command {
         /// Folder to write; it must not exist
         out: PathBuf,
         /// Images
-        #[arg(short, default_value_t = 16_000)]
+        #[arg(short, default_value_t = 16_000,
+              value_parser = RangedU64ValueParser::<usize>::new().range(1..=10_000_000))]
         n: usize,
     },
 }
@@ -98,16 +101,19 @@ pub struct SampleArgs {
     #[arg(long)]
     pub prompt: String,
     /// Images
-    #[arg(short, default_value_t = 1)]
+    #[arg(short, default_value_t = 1,
+          value_parser = RangedU64ValueParser::<usize>::new().range(1..=10_000))]
     pub n: usize,
     /// Image i starts from the noise of seed + i
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// dpmpp-2m, euler or heun
-    #[arg(long, default_value = "dpmpp-2m")]
+    /// How a step is taken
+    #[arg(long, default_value = "dpmpp-2m",
+          value_parser = PossibleValuesParser::new(SOLVERS.map(|(name, _)| name)))]
     pub solver: String,
     /// Steps
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 8,
+          value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]
     pub steps: usize,
     /// Constant shift of the time grid [default: the checkpoint's scheduler]
     #[arg(long)]

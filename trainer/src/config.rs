@@ -2,9 +2,11 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use flow::checkpoint::read_bounded;
 use serde::de::DeserializeOwned;
+
+use crate::usage::Usage;
 
 /// Presets of `ng-train align`.
 pub const ALIGN_PRESETS: [(&str, &str); 1] = [("signs", include_str!("../presets/signs.toml"))];
@@ -24,8 +26,8 @@ pub enum Source<'a> {
 /// Reads a configuration and replaces settings: `key` is dotted, `value` is TOML or else a string.
 ///
 /// # Errors
-/// When the preset is unknown, the file is no TOML, or a key or value does not fit; the message lists
-/// what would.
+/// [`Usage`] when the preset is unknown or a setting does not fit; otherwise when the file is no TOML,
+/// or a key or value of its does not fit. The message lists what would.
 pub fn read<T: DeserializeOwned>(
     source: &Source<'_>,
     presets: &[(&str, &str)],
@@ -36,7 +38,7 @@ pub fn read<T: DeserializeOwned>(
             let found = presets.iter().find(|(known, _)| known == name);
             let Some((_, text)) = found else {
                 let known: Vec<&str> = presets.iter().map(|(known, _)| *known).collect();
-                bail!("unknown preset {name:?}: there is {}", known.join(", "));
+                bail!(Usage(format!("unknown preset {name:?}: there is {}", known.join(", "))));
             };
             (format!("preset {name}"), (*text).to_owned())
         }
@@ -46,17 +48,31 @@ pub fn read<T: DeserializeOwned>(
             (path.display().to_string(), text)
         }
     };
-    let mut table: toml::Table = text.parse().with_context(|| name.clone())?;
+    let mut table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
+        let before = error.span().map_or("", |span| &text[..span.start]);
+        let line = before.matches('\n').count() + 1;
+        anyhow!("{name}, line {line}: {}", error.message().replace('\n', ", "))
+    })?;
     for setting in settings {
         apply(&mut table, setting)?;
     }
     let whole = toml::to_string(&table).context("the settings are no TOML")?;
-    toml::from_str(&whole).map_err(|error| anyhow::anyhow!("{name}: {}", error.message()))
+    toml::from_str(&whole).map_err(|error| {
+        let message = format!("{name}: {}", error.message());
+        // Where the file alone reads, a setting is at fault.
+        if toml::from_str::<T>(&text).is_ok() {
+            anyhow!(Usage(format!("--set for {message}")))
+        } else {
+            anyhow!(message)
+        }
+    })
 }
 
 fn apply(table: &mut toml::Table, setting: &str) -> Result<()> {
     let Some((key, value)) = setting.split_once('=') else {
-        bail!("invalid --set {setting:?}: key=value is needed, as in optimizer.learning_rate=1e-5");
+        bail!(Usage(format!(
+            "invalid --set {setting:?}: key=value is needed, as in optimizer.learning_rate=1e-5"
+        )));
     };
     let parsed = format!("value = {value}").parse::<toml::Table>().ok();
     let value = parsed
@@ -71,20 +87,21 @@ fn set(table: &mut toml::Table, key: &str, path: &[&str], value: toml::Value) ->
     let mut at = table;
     let mut parents = parents.iter().peekable();
     while let Some(name) = parents.next() {
-        let entry = at
-            .entry((*name).to_owned())
-            .or_insert_with(|| toml::Value::Table(toml::Table::new()));
+        let entry =
+            at.entry((*name).to_owned()).or_insert_with(|| toml::Value::Table(toml::Table::new()));
         let next = match entry {
             toml::Value::Array(list) => {
                 let index = parents.next().and_then(|name| name.parse::<usize>().ok());
                 let n = list.len();
                 index
                     .and_then(|index| list.get_mut(index))
-                    .with_context(|| format!("--set {key}: {name} takes a number below {n}"))?
+                    .ok_or_else(|| Usage(format!("--set {key}: {name} takes a number below {n}")))?
             }
             other => other,
         };
-        at = next.as_table_mut().with_context(|| format!("--set {key}: {name} has no entries"))?;
+        at = next
+            .as_table_mut()
+            .ok_or_else(|| Usage(format!("--set {key}: {name} has no entries")))?;
     }
     at.insert((*last).to_owned(), value);
     Ok(())

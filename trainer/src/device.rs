@@ -3,6 +3,8 @@
 use anyhow::{Result, bail};
 use tch::{Cuda, Device};
 
+use crate::usage::Usage;
+
 /// Libraries of a CUDA build of libtorch, opened when a GPU is asked for; one binary serves both.
 const CUDA_LIBRARIES: [&str; 2] = ["libc10_cuda.so", "libtorch_cuda.so"];
 
@@ -17,7 +19,7 @@ pub fn open(name: &str) -> Result<Device> {
         other => other.strip_prefix("cuda:").and_then(|n| n.parse::<usize>().ok()),
     };
     let Some(ordinal) = ordinal else {
-        bail!("unknown device {name:?}: auto, cpu, cuda or cuda:N are possible");
+        bail!(Usage(format!("unknown device {name:?}: auto, cpu, cuda or cuda:N are possible")));
     };
     let opened = CUDA_LIBRARIES.iter().all(|library| open_library(library));
     let n_devices = if opened { Cuda::device_count() } else { 0 };
@@ -26,7 +28,9 @@ pub fn open(name: &str) -> Result<Device> {
     }
     match name {
         "auto" => Ok(Device::Cpu),
-        _ if !opened => bail!("no {name}: libtorch_cuda.so cannot be opened (is the full torch installed?)"),
+        _ if !opened => {
+            bail!("no {name}: libtorch_cuda.so cannot be opened (is the full torch installed?)")
+        }
         _ => bail!("no {name}: {n_devices} GPUs are visible"),
     }
 }
@@ -34,7 +38,10 @@ pub fn open(name: &str) -> Result<Device> {
 /// Opens a library for the rest of the process, its symbols visible to libtorch's registry.
 fn open_library(name: &str) -> bool {
     use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LAZY};
-    #[expect(unsafe_code, reason = "opening a library runs its initialisers; these are libtorch's own")]
+    #[expect(
+        unsafe_code,
+        reason = "opening a library runs its initialisers; these are libtorch's own"
+    )]
     // SAFETY: libtorch's CUDA libraries are made to be opened into a process that runs libtorch_cpu.
     let library = unsafe { Library::open(Some(name), RTLD_LAZY | RTLD_GLOBAL) };
     library.map(std::mem::forget).is_ok()

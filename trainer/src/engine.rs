@@ -47,7 +47,8 @@ pub(crate) struct Engine {
 pub(crate) fn segments(config: &TransformerConfig) -> Vec<Manifest> {
     let shape = |n: &[usize]| n.to_vec();
     let (x, c) = (shape(&[1, 1, config.in_channels]), shape(&[1, 1, config.joint_attention_dim]));
-    let (pooled, scalar, ids) = (shape(&[1, config.pooled_projection_dim]), shape(&[1]), shape(&[1, 3]));
+    let (pooled, scalar, ids) =
+        (shape(&[1, config.pooled_projection_dim]), shape(&[1]), shape(&[1, 3]));
     let inputs = Inputs {
         hidden_states: &x,
         encoder_hidden_states: &c,
@@ -205,5 +206,147 @@ fn inject(state: &State<T>, upstream: &[Tensor; 3]) {
         .collect();
     if let Some(total) = products.into_iter().reduce(|a, b| a + b) {
         total.backward();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flow::models::transformer::image_ids;
+    use flow::noise::Noise;
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    fn config(depth: usize) -> TransformerConfig {
+        TransformerConfig {
+            in_channels: 8,
+            num_layers: depth,
+            num_single_layers: 2 * depth,
+            attention_head_dim: 8,
+            num_attention_heads: 2,
+            joint_attention_dim: 6,
+            pooled_projection_dim: 5,
+            guidance_embeds: true,
+            axes_dims_rope: vec![2, 2, 4],
+        }
+    }
+
+    fn normal(stream: u64, shape: &[i64]) -> Tensor {
+        let n = shape.iter().product::<i64>() as usize;
+        Tensor::from_slice(&Noise::new(2).normal(stream, n)).reshape(shape)
+    }
+
+    fn engine(depth: usize) -> Engine {
+        let config = config(depth);
+        let mut stream = 100;
+        let mut parameters =
+            Parameters::build(&segments(&config), Device::Cpu, Kind::Float, |_, shape| {
+                stream += 1;
+                let n = shape.iter().product();
+                Ok(Noise::new(5).normal(stream, n).into_iter().map(|x| 0.2 * x).collect())
+            })
+            .unwrap();
+        parameters.train();
+        Engine::new(config, parameters)
+    }
+
+    fn condition() -> Condition {
+        Condition {
+            text: normal(1, &[3, 5, 6]),
+            pooled: normal(2, &[3, 5]),
+            guidance: Tensor::full([3], 3.5, (Kind::Float, Device::Cpu)),
+            img_ids: Tensor::from_slice(&image_ids(2, 3)).reshape([-1, 3]),
+        }
+    }
+
+    fn gradients_of(engine: &mut Engine, recompute: bool) -> Vec<Tensor> {
+        engine.recompute = recompute;
+        let (x_t, t) = (normal(3, &[3, 6, 8]), Tensor::from_slice(&[0.2f32, 0.5, 0.9]));
+        engine.forward_backward(&x_t, &t, &condition(), |v| v * 2.0 + normal(4, &[3, 6, 8]));
+        engine.parameters.take_gradients()
+    }
+
+    #[test]
+    fn segments_hold_every_parameter_once() {
+        let config = config(2);
+        let whole: usize = segments(&config).iter().map(Manifest::n_elements).sum();
+        let dry = Shapes::new();
+        let scalar = vec![1];
+        config.forward(
+            &dry,
+            &Inputs {
+                hidden_states: &vec![1, 2, 8],
+                encoder_hidden_states: &vec![1, 3, 6],
+                pooled_projections: &vec![1, 5],
+                timestep: &scalar,
+                img_ids: &vec![2, 3],
+                txt_ids: &vec![3, 3],
+                guidance: Some(&scalar),
+            },
+        );
+        assert_eq!(whole, dry.manifest().n_elements());
+        assert_eq!(segments(&config).len(), 2 + config.n_blocks());
+    }
+
+    #[test]
+    fn blockwise_gradients_are_the_plain_ones() {
+        let mut engine = engine(2);
+        let plain = gradients_of(&mut engine, false);
+        let blockwise = gradients_of(&mut engine, true);
+        for (segment, (a, b)) in plain.iter().zip(&blockwise).enumerate() {
+            let scale = a.abs().max().double_value(&[]);
+            let difference = (a - b).abs().max().double_value(&[]);
+            assert!(scale > 0.0, "segment {segment} has no gradient");
+            assert!(difference <= 1e-6 * scale, "segment {segment}: {difference:e} of {scale:e}");
+        }
+    }
+
+    #[test]
+    fn a_gradient_agrees_with_a_difference_quotient() {
+        let mut engine = engine(1);
+        let (x_t, t) = (normal(3, &[3, 6, 8]), Tensor::from_slice(&[0.2f32, 0.5, 0.9]));
+        let condition = condition();
+        let value = |engine: &Engine| {
+            let v = engine.velocity(&x_t, &t, &condition).to_kind(Kind::Double);
+            (v.square().sum(Kind::Double) * 0.5).double_value(&[])
+        };
+        engine.recompute = true;
+        engine.forward_backward(&x_t, &t, &condition, Tensor::shallow_clone);
+        let gradients = engine.parameters.take_gradients();
+        for (segment, gradient) in gradients.iter().enumerate() {
+            let master = engine.parameters.segments[segment].master.shallow_clone();
+            let direction = gradient / gradient.norm();
+            let slope = gradient.norm().double_value(&[]);
+            let h = 1e-2 / slope.max(1.0);
+            let moved = |by: f64| {
+                no_grad(|| {
+                    let _ = master.shallow_clone().g_add_(&(&direction * by));
+                });
+                value(&engine)
+            };
+            let (ahead, behind) = (moved(h), moved(-2.0 * h));
+            moved(h);
+            let quotient = (ahead - behind) / (2.0 * h);
+            assert!(
+                (quotient - slope).abs() < 0.02 * slope,
+                "segment {segment}: {quotient} {slope}"
+            );
+        }
+    }
+
+    #[test]
+    fn samples_of_a_batch_do_not_mix() {
+        let engine = engine(1);
+        let (x_t, t) = (normal(3, &[3, 6, 8]), Tensor::from_slice(&[0.2f32, 0.5, 0.9]));
+        let condition = condition();
+        let together = engine.velocity(&x_t, &t, &condition);
+        let second = Tensor::from_slice(&[1i64]);
+        let alone = engine.velocity(
+            &x_t.index_select(0, &second),
+            &t.index_select(0, &second),
+            &condition.rows(&second),
+        );
+        let difference = (together.get(1) - alone.get(0)).abs().max().double_value(&[]);
+        assert!(difference < 1e-5, "{difference:e}");
     }
 }

@@ -86,7 +86,8 @@ fn score(
     let texts: Vec<&str> = prompts.iter().map(|prompt| prompt.text.as_str()).collect();
     let (guidance, batch) = (config.rollout.guidance, config.rollout.batch);
     let images = sample(&model, &texts, options.seed, &plan, &size, guidance, batch)?;
-    let scores = rewards.score(&prompts.iter().collect::<Vec<_>>(), &images.iter().collect::<Vec<_>>())?;
+    let scores =
+        rewards.score(&prompts.iter().collect::<Vec<_>>(), &images.iter().collect::<Vec<_>>())?;
     let mut means = Vec::new();
     let mut per_prompt = vec![Vec::new(); prompts.len()];
     for ((name, _), outcome) in rewards.weights().zip(&scores.outcomes) {
@@ -107,7 +108,8 @@ fn exact(column: &Column, metrics: &[RewardConfig]) -> Option<Vec<bool>> {
     use crate::reward::{Measure, RewardKind};
     let is_exact = |name: &str| {
         metrics.iter().any(|metric| {
-            metric.name == name && matches!(metric.kind, RewardKind::Ocr { measure: Measure::Exact, .. })
+            metric.name == name
+                && matches!(metric.kind, RewardKind::Ocr { measure: Measure::Exact, .. })
         })
     };
     let at = column.means.iter().position(|(name, _)| is_exact(name))?;

@@ -49,7 +49,9 @@ pub(crate) fn gather(
     let noise = family(config.seed, Use::Neighbourhood);
     let eps: Vec<Vec<f32>> = (first_group..)
         .take(prompts.len())
-        .flat_map(|group| rollout::neighbourhood(noise, group, config.group_size, config.sigma, size))
+        .flat_map(|group| {
+            rollout::neighbourhood(noise, group, config.group_size, config.sigma, size)
+        })
         .collect();
     let members: Vec<i64> =
         (0..prompts.len() as i64).flat_map(|p| vec![p; config.group_size]).collect();
@@ -107,7 +109,11 @@ pub(crate) fn solve_in_batches(
                 model.engine.velocity(x_t, &times, condition)
             })
             .collect();
-        if velocities.len() == 1 { velocities[0].shallow_clone() } else { Tensor::cat(&velocities, 0) }
+        if velocities.len() == 1 {
+            velocities[0].shallow_clone()
+        } else {
+            Tensor::cat(&velocities, 0)
+        }
     })
 }
 

@@ -17,10 +17,18 @@ pub(crate) fn value(noise: Noise, stream: u64, name: &str, shape: &[usize]) -> R
     if shape.len() == 1 {
         return Ok(vec![1.0; n]);
     }
-    let is_table = ["shared", "token_embedding", "position_embedding", "relative_attention_bias"]
-        .iter()
-        .any(|part| name.contains(part));
     let fan_in: usize = shape[1..].iter().product();
-    let std = if is_table { 0.2 } else { 1.0 / (fan_in as f32).sqrt() };
+    let is_table = ["shared", "token_embedding", "position_embedding"];
+    let std = if is_table.iter().any(|part| name.contains(part)) {
+        0.2
+    } else if name.contains("relative_attention_bias") {
+        // Heads that look at different distances from the start: letters find their place in a word.
+        2.0
+    } else if name.contains("SelfAttention.q") {
+        // T5 does not scale its scores.
+        0.25 / (fan_in as f32).sqrt()
+    } else {
+        1.0 / (fan_in as f32).sqrt()
+    };
     Ok(noise.normal(stream, n).into_iter().map(|x| x * std).collect())
 }

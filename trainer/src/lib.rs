@@ -2,7 +2,7 @@
 
 use std::num::NonZero;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use crate::args::{Cli, Command, SampleArgs, SourceArgs};
 use crate::config::Source;
@@ -10,7 +10,6 @@ use crate::config::Source;
 mod advantage;
 pub mod align;
 pub mod args;
-pub mod atomic;
 pub mod captioned;
 pub mod config;
 pub mod device;
@@ -43,6 +42,7 @@ pub mod signs;
 pub mod splitmix;
 mod state;
 mod update;
+pub mod usage;
 
 /// Does what the command line asks for.
 ///
@@ -51,7 +51,6 @@ mod update;
 pub fn run(cli: &Cli) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let threads = cli.threads.unwrap_or(cores);
-    ensure!(threads > 0, "--threads 0: at least one");
     tch::set_num_threads(threads as i32);
     let device = device::open(&cli.device)?;
     interrupt::listen()?;

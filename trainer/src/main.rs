@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use trainer::args::Cli;
+use trainer::usage::Usage;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -12,7 +13,7 @@ fn main() -> ExitCode {
         Err(error) if error.is::<trainer::align::Stopped>() => ExitCode::from(130),
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
         }
     }
 }

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serializer};
 use serde_json::Value;
 
 use self::events::Events;
-use crate::atomic;
+use flow::checkpoint::write_atomically;
 
 /// The file of JSON lines in a run's folder.
 pub const FILE: &str = "metrics.jsonl";
@@ -47,7 +47,7 @@ impl Metrics {
     /// Starts the metrics of a new run in `dir`, replacing those of an earlier run there.
     pub fn create(dir: &Path) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
-        atomic::write(&dir.join(FILE), b"")?;
+        write_atomically(&dir.join(FILE), b"")?;
         Self::open(dir, 0, 0.0)
     }
 
@@ -67,7 +67,7 @@ impl Metrics {
                 wall_before = record.wall;
             }
         }
-        atomic::write(&path, kept.as_bytes())?;
+        write_atomically(&path, kept.as_bytes())?;
         Self::open(dir, step + 1, wall_before)
     }
 

@@ -20,7 +20,7 @@ use crate::parameters::Parameters;
 const DECODE_BATCH: usize = 16;
 
 /// All networks of a pipeline on one device.
-pub struct Model {
+pub(crate) struct Model {
     pub(crate) pipeline: Pipeline,
     pub(crate) engine: Engine,
     pub(crate) text_encoder: Parameters,
@@ -42,7 +42,7 @@ impl Model {
     ///
     /// # Errors
     /// When the folder is no pipeline this project can run, or its weights do not fit its configs.
-    pub fn load(dir: &Path, device: Device, kind: Kind) -> Result<Self> {
+    pub(crate) fn load(dir: &Path, device: Device, kind: Kind) -> Result<Self> {
         Self::open(dir, device, kind, Missing::Refuse)
     }
 
@@ -54,7 +54,8 @@ impl Model {
                 Component::Transformer => segments(&pipeline.transformer),
                 other => vec![pipeline.manifest(other)],
             };
-            let file = dir.join(component.folder()).join(format!("{}.safetensors", component.stem()));
+            let file =
+                dir.join(component.folder()).join(format!("{}.safetensors", component.stem()));
             match missing {
                 Missing::Draw(noise) if !file.exists() => {
                     let mut stream = (component as u64) << 32;
@@ -103,9 +104,8 @@ impl Model {
             t5.extend(ids.t5);
         }
         let rows = prompts.len() as i64;
-        Ok([clip, t5].map(|ids| {
-            Tensor::from_slice(&ids).reshape([rows, -1]).to_device(self.device)
-        }))
+        Ok([clip, t5]
+            .map(|ids| Tensor::from_slice(&ids).reshape([rows, -1]).to_device(self.device)))
     }
 
     /// Conditions of `prompts`, without gradients.
@@ -120,9 +120,15 @@ impl Model {
     }
 
     /// Conditions of token ids, with a graph where the text encoders train.
-    pub(crate) fn condition(&self, ids: &[Tensor; 2], guidance: f64, size: &LatentSize) -> Condition {
+    pub(crate) fn condition(
+        &self,
+        ids: &[Tensor; 2],
+        guidance: f64,
+        size: &LatentSize,
+    ) -> Condition {
         let [clip, t5] = ids.each_ref().map(|ids| Rc::new(ids.shallow_clone()));
-        let pooled = self.pipeline.text_encoder.forward(&self.text_encoder.ops(), &clip).pooler_output;
+        let pooled =
+            self.pipeline.text_encoder.forward(&self.text_encoder.ops(), &clip).pooler_output;
         let text = self.pipeline.text_encoder_2.forward(&self.text_encoder_2.ops(), &t5);
         let options = (Kind::Float, self.device);
         Condition {
@@ -145,7 +151,9 @@ impl Model {
 
     /// Packed tokens `[B, S, C]` as unpacked latents `[B, Z, h, w]` on the CPU.
     pub(crate) fn unpack(&self, packed: &Tensor, size: &LatentSize) -> Result<Tensor> {
-        let values = Vec::<f32>::try_from(&packed.to_device(Device::Cpu).to_kind(Kind::Float).reshape([-1]))?;
+        let values = Vec::<f32>::try_from(
+            &packed.to_device(Device::Cpu).to_kind(Kind::Float).reshape([-1]),
+        )?;
         let rows: Vec<f32> = values.chunks(size.len()).flat_map(|row| size.unpack(row)).collect();
         let (z, h, w) = (size.channels as i64, size.height as i64, size.width as i64);
         Ok(Tensor::from_slice(&rows).reshape([-1, z, h, w]))

@@ -168,3 +168,105 @@ impl AdamW {
         [("m", &self.m), ("v", &self.v)].into_iter().chain(ema)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use flow::ops::shapes::Shapes;
+    use flow::ops::{Ops, ParamPath};
+
+    use super::*;
+
+    fn one_segment() -> Parameters {
+        let shapes = Shapes::new();
+        shapes.param(&ParamPath::root().at("w"), &[3]);
+        let manifest = [shapes.manifest()];
+        let mut parameters =
+            Parameters::build(&manifest, Device::Cpu, Kind::Float, |_, _| Ok(vec![1.0, -2.0, 0.5]))
+                .unwrap();
+        parameters.train();
+        parameters
+    }
+
+    fn config() -> OptimizerConfig {
+        toml::from_str("learning_rate = 0.1\nweight_decay = 0.01\nmax_grad_norm = 1e9\nema = 0.5")
+            .unwrap()
+    }
+
+    fn push(parameters: &Parameters, gradient: &[f32]) {
+        use flow::ops::Ops;
+        let w = parameters.ops().param(&ParamPath::root().at("w"), &[3]);
+        (&*w * Tensor::from_slice(gradient)).sum(Kind::Float).backward();
+    }
+
+    fn weights(parameters: &Parameters) -> Vec<f32> {
+        Vec::<f32>::try_from(parameters.masters().next().unwrap()).unwrap()
+    }
+
+    /// Two steps against AdamW written out in f64.
+    #[test]
+    fn steps_are_adamw() {
+        let parameters = one_segment();
+        let mut optimizer = AdamW::new(config(), &[&parameters]);
+        let (mut w, mut m, mut v) = ([1.0f64, -2.0, 0.5], [0.0f64; 3], [0.0f64; 3]);
+        for (step, gradient) in [[0.3f32, -1.0, 2.0], [0.1, 0.5, -3.0]].iter().enumerate() {
+            push(&parameters, gradient);
+            optimizer.step(&[&parameters], 1.0).unwrap();
+            for i in 0..3 {
+                let g = f64::from(gradient[i]);
+                m[i] = 0.9 * m[i] + 0.1 * g;
+                v[i] = 0.999 * v[i] + 0.001 * g * g;
+                let n = step as i32 + 1;
+                let (mh, vh) = (m[i] / (1.0 - 0.9f64.powi(n)), v[i] / (1.0 - 0.999f64.powi(n)));
+                w[i] -= 0.1 * 0.01 * w[i] + 0.1 * mh / (vh.sqrt() + 1e-12);
+            }
+        }
+        for (found, expected) in weights(&parameters).iter().zip(w) {
+            assert!((f64::from(*found) - expected).abs() < 1e-5, "{found} {expected}");
+        }
+    }
+
+    #[test]
+    fn gradients_are_clipped_by_their_global_norm() {
+        let parameters = one_segment();
+        let clipped = OptimizerConfig { max_grad_norm: 1.0, ..config() };
+        let mut optimizer = AdamW::new(clipped, &[&parameters]);
+        push(&parameters, &[3.0, 4.0, 0.0]);
+        let report = optimizer.step(&[&parameters], 1.0).unwrap();
+        assert!((report.grad_norm - 5.0).abs() < 1e-6);
+        let m = Vec::<f32>::try_from(&optimizer.m[0]).unwrap();
+        assert!((m[0] - 0.06).abs() < 1e-6 && (m[1] - 0.08).abs() < 1e-6, "{m:?}");
+    }
+
+    #[test]
+    fn a_restored_optimiser_goes_on_to_the_bit() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("state.safetensors");
+        let (a, b) = (one_segment(), one_segment());
+        let mut of_a = AdamW::new(config(), &[&a]);
+        push(&a, &[0.3, -1.0, 2.0]);
+        of_a.step(&[&a], 1.0).unwrap();
+        let (entries, step) = of_a.entries().unwrap();
+        flow::checkpoint::write_tensors(&file, &entries, &[]).unwrap();
+        let mut of_b = AdamW::new(config(), &[&b]);
+        of_b.restore(&Weights::open_file(&file).unwrap(), step).unwrap();
+        no_grad(|| {
+            let (from, to) = (a.masters().next().unwrap(), b.masters().next().unwrap());
+            to.shallow_clone().copy_(from);
+        });
+        for (parameters, optimizer) in [(&a, &mut of_a), (&b, &mut of_b)] {
+            push(parameters, &[0.7, 0.2, -0.1]);
+            optimizer.step(&[parameters], 1.0).unwrap();
+        }
+        assert_eq!(weights(&a), weights(&b));
+        assert_eq!(of_a.averaged().unwrap()[0], of_b.averaged().unwrap()[0]);
+    }
+
+    #[test]
+    fn a_gradient_that_is_not_finite_stops_the_run() {
+        let parameters = one_segment();
+        let mut optimizer = AdamW::new(config(), &[&parameters]);
+        push(&parameters, &[f32::NAN, 0.0, 0.0]);
+        assert!(optimizer.step(&[&parameters], 1.0).is_err());
+        assert_eq!(weights(&parameters), [1.0, -2.0, 0.5]);
+    }
+}

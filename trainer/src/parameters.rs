@@ -93,11 +93,6 @@ impl Parameters {
         self.kind
     }
 
-    /// Numbers in all segments.
-    pub(crate) fn n_elements(&self) -> i64 {
-        self.segments.iter().map(|segment| segment.master.size1().unwrap_or(0)).sum()
-    }
-
     /// Gathers the accumulated gradients into one flat f32 tensor a segment and clears them.
     pub(crate) fn take_gradients(&self) -> Vec<Tensor> {
         no_grad(|| {

@@ -5,7 +5,7 @@ use std::{io::Cursor, path::Path};
 use anyhow::{Context, Result};
 use image::{ImageFormat, RgbImage};
 
-use crate::atomic;
+use flow::checkpoint::write_atomically;
 
 /// The bytes of a PNG file.
 pub fn png(image: &RgbImage) -> Result<Vec<u8>> {
@@ -16,7 +16,7 @@ pub fn png(image: &RgbImage) -> Result<Vec<u8>> {
 
 /// Writes or replaces the PNG file `path`, whole or not at all.
 pub fn save(path: &Path, image: &RgbImage) -> Result<()> {
-    atomic::write(path, &png(image)?)
+    Ok(write_atomically(path, &png(image)?)?)
 }
 
 #[cfg(test)]

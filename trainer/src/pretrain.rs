@@ -89,7 +89,9 @@ pub fn run(config: &PretrainConfig, device: Device) -> Result<()> {
         model.pipeline.vae.shift_factor = Some(shift);
         model.pipeline.vae.scaling_factor = scaling;
         let psnr = 10.0 * (4.0 / mse).log10();
-        eprintln!("autoencoder: PSNR {psnr:.1} dB, latents shifted by {shift:.4}, scaled by {scaling:.4}");
+        eprintln!(
+            "autoencoder: PSNR {psnr:.1} dB, latents shifted by {shift:.4}, scaled by {scaling:.4}"
+        );
     }
     let mut averaged = None;
     if let Some(stage) = &config.flow {
@@ -158,7 +160,8 @@ fn train_autoencoder(
 
 /// Shift and scaling that give the data's latents mean 0 and standard deviation 1.
 fn latent_scale(model: &Model, images: &[&RgbImage]) -> Result<(f64, f64)> {
-    let sample: Vec<&RgbImage> = images.iter().step_by((images.len() / 1024).max(1)).copied().collect();
+    let sample: Vec<&RgbImage> =
+        images.iter().step_by((images.len() / 1024).max(1)).copied().collect();
     let means = encode_means(model, &sample)?;
     let (mean, std) = (means.mean(Kind::Double), means.to_kind(Kind::Double).std(false));
     Ok((mean.double_value(&[]), 1.0 / std.double_value(&[])))
@@ -218,7 +221,8 @@ fn train_flow(
         let times = logit_normal(times, step, config.batch);
         let x_t = on_path(&x0, &eps, &times);
         let t = Tensor::from_slice(&times).to_kind(Kind::Float).to_device(model.device());
-        let condition = model.condition(&ids.each_ref().map(|i| i.index_select(0, &picked)), 1.0, size);
+        let condition =
+            model.condition(&ids.each_ref().map(|i| i.index_select(0, &picked)), 1.0, size);
         let v = model.engine.forward(&x_t, &t, &condition);
         let loss = (v - (eps - x0)).square().mean(Kind::Float);
         loss.backward();

@@ -21,8 +21,12 @@ pub(crate) struct Progress {
 impl Progress {
     /// `total` steps, of which `done` were done by an earlier run.
     pub(crate) fn new(name: &'static str, total: usize, done: usize) -> Self {
-        let bar = ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr_with_hz(4));
-        let style = ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len}  {msg}  {elapsed} < {eta}");
+        let bar = ProgressBar::with_draw_target(
+            Some(total as u64),
+            ProgressDrawTarget::stderr_with_hz(4),
+        );
+        let style =
+            ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len}  {msg}  {elapsed} < {eta}");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         bar.set_prefix(name);
         bar.set_position(done as u64);
@@ -41,7 +45,11 @@ impl Progress {
         if self.is_plain && (self.said.get().elapsed() >= PLAIN_EVERY || done == total) {
             self.said.set(Instant::now());
             let left = (total - done) as f64 / rate;
-            eprintln!("{} {done}/{total}  {message}  {}  {left:.0} s left", self.name, per_time(rate));
+            eprintln!(
+                "{} {done}/{total}  {message}  {}  {left:.0} s left",
+                self.name,
+                per_time(rate)
+            );
         }
     }
 

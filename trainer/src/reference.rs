@@ -14,7 +14,7 @@ use crate::model::Model;
 use crate::update::entry;
 
 /// Name of the file in the pipeline folder.
-pub const FILE: &str = "reference.safetensors";
+pub(crate) const FILE: &str = "reference.safetensors";
 
 /// Prompts of the text encoders; their rows also condition the velocity.
 const PROMPTS: [&str; 2] = ["red \"CAT\"", "A blue sign that says \"42\", on a white wall"];
@@ -42,17 +42,15 @@ fn tensors(model: &Model) -> Result<Vec<Entry<'static>>> {
     };
     let ids = model.tokenise(&PROMPTS)?;
     let condition = model.condition(&ids, 3.5, &size);
-    let clip = pipeline
-        .text_encoder
-        .forward(&model.text_encoder.ops(), &Rc::new(ids[0].shallow_clone()));
+    let clip =
+        pipeline.text_encoder.forward(&model.text_encoder.ops(), &Rc::new(ids[0].shallow_clone()));
     let noise = Noise::new(0);
     let rows = [noise.normal(0, size.len()), noise.normal(1, size.len())];
     let x_t = model.pack(&rows, &size);
     let t = Tensor::from_slice(&TIMES).to_device(model.device());
     let velocity = model.engine.velocity(&x_t, &t, &condition);
     let latents = Tensor::from_slice(&rows.concat()).to_device(model.device());
-    let latents =
-        latents.reshape([2, size.channels as i64, size.height as i64, size.width as i64]);
+    let latents = latents.reshape([2, size.channels as i64, size.height as i64, size.width as i64]);
     let decoded = pipeline.vae.decode(&model.vae.ops(), &Rc::new(latents.shallow_clone()));
     let pixels = decoded.clamp(-1.0, 1.0);
     let parameters = model.encode_pixels(&pixels);

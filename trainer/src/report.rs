@@ -88,18 +88,27 @@ impl Report {
                 .filter_map(|scores| scores.outcomes[index].scores.as_deref())
                 .collect();
             let outcomes = experience.scores.iter().map(|scores| &scores.outcomes[index]);
-            put(&format!("reward_failures/{}", reward.name), outcomes.map(|o| f64::from(o.failures)).sum());
+            put(
+                &format!("reward_failures/{}", reward.name),
+                outcomes.map(|o| f64::from(o.failures)).sum(),
+            );
             if groups.is_empty() {
                 continue;
             }
             let reward_mean = mean(groups.iter().map(|group| mean(group.iter().copied())));
             put(&format!("reward/{}", reward.name), reward_mean);
-            put(&format!("reward_std/{}", reward.name), mean(groups.iter().map(|group| std(group))));
+            put(
+                &format!("reward_std/{}", reward.name),
+                mean(groups.iter().map(|group| std(group))),
+            );
             line += &format!("{} {reward_mean:.3}  ", reward.name);
         }
         let flat = experience.advantages.iter().filter(|group| group.is_flat).count();
         let n_groups = experience.advantages.len() as f64;
-        let norms = experience.advantages.iter().map(|a| a.values.iter().map(|x| x * x).sum::<f64>().sqrt());
+        let norms = experience
+            .advantages
+            .iter()
+            .map(|a| a.values.iter().map(|x| x * x).sum::<f64>().sqrt());
         put("advantage/norm", mean(norms));
         put("advantage/flat_groups", flat as f64 / n_groups);
         put("policy/objective", outcome.objective);
@@ -162,8 +171,7 @@ pub(crate) fn sample(
     batch: usize,
 ) -> Result<Vec<RgbImage>> {
     let condition = model.encode(prompts, guidance, size)?;
-    let noise: Vec<Vec<f32>> =
-        (seed..).take(prompts.len()).map(|seed| size.noise(seed)).collect();
+    let noise: Vec<Vec<f32>> = (seed..).take(prompts.len()).map(|seed| size.noise(seed)).collect();
     let eps = model.pack(&noise, size);
     let trajectory = experience::solve_in_batches(model, plan, eps, &condition, batch);
     model.decode(&trajectory.x0, size)

@@ -125,7 +125,8 @@ mod tests {
     fn transitions_skip_correctors() {
         let schedule = Schedule::new(3, Shift::Factor(1.0)).unwrap();
         let steps = plan(flow::solver::Solver::Heun, &schedule);
-        let trajectory = solve(&steps, Tensor::ones([1], (Kind::Float, Device::Cpu)), |x, _| x * 0.5);
+        let trajectory =
+            solve(&steps, Tensor::ones([1], (Kind::Float, Device::Cpu)), |x, _| x * 0.5);
         let transitions = trajectory.transitions();
         assert_eq!(transitions, [0, 2, 4]);
         assert_eq!(trajectory.arrived(0), &trajectory.calls[2].x_t);

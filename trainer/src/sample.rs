@@ -12,6 +12,7 @@ use crate::experience::solve_in_batches;
 use crate::model::Model;
 use crate::picture;
 use crate::update::entry;
+use crate::usage::Usage;
 
 /// What to sample.
 pub struct Options<'a> {
@@ -42,7 +43,11 @@ pub struct Options<'a> {
 pub fn run(options: &Options<'_>) -> Result<()> {
     ensure!(options.n > 0, "-n 0: at least one image");
     let model = Model::load(options.model, options.device, Kind::Float)?;
-    let size = model.latent_size(options.rollout.size)?;
+    let size =
+        model.latent_size(options.rollout.size).map_err(|error| match options.rollout.size {
+            Some(_) => Usage(format!("{error:#}")).into(),
+            None => error,
+        })?;
     let plan = options.rollout.plan(&model.pipeline.scheduler, &size)?;
     let rows: Vec<Vec<f32>> = match options.noise {
         None => (options.seed..).take(options.n).map(|seed| size.noise(seed)).collect(),
@@ -58,7 +63,8 @@ pub fn run(options: &Options<'_>) -> Result<()> {
             file.f32("latents")?.chunks(size.len()).map(<[f32]>::to_vec).collect()
         }
     };
-    let condition = model.encode(&vec![options.prompt; options.n], options.rollout.guidance, &size)?;
+    let condition =
+        model.encode(&vec![options.prompt; options.n], options.rollout.guidance, &size)?;
     let eps = model.pack(&rows, &size);
     let x0 = solve_in_batches(&model, &plan, eps, &condition, options.rollout.batch).x0;
     if let Some(path) = options.latents_out {

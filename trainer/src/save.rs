@@ -1,11 +1,12 @@
 //! Writing a pipeline folder: new weights, everything else carried over, whole or not at all.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use flow::checkpoint::{write_atomically, write_tensors};
 use flow::pipeline::Component;
+use flow::staged::Staged;
 use tch::Tensor;
 
 use crate::model::Model;
@@ -30,12 +31,7 @@ pub(crate) fn pipeline(
     saved: &[Saved<'_>],
     finish: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<()> {
-    let parent = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
-    let beside = tempfile::Builder::new()
-        .prefix(".partial-")
-        .tempdir_in(parent)
-        .with_context(|| format!("cannot write in {}", parent.display()))?;
+    let staged = Staged::begin(dir)?;
     let source = &model.pipeline.dir;
     let listed = || format!("cannot read {}", source.display());
     for entry in fs::read_dir(source).with_context(listed)? {
@@ -45,10 +41,10 @@ pub(crate) fn pipeline(
             continue;
         }
         let is_saved = saved.iter().any(|s| s.component.folder() == text);
-        copy(&source.join(&name), &beside.path().join(&name), is_saved)?;
+        copy(&source.join(&name), &staged.path().join(&name), is_saved)?;
     }
     for part in saved {
-        let folder = beside.path().join(part.component.folder());
+        let folder = staged.path().join(part.component.folder());
         let entries = match part.averaged {
             Some(averaged) => part.parameters.entries(averaged.iter()),
             None => part.parameters.entries(part.parameters.masters()),
@@ -56,34 +52,8 @@ pub(crate) fn pipeline(
         let file = folder.join(format!("{}.safetensors", part.component.stem()));
         write_tensors(&file, &entries, &[])?;
     }
-    finish(beside.path())?;
-    publish(beside, dir)
-}
-
-/// Gives a finished folder its name; a folder already there is moved aside first and removed last.
-fn publish(beside: tempfile::TempDir, dir: &Path) -> Result<()> {
-    let failed = || format!("cannot write {}", dir.display());
-    open_to_all(beside.path()).with_context(failed)?;
-    let path = beside.keep();
-    let old: Option<PathBuf> = dir.exists().then(|| path.with_extension("old"));
-    if let Some(old) = &old {
-        fs::rename(dir, old).with_context(failed)?;
-    }
-    fs::rename(&path, dir).with_context(failed)?;
-    if let Some(old) = old {
-        fs::remove_dir_all(&old).with_context(|| format!("cannot remove {}", old.display()))?;
-    }
-    Ok(())
-}
-
-/// Temporary folders are private; what is left for people is not.
-fn open_to_all(path: &Path) -> std::io::Result<()> {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
-    }
-    Ok(())
+    finish(staged.path())?;
+    Ok(staged.publish(true)?)
 }
 
 /// Copies a file, or the files of a folder; weights are left out where new ones follow.

@@ -14,13 +14,14 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use flow::staged::Staged;
 use serde::{Deserialize, Serialize};
 
 use self::{
     render::{Jitter, render},
     words::Sign,
 };
-use crate::{atomic, captioned::METADATA, font, splitmix::SplitMix64};
+use crate::{captioned::METADATA, font, splitmix::SplitMix64};
 
 /// The share of numbers of two or three digits among the signs.
 pub const SHARE_NUMBERS: f64 = 0.2;
@@ -61,18 +62,9 @@ impl Default for SignsConfig {
 pub fn write(dir: &Path, config: &SignsConfig) -> Result<()> {
     check(config)?;
     ensure!(!dir.exists(), "{} exists already: name a new folder or remove it", dir.display());
-    let partial = atomic::beside(dir)?;
-    if partial.exists() {
-        fs::remove_dir_all(&partial).with_context(|| format!("removing {}", partial.display()))?;
-    }
-    fs::create_dir_all(&partial).with_context(|| format!("creating {}", partial.display()))?;
-    if let Err(error) = write_files(&partial, config) {
-        // The first error is the one to report; what cannot be removed is removed by the next run.
-        let _ = fs::remove_dir_all(&partial);
-        return Err(error);
-    }
-    fs::rename(&partial, dir)
-        .with_context(|| format!("renaming {} to {}", partial.display(), dir.display()))
+    let staged = Staged::begin(dir)?;
+    write_files(staged.path(), config)?;
+    Ok(staged.publish(false)?)
 }
 
 /// The `index`-th sign of a data set and how it is placed.

@@ -121,7 +121,8 @@ impl Draws {
     fn new(config: &AlignConfig, experience: &Experience) -> Self {
         let transitions = experience.trajectory.transitions();
         let possible = &transitions[..transitions.len() - 1];
-        let (of_anchors, of_steps) = (family(config.seed, Use::Anchors), family(config.seed, Use::Steps));
+        let (of_anchors, of_steps) =
+            (family(config.seed, Use::Anchors), family(config.seed, Use::Steps));
         let groups = (experience.first_group..).take(experience.advantages.len());
         let (anchors, calls) = groups
             .map(|group| {
@@ -196,7 +197,8 @@ impl Statistics {
         let dims: &[i64] = &[1];
         let entropy = (&policy * &objective.log_policy).sum_dim_intlist(dims, false, Kind::Double);
         self.objective += share * mean(&objective.value);
-        self.log_ratio_max = self.log_ratio_max.max(objective.log_ratio.abs().max().double_value(&[]));
+        self.log_ratio_max =
+            self.log_ratio_max.max(objective.log_ratio.abs().max().double_value(&[]));
         self.clip_fraction[0] += share * mean(&high);
         self.clip_fraction[1] += share * mean(&low);
         self.p_anchor += share * mean(&policy.amax(dims, false));
@@ -264,7 +266,10 @@ impl Recorder {
     /// `[M, G, S, C]`, `rewards` `[M, rewards, G]`, `advantages`, `log_rho` `[M, G]`, `objective` `[M]`
     /// and `gradient` `[M, S, C]` of its mean; the configuration as JSON in the metadata.
     pub(crate) fn write(&self) -> Result<()> {
-        ensure!(!self.tensors.is_empty(), "--record-update: every group was flat, nothing to record");
+        ensure!(
+            !self.tensors.is_empty(),
+            "--record-update: every group was flat, nothing to record"
+        );
         let entries = self
             .tensors
             .iter()

@@ -81,12 +81,18 @@ impl T5Config {
     /// Token states `[B, L, D]` of integer `input_ids` `[B, L]`.
     pub fn forward<O: Ops>(&self, ops: &O, input_ids: &O::Tensor) -> O::Tensor {
         let root = ParamPath::root();
-        let mut x = nn::embedding(ops, &root.at("shared"), input_ids, self.vocab_size, self.d_model);
+        let mut x =
+            nn::embedding(ops, &root.at("shared"), input_ids, self.vocab_size, self.d_model);
         let bias = self.position_bias(ops, input_ids);
         for index in 0..self.num_layers {
             x = self.block(ops, &root.at("encoder.block").at(index).at("layer"), &x, &bias);
         }
-        ops.rms_norm(&root.at("encoder.final_layer_norm"), &x, self.d_model, self.layer_norm_epsilon)
+        ops.rms_norm(
+            &root.at("encoder.final_layer_norm"),
+            &x,
+            self.d_model,
+            self.layer_norm_epsilon,
+        )
     }
 
     fn block<O: Ops>(

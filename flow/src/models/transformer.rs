@@ -120,11 +120,7 @@ impl TransformerConfig {
     }
 
     /// Embeds tokens, time, guidance and pooled text.
-    pub fn prologue<O: Ops>(
-        &self,
-        ops: &O,
-        inputs: &Inputs<'_, O::Tensor>,
-    ) -> State<O::Tensor> {
+    pub fn prologue<O: Ops>(&self, ops: &O, inputs: &Inputs<'_, O::Tensor>) -> State<O::Tensor> {
         let (root, width) = (ParamPath::root(), self.width());
         let embed = root.at("time_text_embed");
         let times = |name: &str, t: &O::Tensor| {
@@ -171,7 +167,11 @@ impl TransformerConfig {
         state: &State<O::Tensor>,
     ) -> State<O::Tensor> {
         if index < self.num_layers {
-            return self.double_block(ops, &ParamPath::root().at("transformer_blocks").at(index), state);
+            return self.double_block(
+                ops,
+                &ParamPath::root().at("transformer_blocks").at(index),
+                state,
+            );
         }
         let single = index - self.num_layers;
         let path = ParamPath::root().at("single_transformer_blocks").at(single);
@@ -189,7 +189,8 @@ impl TransformerConfig {
     pub fn epilogue<O: Ops>(&self, ops: &O, state: &State<O::Tensor>) -> O::Tensor {
         let (root, width) = (ParamPath::root(), self.width());
         let (_, x) = ops.split_after(&state.x, &state.c, 1);
-        let scale_shift = nn::modulation(ops, &root.at("norm_out").at("linear"), &state.temb, width, 2);
+        let scale_shift =
+            nn::modulation(ops, &root.at("norm_out").at("linear"), &state.temb, width, 2);
         let x = ops.layer_norm(&x, width, None, EPS);
         let x = nn::modulate(ops, &x, &scale_shift[1], &scale_shift[0]);
         ops.linear(&root.at("proj_out"), &x, width, self.in_channels, true)
@@ -203,7 +204,8 @@ impl TransformerConfig {
     ) -> State<O::Tensor> {
         let (width, attn) = (self.width(), path.at("attn"));
         let m_x = nn::modulation(ops, &path.at("norm1").at("linear"), &state.temb, width, 6);
-        let m_c = nn::modulation(ops, &path.at("norm1_context").at("linear"), &state.temb, width, 6);
+        let m_c =
+            nn::modulation(ops, &path.at("norm1_context").at("linear"), &state.temb, width, 6);
         let normed = |x: &O::Tensor, shift: &O::Tensor, scale: &O::Tensor| {
             nn::modulate(ops, &ops.layer_norm(x, width, None, EPS), shift, scale)
         };
@@ -297,4 +299,3 @@ impl TransformerConfig {
 pub fn image_ids(rows: usize, columns: usize) -> Vec<f32> {
     (0..rows).flat_map(|r| (0..columns).flat_map(move |c| [0.0, r as f32, c as f32])).collect()
 }
-

@@ -224,7 +224,8 @@ impl VaeConfig {
         };
         let (q, k, v) = (project("to_q"), project("to_k"), project("to_v")); // [B, 1, hw, C]
         let h = ops.attention(&q, &k, &v, 1.0 / (channels as f64).sqrt(), Mask::None);
-        let h = ops.reshape(&ops.permute(&h, &[0, 2, 1, 3]), &[Dim::Keep, Dim::Keep, Dim::Is(channels)]);
+        let h = ops
+            .reshape(&ops.permute(&h, &[0, 2, 1, 3]), &[Dim::Keep, Dim::Keep, Dim::Is(channels)]);
         let h = ops.linear(&path.at("to_out.0"), &h, channels, channels, true);
         ops.add(x, &ops.reshape_like(&ops.permute(&h, &[0, 2, 1]), x))
     }

@@ -54,7 +54,9 @@ impl Shapes {
     /// What has been used so far.
     pub fn manifest(&self) -> Manifest {
         let seen = self.seen.borrow();
-        Manifest(self.order.borrow().iter().map(|name| (name.clone(), seen[name].clone())).collect())
+        Manifest(
+            self.order.borrow().iter().map(|name| (name.clone(), seen[name].clone())).collect(),
+        )
     }
 
     /// Multiplications and additions of matrix products, convolutions and attention so far.

@@ -1,0 +1,105 @@
+//! Seconds of an alignment iteration: plain DDIM rollouts of 25 steps with every member an anchor,
+//! against DPM-Solver++ 2M rollouts of 8 steps with 4 anchors of 12 (paper Table 3 in small). Both
+//! make an update an anchor over the same prompts and model; the reward is the size as JPEG, so that
+//! hardly any time goes into it, and its seconds are left out.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use benches::{median, program, table};
+use serde_json::Value;
+
+/// Iterations measured after one that warms up.
+const ITERATIONS: usize = 5;
+/// 8 prompts of 12 members an iteration.
+const SHARED: [&str; 4] = [
+    r#"rewards=[{name = "jpeg", kind = "jpeg", prefer = "small", weight = 1.0}]"#,
+    "judges=[]",
+    "advantage.std_floor=1e-6",
+    "group_size=12",
+];
+const SETTINGS: [(&str, [&str; 5]); 2] = [
+    (
+        "DDIM 25 steps, B 12, K 14",
+        ["rollout.solver=euler", "rollout.steps=25", "anchors=12", "updates=12", "train_steps=14"],
+    ),
+    (
+        "DPM++ 2M 8 steps, B 4, K 4",
+        ["rollout.solver=dpmpp-2m", "rollout.steps=8", "anchors=4", "updates=4", "train_steps=4"],
+    ),
+];
+
+/// Medians of one setting.
+struct Cost {
+    /// Network passes an image: forward in the rollout, forward and backward in the update.
+    nfe: [f64; 2],
+    /// Seconds of rollout, update, and the iteration without its rewards.
+    seconds: [f64; 3],
+}
+
+fn main() -> Result<()> {
+    let folder = tempfile::tempdir().context("cannot make a folder for the runs")?;
+    let costs = SETTINGS
+        .iter()
+        .enumerate()
+        .map(|(index, (name, settings))| {
+            measure(settings, &folder.path().join(index.to_string()))
+                .with_context(|| format!("cannot measure {name}"))
+        })
+        .collect::<Result<Vec<Cost>>>()?;
+    let [slow, fast] = &costs[..] else { unreachable!("two settings") };
+    let mut rows: Vec<[String; 6]> = SETTINGS
+        .iter()
+        .zip(&costs)
+        .map(|((name, _), Cost { nfe: [old, new], seconds: [rollout, update, all] })| {
+            [
+                (*name).to_owned(),
+                format!("{old:.0}"),
+                format!("{new:.2}"),
+                format!("{rollout:.3}"),
+                format!("{update:.3}"),
+                format!("{all:.3}"),
+            ]
+        })
+        .collect();
+    let times = |a: f64, b: f64| format!("{:.1}×", a / b);
+    let [old, new] = [0, 1].map(|i| times(slow.nfe[i], fast.nfe[i]));
+    let [rollout, update, all] = [0, 1, 2].map(|i| times(slow.seconds[i], fast.seconds[i]));
+    rows.push(["ratio".into(), old, new, rollout, update, all]);
+    println!("\nan iteration of 96 images, median of {ITERATIONS}, without rewards");
+    table::print(["", "NFE old", "NFE θ", "rollout s", "update s", "iteration s"], &rows);
+    Ok(())
+}
+
+fn measure(settings: &[&str], folder: &Path) -> Result<Cost> {
+    let mut command = Command::new(program::built("ng-train")?);
+    command.args(["align", "--preset", "signs"]);
+    let iterations = format!("iterations={}", ITERATIONS + 1);
+    let output = format!("output={}", folder.display());
+    for setting in SHARED.iter().chain(settings).chain(&[&*iterations, &*output]) {
+        command.args(["--set", setting]);
+    }
+    program::run(&mut command)?;
+    let lines = fs::read_to_string(folder.join("metrics.jsonl")).context("no metrics.jsonl")?;
+    let records = lines.lines().map(serde_json::from_str).collect::<Result<Vec<Value>, _>>()?;
+    let warm = &records[1..];
+    let all = |name: &str| {
+        let values = warm.iter().map(|record| record[name].as_f64());
+        values.collect::<Option<Vec<f64>>>().with_context(|| format!("metrics without {name}"))
+    };
+    let without_reward: Vec<f64> = all("seconds/iteration")?
+        .iter()
+        .zip(all("seconds/reward")?)
+        .map(|(iteration, reward)| iteration - reward)
+        .collect();
+    Ok(Cost {
+        nfe: [median(&all("nfe/rollout")?), median(&all("nfe/update")?)],
+        seconds: [
+            median(&all("seconds/rollout")?),
+            median(&all("seconds/update")?),
+            median(&without_reward),
+        ],
+    })
+}

@@ -1,0 +1,315 @@
+//! What each program refuses: the exit code, one line that names the culprit, nothing left behind.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use flow::checkpoint::{Entry, Weights, write_tensors};
+use tempfile::TempDir;
+use tests::fixture::{Fixture, copy_folder, entries_below};
+use tests::program::{Ended, Program, typed};
+
+const TRANSFORMER: &str = "transformer/diffusion_pytorch_model.safetensors";
+const VAE: &str = "vae/diffusion_pytorch_model.safetensors";
+/// The tensor that broken models miss or have in another shape.
+const TENSOR: &str = "x_embedder.weight";
+
+/// A mistake and what must be said about it. In `arguments` and `says`, `@` is the scratch folder.
+struct Mistake {
+    arguments: &'static str,
+    code: i32,
+    says: &'static [&'static str],
+    /// ONNX Runtime is looked for where there is none.
+    without_runtime: bool,
+}
+
+const fn mistake(arguments: &'static str, code: i32, says: &'static [&'static str]) -> Mistake {
+    Mistake { arguments, code, says, without_runtime: false }
+}
+
+/// A folder with models and files that are wrong in one way each.
+struct Scratch {
+    home: TempDir,
+}
+
+impl Scratch {
+    fn new() -> Self {
+        let fixture = Fixture::open("tiny-schnell");
+        let scratch = Self { home: tempfile::tempdir().unwrap() };
+        for name in ["model", "truncated", "missing", "misshaped", "no-folder"] {
+            copy_folder(&fixture.pipeline, &scratch.path(name));
+        }
+        cut(&scratch.path("truncated").join(VAE));
+        fs::remove_dir_all(scratch.path("no-folder/text_encoder_2")).unwrap();
+        rewrite(&scratch.path("missing").join(TRANSFORMER), |entry| entry.name != TENSOR);
+        rewrite(&scratch.path("misshaped").join(TRANSFORMER), |entry| {
+            if entry.name == TENSOR {
+                entry.shape.reverse();
+            }
+            true
+        });
+        fs::write(scratch.path("empty.txt"), "\n").unwrap();
+        fs::write(scratch.path("file"), "").unwrap();
+        fs::write(scratch.path("broken.toml"), "model = 'a'\nseed = \n").unwrap();
+        fs::write(scratch.path("wrong.toml"), "modell = 'a'\n").unwrap();
+        scratch
+    }
+
+    /// The same with exports of the model: whole, without a graph, with too few weights.
+    fn with_exports() -> Self {
+        let scratch = Self::new();
+        let [model, export] = ["model", "export"].map(|name| typed(&scratch.path(name)));
+        Program::Export.run([&model, "--out", &export]).succeeded();
+        for name in ["no-graph", "cut-graph"] {
+            copy_folder(&scratch.path("export"), &scratch.path(name));
+        }
+        fs::remove_file(scratch.path("no-graph/vae_decoder/model.onnx")).unwrap();
+        cut(&scratch.path("cut-graph/transformer/model.onnx_data"));
+        scratch
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.home.path().join(name)
+    }
+
+    fn resolved(&self, text: &str) -> String {
+        text.replace('@', &typed(self.home.path()))
+    }
+
+    fn command(&self, program: Program, mistake: &Mistake) -> Command {
+        let typed = mistake.arguments.split_whitespace().map(|word| self.resolved(word));
+        let mut command = program.command(typed);
+        if mistake.without_runtime {
+            command.env("ORT_DYLIB_PATH", "/nonexistent/libonnxruntime.so");
+        }
+        command
+    }
+
+    /// Makes every mistake and tells about all that are not refused as they should be.
+    #[track_caller]
+    fn assert_refused(&self, program: Program, mistakes: &[Mistake]) {
+        let before = entries_below(self.home.path());
+        let mut wrong = Vec::new();
+        for mistake in mistakes {
+            let ended = Ended::after(&mut self.command(program, mistake));
+            let mut complaints = self.complaints(mistake, &ended);
+            let now = entries_below(self.home.path());
+            let new: Vec<&PathBuf> = now.iter().filter(|path| !before.contains(path)).collect();
+            if !new.is_empty() {
+                complaints.push(format!("it left {new:?}"));
+            }
+            if !complaints.is_empty() {
+                let said = format!("{}: {}", ended.status, ended.stderr);
+                let complaints = complaints.join("; ");
+                wrong.push(format!(
+                    "{} {}\n  {complaints}\n  {said}",
+                    program.name(),
+                    mistake.arguments
+                ));
+            }
+        }
+        let n = wrong.len();
+        assert!(wrong.is_empty(), "{n} of {}:\n{}", mistakes.len(), wrong.join("\n"));
+    }
+
+    fn complaints(&self, mistake: &Mistake, ended: &Ended) -> Vec<String> {
+        let mut complaints = Vec::new();
+        if ended.status.code() != Some(mistake.code) {
+            complaints.push(format!("the exit code is not {}", mistake.code));
+        }
+        if !ended.stderr.starts_with("error: ") {
+            complaints.push("standard error does not begin with `error: `".to_owned());
+        }
+        // The argument parser adds a hint to its line.
+        let from_parser = ended.stderr.contains("--help");
+        if ended.stderr.lines().count() != 1 && !from_parser {
+            complaints.push("it is not one line".to_owned());
+        }
+        for part in mistake.says.iter().map(|part| self.resolved(part)) {
+            if !ended.stderr.contains(&part) {
+                complaints.push(format!("`{part}` is not said"));
+            }
+        }
+        complaints
+    }
+}
+
+/// Takes the last bytes off a file.
+fn cut(path: &Path) {
+    let bytes = fs::read(path).unwrap();
+    fs::write(path, &bytes[..bytes.len() - 8]).unwrap();
+}
+
+/// Writes a safetensors file anew with the tensors that `keep` keeps, as it leaves them.
+fn rewrite(path: &Path, keep: impl Fn(&mut Entry<'_>) -> bool) {
+    let weights = Weights::open_file(path).unwrap();
+    let mut entries: Vec<Entry<'static>> = weights
+        .names()
+        .map(|name| {
+            let view = weights.get(name).unwrap();
+            let (name, shape) = (name.to_owned(), view.shape.to_vec());
+            Entry { name, shape, dtype: view.dtype, bytes: view.bytes.to_vec().into() }
+        })
+        .collect();
+    entries.retain_mut(|entry| keep(entry));
+    write_tensors(path, &entries, &[]).unwrap();
+}
+
+#[test]
+fn ng_train_refuses_with_one_line() {
+    const SIGNS: &str = "align --preset signs --set output=@/run --set model=@/model";
+    Scratch::new().assert_refused(
+        Program::Train,
+        &[
+            mistake("reference @/absent", 1, &["@/absent: no such folder"]),
+            mistake("reference @/truncated", 1, &["@/truncated/vae/diffusion_pytorch_model.safetensors"]),
+            mistake("reference @/missing", 1, &["@/missing/transformer", TENSOR, "missing"]),
+            mistake("reference @/misshaped", 1, &["@/misshaped/transformer", TENSOR, "[64, "]),
+            mistake("reference @/no-folder", 1, &["@/no-folder/text_encoder_2"]),
+            mistake("sample --model @/absent --prompt a --out @/a.png", 1, &["@/absent"]),
+            mistake("sample --model @/model --prompt a --out @/a.png --steps 0", 2, &["--steps", "0"]),
+            mistake("sample --model @/model --prompt a --out @/a.png -n 0", 2, &["-n", "0"]),
+            mistake("sample --model @/model --prompt a --solver ddim", 2, &["ddim", "euler"]),
+            mistake(
+                "sample --model @/model --prompt a --out @/a.png --width 33 --height 32",
+                2,
+                &["33x32", "16"],
+            ),
+            mistake(
+                "sample --model @/model --prompt a --out @/a.png --noise @/absent.safetensors",
+                1,
+                &["@/absent.safetensors"],
+            ),
+            mistake("sample --model @/model --prompt a --out @/file/a.png", 1, &["@/file"]),
+            mistake("reference @/model --device tpu", 2, &["tpu", "cuda"]),
+            mistake("align --preset sings", 2, &["sings", "signs"]),
+            mistake("align --preset signs --set iterationz=3", 2, &["`iterationz`", "`iterations`"]),
+            mistake("align --preset signs --set iterations=many", 2, &["many", "--set"]),
+            mistake("align --preset signs --set iterations", 2, &["iterations", "key=value"]),
+            mistake("align --preset signs --set rewards.7.weight=1", 2, &["rewards.7.weight", "below 1"]),
+            mistake("align --preset signs --set iterations=0", 1, &["iterations = 0"]),
+            mistake("align --preset signs --set updates=3", 1, &["updates = 3", "anchors = 4"]),
+            mistake("pretrain --preset signs --set flow.batchz=3", 2, &["`batchz`", "`batch`"]),
+            mistake("align --config @/absent.toml", 1, &["@/absent.toml"]),
+            mistake("align --config @/broken.toml", 1, &["@/broken.toml", "line 2"]),
+            mistake("align --config @/wrong.toml", 1, &["@/wrong.toml", "`modell`", "`model`"]),
+            mistake(
+                "align --preset signs --set output=@/run --set prompts=@/empty.txt",
+                1,
+                &["@/empty.txt holds no prompt"],
+            ),
+            mistake("align --preset signs --set output=@/run --set model=@/missing", 1, &[TENSOR]),
+            mistake("align --preset signs --set model=@/model --set output=@/file/run", 1, &["@/file/run"]),
+            mistake("align --preset signs --set output=@/run --resume", 1, &["no checkpoint in @/run"]),
+            Mistake { without_runtime: true, ..mistake(SIGNS, 1, &["\"ocr\"", "ORT_DYLIB_PATH"]) },
+            mistake(
+                "eval --preset signs --model @/absent --out @/eval --prompts assets/prompts/signs-train.txt",
+                1,
+                &["@/absent"],
+            ),
+            mistake(
+                "eval --preset signs --model @/model --out @/eval --prompts @/empty.txt",
+                1,
+                &["@/empty.txt holds no prompt"],
+            ),
+            mistake("signs @/model", 1, &["@/model"]),
+            mistake("signs @/images -n 0", 2, &["-n", "0"]),
+        ],
+    );
+}
+
+#[test]
+fn ng_export_refuses_with_one_line() {
+    Scratch::new().assert_refused(
+        Program::Export,
+        &[
+            mistake("@/absent --out @/out", 1, &["@/absent: no such folder"]),
+            mistake(
+                "@/truncated --out @/out",
+                1,
+                &["@/truncated/vae/diffusion_pytorch_model.safetensors"],
+            ),
+            mistake("@/missing --out @/out", 1, &["@/missing/transformer", TENSOR, "missing"]),
+            mistake("@/misshaped --out @/out", 1, &["@/misshaped/transformer", TENSOR, "[64, "]),
+            mistake("@/no-folder --out @/out", 1, &["@/no-folder/text_encoder_2"]),
+            mistake("@/model --out @/file/out", 1, &["@/file"]),
+            mistake("@/model --out @/missing", 1, &["@/missing", "--force"]),
+            mistake(
+                "@/model --out @/out --verify",
+                1,
+                &["reference.safetensors", "ng-train reference"],
+            ),
+            mistake("@/model", 2, &["--out"]),
+        ],
+    );
+}
+
+#[test]
+fn ng_export_refuses_to_verify_without_onnx_runtime() {
+    let scratch = Scratch::new();
+    Program::Train.run(["reference", &typed(&scratch.path("model"))]).succeeded();
+    let arguments = "@/model --out @/out --verify";
+    let mistake =
+        Mistake { without_runtime: true, ..mistake(arguments, 1, &["ORT_DYLIB_PATH", "unset it"]) };
+    scratch.assert_refused(Program::Export, &[mistake]);
+}
+
+#[test]
+fn ng_sample_refuses_with_one_line() {
+    const FOX: &str = "--model @/export --prompt fox --output @/a.png";
+    Scratch::with_exports().assert_refused(
+        Program::Sample,
+        &[
+            mistake(
+                "--model @/absent --prompt fox --output @/a.png",
+                1,
+                &["@/absent: no such folder"],
+            ),
+            mistake(
+                "--model @/model --prompt fox --output @/a.png",
+                1,
+                &["model.onnx", "ng-export"],
+            ),
+            mistake(
+                "--model @/no-graph --prompt fox --output @/a.png",
+                1,
+                &["vae_decoder/model.onnx"],
+            ),
+            mistake(
+                "--model @/cut-graph --prompt fox --output @/a.png",
+                1,
+                &["@/cut-graph/transformer"],
+            ),
+            mistake("--model @/export --prompts @/empty.txt --output @/a.png", 1, &["@/empty.txt"]),
+            mistake(
+                "--model @/export --prompts @/absent.txt --output @/a.png",
+                1,
+                &["@/absent.txt"],
+            ),
+            mistake("--model @/export --prompt fox --output @/file/a.png", 1, &["@/file"]),
+            mistake(
+                "--model @/export --prompt fox --output @/a.png --steps 0",
+                2,
+                &["--steps", "0"],
+            ),
+            mistake(
+                "--model @/export --prompt fox --output @/a.png --width 33",
+                2,
+                &["33x64", "16"],
+            ),
+            mistake(
+                "--model @/export --prompt fox --output @/a.png --guidance 2",
+                2,
+                &["--guidance"],
+            ),
+            mistake("--model @/export --prompt fox --output @/a.jpg", 2, &["PNG"]),
+            mistake(
+                "--model @/export --prompt fox --output @/a.png --noise @/export/model_index.json",
+                1,
+                &["@/export/model_index.json"],
+            ),
+            mistake("--prompt fox --output @/a.png", 2, &["--model"]),
+            Mistake { without_runtime: true, ..mistake(FOX, 1, &["ORT_DYLIB_PATH", "unset it"]) },
+        ],
+    );
+}

@@ -1,0 +1,9 @@
+//! Suites that cross crates: the built programs against reference outputs, against each other, and
+//! against their promises.
+
+mod align;
+mod determinism;
+mod errors;
+mod parity;
+mod record;
+mod tidy;

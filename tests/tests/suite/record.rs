@@ -1,0 +1,164 @@
+//! `--record-update`, recomputed from the equations in double precision.
+
+use std::path::Path;
+
+use flow::checkpoint::Weights;
+use tests::program::{Ended, Program, typed};
+
+use crate::align::{MODEL, SHORT};
+
+/// ε of the clip and p of the quasi-norm, as the run is told.
+const CLIP: f64 = 2e-5;
+const QUASI_NORM: f64 = 0.8;
+
+/// A recorded update: M transitions, groups of G, latents of N numbers.
+struct Record {
+    tensors: Weights,
+    m: usize,
+    g: usize,
+    n: usize,
+}
+
+/// What the equations give for one transition.
+struct Recomputed {
+    log_rho: Vec<f64>,
+    objective: f64,
+    /// dJ/dv of this transition alone.
+    gradient: Vec<f64>,
+    /// Members that the clip silences.
+    n_clipped: usize,
+}
+
+impl Record {
+    fn open(path: &Path) -> Self {
+        let tensors = Weights::open_file(path).unwrap();
+        let shape = tensors.get("candidates").unwrap().shape.to_vec();
+        let [m, g, rows, columns] = shape[..] else { panic!("candidates of shape {shape:?}") };
+        Self { tensors, m, g, n: rows * columns }
+    }
+
+    /// Row `index` of the M rows of `name`.
+    fn row(&self, name: &str, index: usize) -> Vec<f64> {
+        let values = self.tensors.f32(name).unwrap();
+        let length = values.len() / self.m;
+        values[index * length..(index + 1) * length].iter().map(|&x| f64::from(x)).collect()
+    }
+
+    /// METHOD section 1 for transition `index`, with the mean distance and τ = 1 (`τ_eff` = N).
+    fn recompute(&self, index: usize) -> Recomputed {
+        let row = |name: &str| self.row(name, index);
+        let (x_in, v_old, v_theta) = (row("x_in"), row("v_old"), row("v_theta"));
+        let (candidates, advantages) = (row("candidates"), row("advantages"));
+        let dt = row("t_next")[0] - row("t_in")[0];
+        let tau = self.n as f64;
+        let away: Vec<Vec<f64>> = candidates
+            .chunks(self.n)
+            .map(|c| (0..self.n).map(|k| c[k] - (x_in[k] + dt * v_old[k])).collect())
+            .collect();
+        let moved: Vec<f64> = (0..self.n).map(|k| dt * (v_theta[k] - v_old[k])).collect();
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
+        let tilt: Vec<f64> = away.iter().map(|c| 2.0 / tau * dot(&moved, c)).collect();
+        let distances: Vec<f64> = away.iter().map(|c| -dot(c, c) / tau).collect();
+        let total = log_sum_exp(&distances);
+        let tilted: Vec<f64> =
+            distances.iter().zip(&tilt).map(|(distance, l)| distance - total + l).collect();
+        let normaliser = log_sum_exp(&tilted);
+        let log_rho: Vec<f64> = tilt.iter().map(|l| l - normaliser).collect();
+
+        // The new policy's mean of c − x_old.
+        let mean: Vec<f64> = (0..self.n)
+            .map(|k| tilted.iter().zip(&away).map(|(p, c)| (p - normaliser).exp() * c[k]).sum())
+            .collect();
+        let (mut objective, mut n_clipped) = (0.0, 0);
+        let mut gradient = vec![0.0; self.n];
+        for ((&log_rho, &a), c) in log_rho.iter().zip(&advantages).zip(&away) {
+            let rho = log_rho.exp();
+            objective += (a * rho).min(a * rho.clamp(1.0 - CLIP, 1.0 + CLIP));
+            if (a > 0.0 && rho > 1.0 + CLIP) || (a < 0.0 && rho < 1.0 - CLIP) {
+                n_clipped += 1;
+                continue;
+            }
+            for k in 0..self.n {
+                gradient[k] += a * rho * 2.0 / tau * (c[k] - mean[k]) * dt / self.g as f64;
+            }
+        }
+        objective /= self.g as f64;
+        Recomputed { log_rho, objective, gradient, n_clipped }
+    }
+
+    /// Eq. 3 with the unbiased deviation, then Eq. 11 times √G, from one reward.
+    fn advantages(&self, index: usize) -> Vec<f64> {
+        let rewards = self.row("rewards", index);
+        let g = self.g as f64;
+        let mean = rewards.iter().sum::<f64>() / g;
+        let variance = rewards.iter().map(|r| (r - mean).powi(2)).sum::<f64>() / (g - 1.0);
+        let scores: Vec<f64> = rewards.iter().map(|r| (r - mean) / variance.sqrt()).collect();
+        let powers = scores.iter().map(|a| a.abs().powf(QUASI_NORM)).sum::<f64>();
+        scores.iter().map(|a| a * g.sqrt() / powers.powf(1.0 / QUASI_NORM)).collect()
+    }
+}
+
+fn log_sum_exp(x: &[f64]) -> f64 {
+    let largest = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    largest + x.iter().map(|x| (x - largest).exp()).sum::<f64>().ln()
+}
+
+/// Largest difference, and that as a share of the largest expected magnitude.
+fn differences(found: &[f64], expected: &[f64]) -> (f64, f64) {
+    assert_eq!(found.len(), expected.len());
+    let largest = expected.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+    let pairs = found.iter().zip(expected);
+    let difference = pairs.fold(0.0, |m: f64, (a, b)| m.max((a - b).abs()));
+    (difference, difference / largest)
+}
+
+#[test]
+fn a_recorded_update_follows_from_the_equations() {
+    let scratch = tempfile::tempdir().unwrap();
+    let file = scratch.path().join("update.safetensors");
+    let output = typed(&scratch.path().join("run"));
+    let mut command = Program::Train.command(["align", "--preset", "signs", "--record-update"]);
+    command.arg(&file);
+    let own = [
+        format!("model={MODEL}"),
+        format!("output={output}"),
+        "iterations=1".into(),
+        "group_size=6".into(),
+        "rollout.steps=5".into(),
+        "optimizer.learning_rate=1e-4".into(),
+        format!("neighbor.clip={CLIP}"),
+        format!("advantage.quasi_norm={QUASI_NORM}"),
+    ];
+    for setting in SHORT.iter().map(|&s| s.to_owned()).chain(own) {
+        command.args(["--set", &setting]);
+    }
+    Ended::after(&mut command).succeeded();
+
+    let record = Record::open(&file);
+    assert_eq!((record.m, record.g), (4, 6));
+    assert!(record.tensors.metadata("config").is_some_and(|config| config.contains("group_size")));
+    let (mut n_clipped, mut moved) = (0, 0.0);
+    for index in 0..record.m {
+        let found = record.recompute(index);
+        let rho = differences(&record.row("log_rho", index), &found.log_rho);
+        let objective = differences(&record.row("objective", index), &[found.objective]);
+        // The program stores the gradient of the mean over transitions.
+        let mean: Vec<f64> = found.gradient.iter().map(|x| x / record.m as f64).collect();
+        let gradient = differences(&record.row("gradient", index), &mean);
+        let advantages = differences(&record.row("advantages", index), &record.advantages(index));
+        println!(
+            "transition {index}: log rho {:.1e} ({:.1e} of the largest), objective {:.1e}, gradient \
+             {:.1e}, advantages {:.1e} of the largest",
+            rho.0, rho.1, objective.0, gradient.1, advantages.1
+        );
+        assert!(rho.0 < 1e-6, "log rho differs by {:.1e}", rho.0);
+        assert!(objective.0 < 1e-6, "the objective differs by {:.1e}", objective.0);
+        assert!(gradient.1 < 1e-5, "the gradient differs by {:.1e}", gradient.1);
+        assert!(advantages.1 < 1e-5, "advantages differ by {:.1e}", advantages.1);
+        n_clipped += found.n_clipped;
+        moved = found.log_rho.iter().fold(moved, |m: f64, x| m.max(x.abs()));
+    }
+    println!("largest |log rho| {moved:.1e}; the clip silences {n_clipped} of 24");
+    assert!(moved > 1e-5, "the policy has not moved: {moved:.1e}");
+    assert!(n_clipped > 0 && n_clipped < 24, "the clip silences {n_clipped} of 24");
+}

@@ -1,0 +1,200 @@
+//! The repository's own rules: which package knows which library, sizes, and that what is named exists.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use object::Object;
+use tests::fixture::{files_below, root};
+use tests::program::{Ended, Program};
+
+/// Lines of a file of logic.
+const FILE_LINES: usize = 500;
+/// Lines of a function.
+const FUNCTION_LINES: usize = 70;
+/// Functions that may be longer, `(file, function)`, each with its reason.
+const LONG_FUNCTIONS: [(&str, &str); 1] = [
+    // A table of mistakes.
+    ("tests/tests/suite/errors.rs", "ng_train_refuses_with_one_line"),
+];
+/// Folders of the packages.
+const PACKAGES: [&str; 7] = ["benches", "exporter", "flow", "onnx", "sampler", "tests", "trainer"];
+
+/// Every package below `package` in the build, itself included.
+fn dependencies(package: &str) -> BTreeSet<String> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.current_dir(root()).args(["tree", "--package", package, "--edges", "normal,build"]);
+    command.args(["--prefix", "none", "--format", "{lib}", "--offline", "--locked"]);
+    let text = Ended::after(&mut command).succeeded();
+    let names: BTreeSet<String> =
+        text.lines().map(|line| line.split(' ').next().unwrap_or_default().to_owned()).collect();
+    assert!(names.contains(package), "{package} is not in its own tree:\n{text}");
+    names
+}
+
+#[test]
+fn dependencies_point_one_way() {
+    let programs = ["trainer", "exporter", "sampler"];
+    let libtorch = ["tch", "torch_sys"];
+    for (package, forbidden) in [
+        ("flow", vec!["tch", "torch_sys", "ort", "ort_sys", "onnx", "cc", "cmake", "bindgen"]),
+        ("onnx", libtorch.to_vec()),
+        ("exporter", libtorch.to_vec()),
+        ("sampler", libtorch.to_vec()),
+        ("tests", [&libtorch[..], &["ort"]].concat()),
+    ] {
+        let found = dependencies(package);
+        let programs = programs.iter().filter(|&&program| program != package);
+        for name in forbidden.iter().chain(programs) {
+            assert!(!found.contains(*name), "{package} depends on {name}");
+        }
+    }
+    let trainer = dependencies("trainer");
+    assert!(trainer.contains("tch") && trainer.contains("torch_sys"), "names have changed");
+    assert!(dependencies("sampler").contains("ort"), "names have changed");
+}
+
+/// Libraries that a program cannot start without.
+fn needed_libraries(program: Program) -> Vec<String> {
+    let bytes = fs::read(program.path()).unwrap();
+    let file = object::File::parse(&*bytes).unwrap();
+    let libraries = file.import_libraries().unwrap();
+    libraries.map(|library| String::from_utf8_lossy(library.unwrap().name()).into_owned()).collect()
+}
+
+#[test]
+fn programs_need_only_their_own_libraries() {
+    for program in Program::ALL {
+        let needed = needed_libraries(program);
+        let bytes = fs::metadata(program.path()).unwrap().len();
+        println!("{}: {:.1} MB, needs {}", program.name(), bytes as f64 / 1e6, needed.join(" "));
+        assert!(needed.iter().any(|library| library.starts_with("libc.so")), "{needed:?}");
+        let needs = |part: &str| needed.iter().any(|library| library.contains(part));
+        assert_eq!(needs("torch") || needs("c10"), program == Program::Train, "{needed:?}");
+        for part in ["python", "onnxruntime", "cuda"] {
+            assert!(!needs(part), "{} needs {part}: {needed:?}", program.name());
+        }
+    }
+}
+
+/// Rust sources of all packages, relative to the repository.
+fn sources() -> Vec<PathBuf> {
+    let files = PACKAGES.iter().flat_map(|package| {
+        files_below(&root().join(package)).into_iter().map(|file| Path::new(package).join(file))
+    });
+    let files: Vec<PathBuf> =
+        files.filter(|file| file.extension().is_some_and(|extension| extension == "rs")).collect();
+    assert!(files.len() > 60, "{} sources", files.len());
+    files
+}
+
+/// Name and number of lines of each function, by the indentation that rustfmt gives.
+fn functions(text: &str) -> Vec<(String, usize)> {
+    let lines: Vec<&str> = text.lines().collect();
+    let mut found = Vec::new();
+    for (start, line) in lines.iter().enumerate() {
+        let code = line.trim_start();
+        let indentation = &line[..line.len() - code.len()];
+        let Some((before, after)) = code.split_once("fn ") else { continue };
+        let qualifiers = before.split_whitespace().all(|word| {
+            word.starts_with("pub") || ["const", "async", "unsafe", "extern"].contains(&word)
+        });
+        let has_body = !code.ends_with(';') && !code.ends_with('}');
+        if !qualifiers || !has_body {
+            continue;
+        }
+        let close = format!("{indentation}}}");
+        let length = lines[start..].iter().position(|line| *line == close).map_or(0, |n| n + 1);
+        let name = after.split(['(', '<']).next().unwrap_or_default();
+        found.push((name.to_owned(), length));
+    }
+    found
+}
+
+#[test]
+fn files_and_functions_are_short() {
+    let mut long = Vec::new();
+    let mut excused = BTreeSet::new();
+    let mut n_functions = 0;
+    for file in sources() {
+        let text = fs::read_to_string(root().join(&file)).unwrap();
+        let (name, n_lines) = (file.display().to_string(), text.lines().count());
+        if n_lines > FILE_LINES {
+            long.push(format!("{name} has {n_lines} lines"));
+        }
+        for (function, length) in functions(&text) {
+            n_functions += 1;
+            if length <= FUNCTION_LINES {
+                continue;
+            }
+            match LONG_FUNCTIONS.iter().find(|&&known| known == (name.as_str(), function.as_str()))
+            {
+                Some(known) => _ = excused.insert(known),
+                None => long.push(format!("{name}: {function} has {length} lines")),
+            }
+        }
+    }
+    assert!(long.is_empty(), "too long:\n{}", long.join("\n"));
+    assert!(n_functions > 500, "only {n_functions} functions were found");
+    assert_eq!(excused.len(), LONG_FUNCTIONS.len(), "an exception is no longer needed");
+}
+
+#[test]
+fn function_lengths_are_counted() {
+    let text = "impl A {\n    pub(crate) fn one() {\n        two();\n    }\n}\n\nfn two() {}\n\
+                const fn three(\n    a: u8,\n) -> u8 {\n    a\n}\n";
+    assert_eq!(functions(text), [("one".to_owned(), 3), ("three".to_owned(), 5)]);
+}
+
+#[test]
+fn every_preset_says_what_it_is_and_ships() {
+    let folder = root().join("trainer/presets");
+    let programs = fs::read_to_string(root().join("trainer/src/config.rs")).unwrap();
+    let presets = files_below(&folder);
+    assert!(!presets.is_empty());
+    for preset in presets {
+        let text = fs::read_to_string(folder.join(&preset)).unwrap();
+        let name = preset.display().to_string();
+        let says = text.lines().next().and_then(|line| line.strip_prefix("# ")).unwrap_or_default();
+        assert!(says.len() > 20, "{name} does not begin with a comment that says what it is");
+        assert!(programs.contains(&format!("presets/{name}")), "{name} is not in the program");
+    }
+}
+
+/// Targets of the Makefile with a description.
+fn make_targets() -> BTreeSet<String> {
+    let makefile = fs::read_to_string(root().join("Makefile")).unwrap();
+    let described = makefile.lines().filter(|line| line.contains(" ## "));
+    let targets: BTreeSet<String> =
+        described.filter_map(|line| Some(line.split_once(':')?.0.to_owned())).collect();
+    let phony = makefile.lines().find_map(|line| line.strip_prefix(".PHONY:")).unwrap();
+    for target in phony.split_whitespace() {
+        assert!(targets.contains(target), "the Makefile does not describe {target}");
+    }
+    targets
+}
+
+#[test]
+fn the_readme_names_what_exists() {
+    let readme = fs::read_to_string(root().join("README.md")).expect("README.md");
+    let targets = make_targets();
+    let mut named = BTreeSet::new();
+    // Commands stand in code: in backticks, or at the start of a line of a block.
+    let commands =
+        readme.split('`').flat_map(str::lines).filter_map(|text| text.strip_prefix("make "));
+    for target in commands.flat_map(|rest| rest.split_whitespace().take(1)) {
+        let target = target.trim_end_matches(|c: char| !c.is_ascii_alphanumeric());
+        assert!(targets.contains(target), "README.md names `make {target}`, which does not exist");
+        named.insert(target.to_owned());
+    }
+    for target in ["demo", "test", "parity", "bench"] {
+        assert!(named.contains(target), "README.md does not name `make {target}`");
+    }
+    let links = readme.split("](").skip(1).filter_map(|rest| rest.split_once(')'));
+    for (link, _) in links.filter(|(link, _)| !link.contains("://") && !link.starts_with('#')) {
+        let file = link.split('#').next().unwrap_or_default();
+        assert!(root().join(file).exists(), "README.md links {file}, which does not exist");
+    }
+}
