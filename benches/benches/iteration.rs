@@ -1,7 +1,8 @@
 //! Seconds of an alignment iteration: plain DDIM rollouts of 25 steps with every member an anchor,
 //! against DPM-Solver++ 2M rollouts of 8 steps with 4 anchors of 12 (paper Table 3 in small). Both
 //! make an update an anchor over the same prompts and model; the reward is the size as JPEG, so that
-//! hardly any time goes into it, and its seconds are left out.
+//! hardly any time goes into it, and its seconds are left out. One thread, so that other work on the
+//! machine disturbs little.
 
 use std::fs;
 use std::path::Path;
@@ -13,11 +14,12 @@ use serde_json::Value;
 
 /// Iterations measured after one that warms up.
 const ITERATIONS: usize = 5;
-/// 8 prompts of 12 members an iteration.
-const SHARED: [&str; 4] = [
+/// 4 prompts of 12 members an iteration.
+const SHARED: [&str; 5] = [
     r#"rewards=[{name = "jpeg", kind = "jpeg", prefer = "small", weight = 1.0}]"#,
     "judges=[]",
     "advantage.std_floor=1e-6",
+    "prompts_per_iteration=4",
     "group_size=12",
 ];
 const SETTINGS: [(&str, [&str; 5]); 2] = [
@@ -68,17 +70,18 @@ fn main() -> Result<()> {
     let [old, new] = [0, 1].map(|i| times(slow.nfe[i], fast.nfe[i]));
     let [rollout, update, all] = [0, 1, 2].map(|i| times(slow.seconds[i], fast.seconds[i]));
     rows.push(["ratio".into(), old, new, rollout, update, all]);
-    println!("\nan iteration of 96 images, median of {ITERATIONS}, without rewards");
+    println!("\nan iteration of 48 images on one thread, median of {ITERATIONS}, without rewards");
     table::print(["", "NFE old", "NFE θ", "rollout s", "update s", "iteration s"], &rows);
     Ok(())
 }
 
 fn measure(settings: &[&str], folder: &Path) -> Result<Cost> {
     let mut command = Command::new(program::built("ng-train")?);
-    command.args(["align", "--preset", "signs"]);
+    command.args(["align", "--threads", "1", "--preset", "signs"]);
     let iterations = format!("iterations={}", ITERATIONS + 1);
+    let model = format!("model={}", program::model());
     let output = format!("output={}", folder.display());
-    for setting in SHARED.iter().chain(settings).chain(&[&*iterations, &*output]) {
+    for setting in SHARED.iter().chain(settings).chain(&[&*iterations, &*model, &*output]) {
         command.args(["--set", setting]);
     }
     program::run(&mut command)?;

@@ -1,6 +1,6 @@
 //! Images by `ng-sample` against the same pipeline in Python's `diffusers`: from process start to PNG,
 //! and one image after another in a process that is warm. Both load the embedded model, take 8 Euler
-//! steps and use the same number of threads.
+//! steps and use one thread.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,11 +9,12 @@ use anyhow::{Context, Result, ensure};
 use benches::{median, program, table};
 use serde_json::Value;
 
-const MODEL: &str = "assets/signs";
 const PROMPT: &str = r#"red "CAT""#;
 /// Pixels.
 const SIDE: &str = "32";
 const STEPS: &str = "8";
+/// Threads of an operator.
+const THREADS: &str = "1";
 /// Processes started for a cold median.
 const STARTS: usize = 5;
 /// Images for a warm median; the first few are not counted.
@@ -32,24 +33,23 @@ fn main() -> Result<()> {
     let folder = tempfile::tempdir().context("cannot make a folder for the images")?;
     let export = folder.path().join("export");
     let mut command = Command::new(program::built("ng-export")?);
-    program::run(command.arg(MODEL).arg("--out").arg(&export))?;
+    let model = program::model();
+    program::run(command.arg(&model).arg("--out").arg(&export))?;
 
-    let mut rows = Vec::new();
-    for threads in ["1", "2"] {
-        let peer = measure(|n| diffusers(n, threads, folder.path()))
-            .context("cannot measure diffusers")?;
-        let ours = measure(|n| ng_sample(n, threads, &export, folder.path()))
-            .context("cannot measure ng-sample")?;
-        let row = |name: &str, Speed { cold, warm }: &Speed| {
-            [format!("{name}, threads: {threads}"), format!("{cold:.0}"), format!("{warm:.1}")]
-        };
-        let times = |theirs: f64, ours: f64| format!("{:.1}×", theirs / ours);
-        let ratio = [times(peer.cold, ours.cold), times(peer.warm, ours.warm)];
-        let [cold, warm] = ratio;
-        rows.extend([row("diffusers", &peer), row("ng-sample", &ours)]);
-        rows.push([format!("ratio, threads: {threads}"), cold, warm]);
-    }
-    println!("\nmilliseconds, medians of {STARTS} starts and of {} images", IMAGES - NOT_COUNTED);
+    let peer =
+        measure(|n| diffusers(n, &model, folder.path())).context("cannot measure diffusers")?;
+    let ours =
+        measure(|n| ng_sample(n, &export, folder.path())).context("cannot measure ng-sample")?;
+    let row = |name: &str, Speed { cold, warm }: &Speed| {
+        [name.to_owned(), format!("{cold:.0}"), format!("{warm:.1}")]
+    };
+    let times = |theirs: f64, ours: f64| format!("{:.1}×", theirs / ours);
+    let ratio = ["ratio".to_owned(), times(peer.cold, ours.cold), times(peer.warm, ours.warm)];
+    println!(
+        "\nmilliseconds on {THREADS} thread, medians of {STARTS} starts and of {} images",
+        IMAGES - NOT_COUNTED
+    );
+    let rows = [row("diffusers", &peer), row("ng-sample", &ours), ratio];
     table::print(["", "start to PNG", "warm image"], &rows);
     Ok(())
 }
@@ -75,19 +75,19 @@ fn milliseconds(line: &str) -> Result<f64> {
     values.sum::<Option<f64>>().context("milliseconds are not numbers")
 }
 
-fn ng_sample(n: usize, threads: &str, export: &Path, folder: &Path) -> Result<Command> {
+fn ng_sample(n: usize, export: &Path, folder: &Path) -> Result<Command> {
     let mut command = Command::new(program::built("ng-sample")?);
     command.arg("--model").arg(export).args(["--prompt", PROMPT, "-W", SIDE, "-H", SIDE]);
-    command.args(["--solver", "euler", "--steps", STEPS, "--threads", threads]);
+    command.args(["--solver", "euler", "--steps", STEPS, "--threads", THREADS]);
     command.args(["--json", "-n", &n.to_string()]);
     command.arg("-o").arg(folder.join("ng-sample.png"));
     Ok(command)
 }
 
-fn diffusers(n: usize, threads: &str, folder: &Path) -> Result<Command> {
+fn diffusers(n: usize, model: &str, folder: &Path) -> Result<Command> {
     let mut command = Command::new(program::python()?);
-    command.args(["-B", "benches/peers/diffusers_sample.py", MODEL, "--prompt", PROMPT]);
-    command.args(["--side", SIDE, "--steps", STEPS, "--threads", threads, "-n", &n.to_string()]);
+    command.args(["-B", "benches/peers/diffusers_sample.py", model, "--prompt", PROMPT]);
+    command.args(["--side", SIDE, "--steps", STEPS, "--threads", THREADS, "-n", &n.to_string()]);
     command.arg("-o").arg(folder.join("diffusers.png")).env("HF_HUB_OFFLINE", "1");
     Ok(command)
 }

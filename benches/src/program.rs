@@ -13,6 +13,12 @@ pub fn root() -> &'static Path {
     Path::new(MANIFEST).parent().unwrap_or(Path::new(MANIFEST))
 }
 
+/// The model to measure: the first argument of the benchmark, or the embedded one.
+pub fn model() -> String {
+    // Cargo passes flags of its own.
+    env::args().skip(1).find(|word| !word.starts_with('-')).unwrap_or("assets/signs".into())
+}
+
 /// One of our programs as `cargo build --release` left it, `target/release/NAME`.
 ///
 /// # Errors

@@ -17,6 +17,7 @@ pub mod noise;
 pub mod ops;
 pub mod path;
 pub mod pipeline;
+pub mod prompts;
 pub mod schedule;
 pub mod solver;
 pub mod staged;

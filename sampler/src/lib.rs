@@ -2,7 +2,7 @@
 //!
 //! - [`args`] → [`request`]: what was typed, what it means.
 //! - [`generate`]: the run; [`engine`] holds the networks, [`sample`] the denoising loop.
-//! - [`prompts`], [`outputs`], [`picture`], [`sheet`], [`report`]: what goes in and comes out.
+//! - [`outputs`], [`picture`], [`sheet`], [`report`]: what goes in and comes out.
 //!
 //! Invariants: nothing here knows libtorch or the trainer; no file but [`engine`] and [`generate`]
 //! knows ONNX Runtime; solvers, schedules, noise and tokenizers are `flow`'s, as in training; an
@@ -13,7 +13,6 @@ pub mod engine;
 pub mod generate;
 pub mod outputs;
 pub mod picture;
-pub mod prompts;
 pub mod report;
 pub mod request;
 pub mod sample;

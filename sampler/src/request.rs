@@ -8,15 +8,16 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use flow::{
-    checkpoint::{Weights, read_bounded},
+    checkpoint::Weights,
     latents::LatentSize,
     pipeline::Pipeline,
+    prompts,
     schedule::{Schedule, Shift},
     solver::{Solver, Step, plan},
     tokens::MAX_TEXT_TOKENS,
 };
 
-use crate::{args::Args, engine, outputs, picture::Origin, prompts, sheet::Layout};
+use crate::{args::Args, engine, outputs, picture::Origin, sheet::Layout};
 
 /// Most pixels an image may have.
 const MAX_PIXELS: usize = 1 << 26;
@@ -24,8 +25,6 @@ const MAX_PIXELS: usize = 1 << 26;
 const MAX_IMAGES: usize = 1_000_000;
 /// FLUX.1-dev's distilled guidance scale.
 const GUIDANCE: f32 = 3.5;
-/// Side of an image when the autoencoder's config does not tell one.
-const SIDE: usize = 1024;
 
 /// A mistake in what was typed, as opposed to one in a file.
 #[derive(Debug)]
@@ -146,7 +145,7 @@ impl Request {
     pub fn initial(&self, index: usize) -> Vec<f32> {
         match &self.noise {
             Some(noise) => noise.latents[index % noise.latents.len()].clone(),
-            None => flow::noise::Noise::new(self.images[index].seed).normal(0, self.size.len()),
+            None => self.size.noise(self.images[index].seed),
         }
     }
 
@@ -172,20 +171,19 @@ fn usage(message: impl Into<String>) -> Usage {
 fn prompts(args: &Args) -> Result<Vec<String>> {
     match (&args.prompt, &args.prompts) {
         (Some(prompt), _) => {
-            prompts::check(prompt).map_err(|error| usage(error.to_string()))?;
+            prompts::check(prompt).map_err(usage)?;
             Ok(vec![prompt.clone()])
         }
-        (None, Some(file)) => prompts::read(file),
+        (None, Some(file)) => {
+            Ok(prompts::read(file)?.into_iter().map(|prompt| prompt.text).collect())
+        }
         (None, None) => bail!(Usage("a prompt is missing: give --prompt or --prompts".into())),
     }
 }
 
-/// Typed size, else `sample_size` of the autoencoder's config as diffusers writes it, else 1024.
+/// Typed size, else the model's own.
 fn image_size(args: &Args, pipeline: &Pipeline) -> Result<(usize, usize)> {
-    let config = pipeline.dir.join("vae_decoder/config.json");
-    let config: serde_json::Value = serde_json::from_slice(&read_bounded(&config)?)
-        .with_context(|| config.display().to_string())?;
-    let side = config["sample_size"].as_u64().map_or(SIDE, |side| side as usize);
+    let side = pipeline.default_size();
     let of = |typed: Option<u32>| typed.map_or(side, |pixels| pixels as usize);
     let (width, height) = (of(args.width), of(args.height));
     if width.saturating_mul(height) > MAX_PIXELS {

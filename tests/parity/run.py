@@ -65,19 +65,17 @@ class Comparisons:
         size = SIZES.get(name, (96, 64))
         if self.program("ng-train", "reference", model):
             self.script("reference.py", model)
-            self.export(model, out / "export", out / "images", size)
+        if self.program("ng-export", model, "--out", out / "export", "--verify"):
+            self.script("export.py", model, out / "export")
+            self.images(model, out / "export", out / "images", size)
+            optimum = Path(sys.prefix).parent / "optimum"
+            self.script("ort_pipeline.py", out / "export", out / "images", extra_path=optimum)
         self.alignment(model, out / "run", size)
 
-    def export(self, model, export, images, size):
-        """The ONNX folder of a pipeline folder that holds reference tensors, and images of both."""
-        if not self.program("ng-export", model, "--out", export, "--verify"):
-            return
-        self.script("export.py", model, export)
+    def images(self, model, export, out, size):
         width, height = size
-        self.script("image.py", model, export, "--programs", self.programs, "--out", images,
+        self.script("image.py", model, export, "--programs", self.programs, "--out", out,
                     "--width", width, "--height", height)
-        optimum = Path(sys.prefix).parent / "optimum"
-        self.script("ort_pipeline.py", export, images, extra_path=optimum)
 
     def alignment(self, model, run, size):
         """A short run from `model`: one update, and the checkpoint at the end."""
@@ -89,7 +87,8 @@ class Comparisons:
                         "--record-update", record):
             self.script("update.py", record)
             self.script("checkpoint.py", aligned, "--base", model)
-            self.export(aligned, run / "export", run / "images", size)
+            if self.program("ng-export", aligned, "--out", run / "export", "--verify"):
+                self.images(aligned, run / "export", run / "images", size)
 
 
 def main():

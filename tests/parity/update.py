@@ -21,7 +21,7 @@ from report import Report, tensors
 from safetensors import safe_open
 
 # f32 sums over some thousand numbers against f64; advantages come from rewards stored as f32.
-LOG_RHO, OBJECTIVE, GRADIENT, ADVANTAGE = 5e-7, 2e-6, 1e-4, 1e-4
+LOG_RHO, OBJECTIVE, GRADIENT, ADVANTAGE = 1e-6, 2e-6, 1e-4, 1e-4
 GUARD = 10.0
 
 

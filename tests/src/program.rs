@@ -59,7 +59,7 @@ impl Program {
         let mut command = Command::new(self.path());
         command.current_dir(root()).env_remove("ORT_DYLIB_PATH").args(arguments);
         command.args(["--threads", &threads.to_string()]);
-        if self == Self::Train {
+        if self == Self::Train && command.get_args().all(|argument| argument != "--device") {
             command.args(["--device", "cpu"]);
         }
         command.stdin(Stdio::null());

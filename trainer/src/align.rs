@@ -6,6 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use flow::latents::LatentSize;
 use flow::pipeline::Component;
+use flow::prompts::{self, Prompt};
 use flow::schedule::{Schedule, Shift};
 use flow::solver::{self, SOLVERS, Solver, Step};
 use serde::{Deserialize, Serialize};
@@ -17,8 +18,9 @@ use crate::interrupt;
 use crate::model::Model;
 use crate::neighbor::NeighborConfig;
 use crate::optimizer::{AdamW, OptimizerConfig};
+use crate::order::Order;
 use crate::progress::Progress;
-use crate::prompts::{self, Order, Prompt};
+
 use crate::report::Report;
 use crate::reward::{RewardConfig, Rewards};
 use crate::state;
@@ -227,9 +229,8 @@ pub fn run(config: &AlignConfig, options: &Options) -> Result<()> {
     let train_prompts = prompts::read(&config.prompts)?;
     let rewards = Rewards::open(&config.rewards, options.threads)?;
     rewards.check(&train_prompts)?;
-    let source = found.as_ref().map_or(&config.model, |position| &position.folder);
     let kind = if options.device.is_cuda() { tch::Kind::BFloat16 } else { tch::Kind::Float };
-    let mut model = Model::load(source, options.device, kind)?;
+    let mut model = Model::load(&config.model, options.device, kind)?;
     model.engine.parameters.train();
     model.engine.recompute = config.recompute;
     let mut optimizer = AdamW::new(config.optimizer.clone(), &[&model.engine.parameters]);
@@ -237,6 +238,8 @@ pub fn run(config: &AlignConfig, options: &Options) -> Result<()> {
     if let Some(position) = &found {
         state::restore(position, config, &mut optimizer, &model)?;
         start = position.iteration;
+        let total = config.iterations;
+        ensure!(start < total, "all {total} iterations are done: raise iterations to go on");
     }
     let size = model.latent_size(config.rollout.size)?;
     let plan = config.rollout.plan(&model.pipeline.scheduler, &size)?;
@@ -271,7 +274,6 @@ struct Run<'a> {
 impl Run<'_> {
     fn iterate(&mut self, start: usize) -> Result<()> {
         let total = self.config.iterations;
-        ensure!(start < total, "all {total} iterations are done: raise iterations to go on");
         let progress = Progress::new("align", total, start);
         for iteration in start..total {
             let line = self.once(iteration, iteration == start)?;

@@ -12,10 +12,10 @@ use tch::{Device, Kind};
 use crate::align::AlignConfig;
 use crate::model::Model;
 use crate::picture;
-use crate::prompts::{self, Prompt};
 use crate::report::sample;
 use crate::reward::{RewardConfig, Rewards};
 use crate::sheet::{self, Cell, Row};
+use flow::prompts::{self, Prompt};
 
 /// What to compare.
 pub struct Options<'a> {

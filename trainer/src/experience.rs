@@ -12,10 +12,10 @@ use crate::advantage::Advantages;
 use crate::align::AlignConfig;
 use crate::engine::Condition;
 use crate::model::Model;
-use crate::prompts::Prompt;
 use crate::reward::{Rewards, Scores};
 use crate::rollout::{self, Trajectory};
 use crate::seeds::{Use, family};
+use flow::prompts::Prompt;
 
 /// P groups of G members.
 pub(crate) struct Experience {

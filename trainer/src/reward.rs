@@ -35,7 +35,7 @@ pub use self::{
     onnx::{ImageModel, ImageModelConfig},
     text::{exact, similarity},
 };
-use crate::prompts::Prompt;
+use flow::prompts::Prompt;
 
 /// Scores images for their prompts; higher is better.
 pub trait Reward: Send + Sync {

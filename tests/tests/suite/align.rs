@@ -31,7 +31,7 @@ pub(crate) const SHORT: [&str; 9] = [
     "advantage.std_floor=1e-6",
 ];
 /// Longest wait for a file of a run.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_mins(2);
 
 /// The output folder of one run.
 struct Run {
@@ -163,9 +163,11 @@ fn a_constant_reward_trains_nothing() {
     let steps = run.metrics();
     assert_eq!(steps.len(), 3);
     for step in &steps {
-        assert_eq!(value(step, "reward/nothing"), 0.5);
-        assert_eq!(value(step, "advantage/flat_groups"), 1.0);
-        assert_eq!(value(step, "optimizer/updates"), 0.0);
+        for (name, expected) in
+            [("reward/nothing", 0.5), ("advantage/flat_groups", 1.0), ("optimizer/updates", 0.0)]
+        {
+            assert_eq!(step.get(name), Some(&Some(expected)), "{name}");
+        }
     }
 }
 
@@ -215,8 +217,7 @@ fn a_run_is_never_overwritten_nor_resumed_with_other_settings() {
         assert!(ended.stderr.starts_with("error: ") && n_lines == 1, "{}", ended.stderr);
         assert!(ended.stderr.contains(expected), "{expected} is not in: {}", ended.stderr);
         let now = files_below(&run.folder());
-        let is_new = |path: &&PathBuf| !files.contains(path) && !is_event_file(path);
-        assert_eq!(now.iter().find(is_new), None, "{more:?} left a file");
+        assert_eq!(now, files, "{more:?} left a file");
         assert_eq!(run.metrics().len(), 2);
     }
 }

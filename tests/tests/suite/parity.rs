@@ -104,7 +104,8 @@ struct Schedulers {
 
 #[derive(Deserialize)]
 struct Scheduler {
-    scheduler: String,
+    #[serde(rename = "scheduler")]
+    name: String,
     steps: usize,
     mu: Option<f64>,
     shift: Option<f64>,
@@ -164,7 +165,7 @@ impl Scheduler {
 #[test]
 fn euler_is_the_scheduler_that_flux_pipelines_use() {
     let schedulers = Schedulers::open();
-    let cases = schedulers.cases.iter().filter(|case| case.scheduler == "FlowMatchEulerDiscrete");
+    let cases = schedulers.cases.iter().filter(|case| case.name == "FlowMatchEulerDiscrete");
     let mut n_cases = 0;
     for case in cases {
         let plan = solver::plan(Solver::Euler, &case.schedule());
@@ -182,7 +183,7 @@ fn euler_is_the_scheduler_that_flux_pipelines_use() {
 #[test]
 fn dpm_solver_follows_the_scheduler_of_diffusers() {
     let schedulers = Schedulers::open();
-    let cases = schedulers.cases.iter().filter(|case| case.scheduler == "DPMSolverMultistep");
+    let cases = schedulers.cases.iter().filter(|case| case.name == "DPMSolverMultistep");
     let mut n_cases = 0;
     for case in cases {
         let difference =

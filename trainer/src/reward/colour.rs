@@ -18,7 +18,7 @@ use anyhow::{Context, Result};
 use image::{Rgb, RgbImage};
 
 use super::Reward;
-use crate::prompts::Prompt;
+use flow::prompts::Prompt;
 
 /// Share of the drawn pixels that have [`Prompt::colour_name`], 0 to 1.
 pub struct ColourMatch;

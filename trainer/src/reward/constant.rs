@@ -4,7 +4,7 @@ use anyhow::Result;
 use image::RgbImage;
 
 use super::Reward;
-use crate::prompts::Prompt;
+use flow::prompts::Prompt;
 
 /// Scores every image with the same value.
 pub struct Constant {

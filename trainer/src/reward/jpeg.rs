@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use image::{RgbImage, codecs::jpeg::JpegEncoder};
 
 use super::{JpegSize, Reward};
-use crate::prompts::Prompt;
+use flow::prompts::Prompt;
 
 /// Size of the image as a JPEG of `quality` (1 to 100) in thousands of bytes; negated when small
 /// files are preferred.

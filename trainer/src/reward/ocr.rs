@@ -24,7 +24,7 @@ use super::{
     pool::Pool,
     text,
 };
-use crate::prompts::Prompt;
+use flow::prompts::Prompt;
 
 /// Least log-probability a character that [`Measure::LogProb`] gives: a softmax in f32 underflows
 /// to 0 for a hopeless image, and the reward must stay finite.

@@ -10,7 +10,7 @@ use image::{
 use onnx::{ElementType, Tensor};
 
 use super::{Reward, pool::Pool};
-use crate::prompts::Prompt;
+use flow::prompts::Prompt;
 
 /// How an image becomes the input of an [`ImageModel`] and its output a score.
 #[derive(Clone, Debug)]

@@ -101,7 +101,7 @@ mod tests {
     use std::{collections::HashSet, fs, path::PathBuf};
 
     use super::*;
-    use crate::prompts;
+    use flow::prompts;
 
     fn shipped(name: &str) -> PathBuf {
         PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../assets/prompts").join(name)

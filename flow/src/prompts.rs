@@ -1,12 +1,15 @@
-//! What to draw: prompt files, and the order in which a run goes through them.
+//! What to draw: prompts and the files they stand in.
 
-use std::{fs, path::Path};
+use std::fs;
+use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::splitmix::SplitMix64;
+use crate::checkpoint::CheckpointError;
+
+/// What is wrong, and where in the file.
+type Parsed<T> = Result<T, String>;
 
 /// Longest accepted prompt, and line of a prompt file, in bytes.
 const MAX_LINE: usize = 8 * 1024;
@@ -33,6 +36,7 @@ pub struct Prompt {
 }
 
 impl Prompt {
+    /// A prompt of text alone.
     pub fn new(text: impl Into<String>) -> Self {
         Self { text: text.into(), target: None, colour: None }
     }
@@ -70,97 +74,80 @@ impl Prompt {
 /// # Errors
 /// One line naming the file and the line (or list entry) that is empty, too long, not UTF-8 or not
 /// the expected JSON; also when the file holds no prompt.
-pub fn read(path: &Path) -> Result<Vec<Prompt>> {
-    let name = path.display();
+pub fn read(path: &Path) -> Result<Vec<Prompt>, CheckpointError> {
+    let malformed = |why: String| CheckpointError::malformed(path, why);
     let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
     let parse = match extension.to_ascii_lowercase().as_str() {
         "txt" => parse_text,
         "json" => parse_json,
         "jsonl" => parse_json_lines,
-        _ => bail!("{name}: a prompt file ends in .txt, .json or .jsonl"),
+        _ => return Err(malformed("a prompt file ends in .txt, .json or .jsonl".into())),
     };
-    let size = fs::metadata(path).with_context(|| format!("opening {name}"))?.len();
-    ensure!(size <= MAX_FILE, "{name}: {size} bytes, a prompt file has at most {MAX_FILE}");
-    let bytes = fs::read(path).with_context(|| format!("reading {name}"))?;
-    let text = utf8(&bytes).with_context(|| format!("reading {name}"))?;
-    let prompts = parse(text).with_context(|| format!("reading {name}"))?;
-    ensure!(!prompts.is_empty(), "{name} holds no prompt");
+    let size = fs::metadata(path).map_err(CheckpointError::io(path))?.len();
+    if size > MAX_FILE {
+        return Err(malformed(format!("{size} bytes, a prompt file has at most {MAX_FILE}")));
+    }
+    let bytes = fs::read(path).map_err(CheckpointError::io(path))?;
+    let prompts = utf8(&bytes).and_then(parse).map_err(malformed)?;
+    if prompts.is_empty() {
+        return Err(malformed("holds no prompt".into()));
+    }
     Ok(prompts)
 }
 
-/// The order in which a run takes its prompts: all once an epoch, shuffled anew each epoch.
+/// Refuses what no tokenizer or PNG text chunk should see: more than 8 KiB, or control characters other
+/// than tab and line feed. The empty prompt is fine.
 ///
-/// The order of an epoch follows from the seed and the epoch alone, so a run resumes from the number
-/// of prompts it has taken.
-#[derive(Clone, Debug)]
-pub struct Order {
-    seed: u64,
-    epoch: u64,
-    permutation: Vec<usize>,
-}
-
-impl Order {
-    /// # Panics
-    /// If there are no prompts (`n` is zero).
-    pub fn new(n: usize, seed: u64) -> Self {
-        assert!(n > 0, "an order needs at least one prompt");
-        Self { seed, epoch: 0, permutation: shuffled(n, seed, 0) }
+/// # Errors
+/// Says what is wrong with it.
+pub fn check(text: &str) -> Result<(), String> {
+    if text.len() > MAX_LINE {
+        return Err(format!("the prompt is longer than {MAX_LINE} bytes"));
     }
-
-    /// The index, below n, of the prompt at `position` (counted from 0 over all epochs).
-    pub fn at(&mut self, position: u64) -> usize {
-        let n = self.permutation.len() as u64;
-        let epoch = position / n;
-        if epoch != self.epoch {
-            self.permutation = shuffled(n as usize, self.seed, epoch);
-            self.epoch = epoch;
-        }
-        self.permutation[(position % n) as usize]
+    match text.chars().find(|c| c.is_control() && !matches!(c, '\t' | '\n')) {
+        Some(c) => Err(format!("the prompt holds the control character {c:?}; remove it")),
+        None => Ok(()),
     }
 }
 
-fn shuffled(n: usize, seed: u64, epoch: u64) -> Vec<usize> {
-    let mut permutation: Vec<usize> = (0..n).collect();
-    SplitMix64::stream(seed, epoch).shuffle(&mut permutation);
-    permutation
-}
-
-fn utf8(bytes: &[u8]) -> Result<&str> {
+fn utf8(bytes: &[u8]) -> Parsed<&str> {
     std::str::from_utf8(bytes)
         .map_err(|error| {
             let line = bytes[..error.valid_up_to()].split(|byte| *byte == b'\n').count();
-            anyhow::anyhow!("line {line}: not UTF-8")
+            format!("line {line}: not UTF-8")
         })
         .map(|text| text.strip_prefix('\u{feff}').unwrap_or(text))
 }
 
-fn parse_text(text: &str) -> Result<Vec<Prompt>> {
+fn parse_text(text: &str) -> Parsed<Vec<Prompt>> {
     numbered_lines(text)
         .map(|(number, line)| {
-            let prompt = Prompt::new(line.trim());
-            check(prompt).with_context(|| format!("line {number}"))
+            checked(Prompt::new(line.trim())).map_err(|why| format!("line {number}: {why}"))
         })
         .collect()
 }
 
-fn parse_json_lines(text: &str) -> Result<Vec<Prompt>> {
+fn parse_json_lines(text: &str) -> Parsed<Vec<Prompt>> {
+    let parse = |line: &str| {
+        if line.len() > MAX_LINE {
+            return Err(format!("longer than {MAX_LINE} bytes"));
+        }
+        let value = serde_json::from_str(line).map_err(|error| format!("not JSON: {error}"))?;
+        from_json(&value)
+    };
     numbered_lines(text)
-        .map(|(number, line)| {
-            ensure!(line.len() <= MAX_LINE, "line {number}: longer than {MAX_LINE} bytes");
-            let value = serde_json::from_str(line)
-                .map_err(|error| anyhow::anyhow!("line {number}: not JSON: {error}"))?;
-            from_json(&value).with_context(|| format!("line {number}"))
-        })
+        .map(|(number, line)| parse(line).map_err(|why| format!("line {number}: {why}")))
         .collect()
 }
 
-fn parse_json(text: &str) -> Result<Vec<Prompt>> {
-    let value: Value = serde_json::from_str(text).context("not JSON")?;
-    let Value::Array(entries) = value else { bail!("line 1: expected a list of prompts") };
-    entries
-        .iter()
-        .enumerate()
-        .map(|(index, entry)| from_json(entry).with_context(|| format!("entry {}", index + 1)))
+fn parse_json(text: &str) -> Parsed<Vec<Prompt>> {
+    let value: Value = serde_json::from_str(text).map_err(|error| format!("not JSON: {error}"))?;
+    let Value::Array(entries) = value else {
+        return Err("line 1: expected a list of prompts".into());
+    };
+    let numbered = entries.iter().enumerate();
+    numbered
+        .map(|(at, entry)| from_json(entry).map_err(|why| format!("entry {}: {why}", at + 1)))
         .collect()
 }
 
@@ -169,31 +156,34 @@ fn numbered_lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
     text.lines().enumerate().map(|(at, line)| (at + 1, line)).filter(|(_, l)| !l.trim().is_empty())
 }
 
-fn from_json(value: &Value) -> Result<Prompt> {
+fn from_json(value: &Value) -> Parsed<Prompt> {
     let text = match value {
         Value::String(text) => text,
         Value::Object(fields) => {
             let text = ["prompt", "text", "caption"].iter().find_map(|key| fields.get(*key));
             match text {
                 Some(Value::String(text)) => text,
-                Some(_) => bail!("the prompt is not a string"),
-                None => bail!("no field `prompt`, `text` or `caption`"),
+                Some(_) => return Err("the prompt is not a string".into()),
+                None => return Err("no field `prompt`, `text` or `caption`".into()),
             }
         }
-        _ => bail!("expected a string or an object with `prompt`"),
+        _ => return Err("expected a string or an object with `prompt`".into()),
     };
     let field = |keys: &[&str]| match keys.iter().find_map(|key| value.get(*key)) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) if !text.trim().is_empty() => Ok(Some(text.trim().to_owned())),
-        Some(_) => bail!("`{}` is not a string with something in it", keys[0]),
+        Some(_) => Err(format!("`{}` is not a string with something in it", keys[0])),
     };
     let (target, colour) = (field(&["target"])?, field(&["colour", "color"])?);
-    check(Prompt { text: text.trim().to_owned(), target, colour })
+    checked(Prompt { text: text.trim().to_owned(), target, colour })
 }
 
-fn check(prompt: Prompt) -> Result<Prompt> {
-    ensure!(!prompt.text.is_empty(), "the prompt is empty");
-    ensure!(prompt.text.len() <= MAX_LINE, "the prompt is longer than {MAX_LINE} bytes");
+/// A prompt of a file must also say something.
+fn checked(prompt: Prompt) -> Parsed<Prompt> {
+    if prompt.text.is_empty() {
+        return Err("the prompt is empty".into());
+    }
+    check(&prompt.text)?;
     Ok(prompt)
 }
 
@@ -201,7 +191,7 @@ fn check(prompt: Prompt) -> Result<Prompt> {
 mod tests {
     use super::*;
 
-    fn read_as(name: &str, content: impl AsRef<[u8]>) -> Result<Vec<Prompt>> {
+    fn read_as(name: &str, content: impl AsRef<[u8]>) -> Result<Vec<Prompt>, CheckpointError> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(name);
         fs::write(&path, content).unwrap();
@@ -241,7 +231,8 @@ mod tests {
     fn each_fault_is_one_line_with_file_and_place() {
         let long = format!("ok\n{}", "x".repeat(MAX_LINE + 1));
         let long_json = format!("\"ok\"\n\"{}\"", "x".repeat(MAX_LINE + 1));
-        let cases: [(&str, &[u8], &str); 13] = [
+        let cases: [(&str, &[u8], &str); 14] = [
+            ("p.txt", b"a\x07b", "control character '\\u{7}'"),
             ("p.txt", b"", "holds no prompt"),
             ("p.txt", b"\n \n", "holds no prompt"),
             ("p.txt", b"ok\n\xff\xfe\n", "line 2: not UTF-8"),
@@ -257,35 +248,11 @@ mod tests {
             ("p.csv", b"a", ".txt, .json or .jsonl"),
         ];
         for (name, content, expected) in cases {
-            let error = format!("{:#}", read_as(name, content).unwrap_err());
+            let error = read_as(name, content).unwrap_err().to_string();
             assert!(error.contains(expected) && error.contains(name), "{error}");
             assert!(!error.contains('\n'), "{error}");
         }
-        let error = format!("{:#}", read(Path::new("no/such.txt")).unwrap_err());
-        assert!(error.contains("opening no/such.txt"), "{error}");
-    }
-
-    #[test]
-    fn an_epoch_holds_every_prompt_once_and_epochs_differ() {
-        let mut order = Order::new(50, 7);
-        let epochs: Vec<Vec<usize>> =
-            (0..3).map(|e| (0..50).map(|k| order.at(e * 50 + k)).collect()).collect();
-        for epoch in &epochs {
-            let mut sorted = epoch.clone();
-            sorted.sort_unstable();
-            assert_eq!(sorted, (0..50).collect::<Vec<_>>());
-        }
-        assert!(epochs[0] != epochs[1] && epochs[1] != epochs[2]);
-    }
-
-    #[test]
-    fn a_resumed_order_continues_where_the_run_stopped() {
-        let mut whole = Order::new(13, 99);
-        let all: Vec<usize> = (0..60).map(|position| whole.at(position)).collect();
-        let mut resumed = Order::new(13, 99);
-        assert_eq!((37..60).map(|p| resumed.at(p)).collect::<Vec<_>>(), all[37..]);
-        assert_eq!(resumed.at(3), all[3]);
-        let mut other = Order::new(13, 100);
-        assert_ne!((0..13).map(|p| other.at(p)).collect::<Vec<_>>(), all[..13]);
+        let error = read(Path::new("no/such.txt")).unwrap_err().to_string();
+        assert!(error.contains("no/such.txt"), "{error}");
     }
 }
