@@ -18,12 +18,12 @@ use crate::ops::shapes::Manifest;
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// A file or folder that cannot be read or written.
-    #[error("{path}: {source}")]
+    #[error("{path}: {reason}")]
     Io {
         /// Which.
         path: PathBuf,
         /// Why.
-        source: io::Error,
+        reason: io::Error,
     },
     /// A file that is not what its name says.
     #[error("{path}: {why}")]
@@ -47,7 +47,7 @@ impl CheckpointError {
     /// The I/O error of `path`.
     pub fn io(path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
-        move |source| Self::Io { path, source }
+        move |reason| Self::Io { path, reason }
     }
 
     /// `path` is not what it should be, because of `why`.
@@ -337,7 +337,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let failed = |source| CheckpointError::Io { path: path.to_owned(), source };
+    let failed = |reason| CheckpointError::Io { path: path.to_owned(), reason };
     fs::create_dir_all(folder).map_err(failed)?;
     let mut beside = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
     beside.write_all(bytes).map_err(failed)?;

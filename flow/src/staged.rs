@@ -49,7 +49,7 @@ impl Staged {
     /// # Errors
     /// When the name is taken, or the file system refuses; nothing changes then.
     pub fn publish(self, replace: bool) -> Result<()> {
-        let refused = |source| CheckpointError::Io { path: self.target.clone(), source };
+        let refused = |reason| CheckpointError::Io { path: self.target.clone(), reason };
         if replace && self.target.is_dir() {
             return exchange(self.work.path(), &self.target).map_err(refused);
         }

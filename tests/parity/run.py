@@ -98,6 +98,9 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
+    for source in args.models:
+        if not (source / "model_index.json").is_file():
+            parser.error(f"{source} is no pipeline folder: it has no model_index.json")
     comparisons = Comparisons(args.programs)
     for source in args.models:
         name = source.parent.name if source.name == "pipeline" else source.name

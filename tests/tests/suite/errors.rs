@@ -196,7 +196,7 @@ fn ng_train_refuses_with_one_line() {
             mistake(
                 "align --preset signs --set output=@/run --set prompts=@/empty.txt",
                 1,
-                &["@/empty.txt holds no prompt"],
+                &["@/empty.txt", "holds no prompt"],
             ),
             mistake("align --preset signs --set output=@/run --set model=@/missing", 1, &[TENSOR]),
             mistake("align --preset signs --set model=@/model --set output=@/file/run", 1, &["@/file/run"]),
@@ -210,7 +210,7 @@ fn ng_train_refuses_with_one_line() {
             mistake(
                 "eval --preset signs --model @/model --out @/eval --prompts @/empty.txt",
                 1,
-                &["@/empty.txt holds no prompt"],
+                &["@/empty.txt", "holds no prompt"],
             ),
             mistake("signs @/model", 1, &["@/model"]),
             mistake("signs @/images -n 0", 2, &["-n", "0"]),
