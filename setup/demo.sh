@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole path in one go: align the embedded model, compare before and after on held-out words,
-# export to ONNX, sample without libtorch, and a table of what came out. OUT is the folder to fill (an
-# earlier demo there is removed), BASE the model to start from.
+# export to ONNX, sample without libtorch, and a table of what came out. OUT is the folder to fill
+# (an earlier demo there is removed), BASE the model to start from.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/demo}
@@ -32,7 +32,9 @@ stage() { # stage TITLE COMMAND...
   "$@" || fail "this step failed: $title"
   echo "   $((SECONDS - start)) s"
 }
-export_onnx() { "$NG/ng-export" "$OUT/aligned" --out "$OUT/export" --verify | tee "$OUT/export.txt"; }
+export_onnx() {
+  "$NG/ng-export" "$OUT/aligned" --out "$OUT/export" --verify | tee "$OUT/export.txt"
+}
 sample_held_out() {
   "$NG/ng-sample" --model "$OUT/export" --prompts "$held_out" --threads 1 --json \
     -o "$OUT/held-out" --sheet "$OUT/held-out.png" > "$OUT/sample.jsonl"

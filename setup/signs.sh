@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the embedded model again: pictures of words from the font, autoencoder and flow trained on
-# them, reference tensors for the exporter, and how well the result spells. OUT is the folder to fill.
+# them, reference tensors for the exporter, and how well it spells. OUT is the folder to fill.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/signs}
@@ -23,7 +23,7 @@ else
   echo "== pictures into $pictures"
   "$NG_TRAIN" signs "$pictures"
 fi
-echo "== autoencoder and flow into $model (half an hour on two cores)"
+echo "== autoencoder and flow into $model"
 "$NG_TRAIN" pretrain --preset signs --set output="$model" --set data="$pictures"
 echo "== reference tensors"
 "$NG_TRAIN" reference "$model"

@@ -30,7 +30,9 @@ def main():
     torch.set_num_threads(args.threads)
     logging.disable_progress_bar()
     start = time.perf_counter()
-    pipe = FluxPipeline.from_pretrained(args.model, torch_dtype=torch.float32, local_files_only=True)
+    pipe = FluxPipeline.from_pretrained(
+        args.model, torch_dtype=torch.float32, local_files_only=True,
+    )
     pipe.set_progress_bar_config(disable=True)
     load = time.perf_counter() - start
     length = min(pipe.tokenizer_2.model_max_length, 512)

@@ -3,9 +3,9 @@
     python tests/parity/run.py MODEL... --programs target/release --out out/parity
 
 For each model: `ng-train reference` against diffusers, `ng-export` against onnx, onnxruntime and
-Optimum, images from equal noise. Then an iteration of `ng-train align`: its last update recomputed, its
-checkpoint loaded by diffusers, images of that checkpoint compared like those of the model. Every
-script runs even after one failed; the exit code is 1 if any did.
+Optimum, images from equal noise. Then an iteration of `ng-train align`: its last update
+recomputed, its checkpoint loaded by diffusers, images of that checkpoint compared like those of the
+model. Every script runs even after one failed; the exit code is 1 if any did.
 """
 
 import argparse

@@ -3,13 +3,13 @@
     python tests/parity/update.py FILE
 
 Everything is computed again in f64, the gradient by torch's autograd. Tensors of FILE (f32; M
-transitions, R rewards, G members of a group, S tokens of C numbers):
+transitions, R rewards, G members, S tokens of C numbers):
 
     x_in, v_old, v_theta, gradient [M, S, C]    t_in, t_next, objective [M]
     candidates [M, G, S, C]    rewards [M, R, G]    advantages, log_rho [M, G]
 
-`gradient` is that of the mean objective with respect to v_theta. The metadata's `config` is the run's
-configuration as JSON.
+`gradient` is that of the mean objective with respect to v_theta. The metadata's `config` is the
+run's configuration as JSON.
 """
 
 import argparse
@@ -107,7 +107,8 @@ def main():
 
     report = Report(f"one update in f64: {m} transitions, {g} members, {n} numbers a latent")
     expected = torch.stack([advantages(r, weights, config["advantage"]) for r in record["rewards"]])
-    report.absolute(f"advantages of {len(weights)} rewards", record["advantages"], expected, ADVANTAGE)
+    title = f"advantages of {len(weights)} rewards"
+    report.absolute(title, record["advantages"], expected, ADVANTAGE)
     report.equal("groups that are not flat", bool((expected.abs().amax(dim=1) > 0).all()), True)
     report.equal("weights moved since the rollout", bool(log_rho.abs().max() > LOG_RHO), True)
     report.absolute("log ρ", record["log_rho"], log_rho, LOG_RHO)
