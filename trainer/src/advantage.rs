@@ -60,7 +60,9 @@ impl AdvantageConfig {
         let scale = (group_size as f64).sqrt() / norm;
         let mut values: Vec<f64> = sum.iter().map(|a| a * scale).collect();
         if let Some(limit) = self.limit {
-            values.iter_mut().for_each(|a| *a = a.clamp(-limit, limit));
+            for a in &mut values {
+                *a = a.clamp(-limit, limit);
+            }
             centre(&mut values);
         }
         Advantages { values, is_flat: false }
@@ -81,7 +83,9 @@ impl AdvantageConfig {
 
 fn centre(values: &mut [f64]) {
     let mean = values.iter().sum::<f64>() / values.len() as f64;
-    values.iter_mut().for_each(|x| *x -= mean);
+    for x in values {
+        *x -= mean;
+    }
 }
 
 #[cfg(test)]

@@ -98,7 +98,9 @@ fn score(
         };
         ensure!(values.len() == prompts.len(), "{name} gave {} scores", values.len());
         means.push((name.to_owned(), values.iter().sum::<f64>() / values.len() as f64));
-        per_prompt.iter_mut().zip(values).for_each(|(row, value)| row.push(*value));
+        for (row, value) in per_prompt.iter_mut().zip(values) {
+            row.push(*value);
+        }
     }
     Ok((Column { model: path.to_owned(), means, per_prompt }, images))
 }
@@ -117,19 +119,15 @@ fn exact(column: &Column, metrics: &[RewardConfig]) -> Option<Vec<bool>> {
 }
 
 fn table(columns: &[Column]) -> String {
-    let mut table = String::from("| model |");
-    for (name, _) in &columns[0].means {
-        table += &format!(" {name} |");
-    }
-    table += "\n|---|";
-    table += &"---:|".repeat(columns[0].means.len());
+    let row = |first: &str, cells: Vec<String>| format!("| {first} | {} |\n", cells.join(" | "));
+    let means = &columns[0].means;
+    let mut table = row("model", means.iter().map(|(name, _)| name.clone()).collect());
+    table += &row("---", means.iter().map(|_| "---:".to_owned()).collect());
     for column in columns {
-        table += &format!("\n| {} |", column.model.display());
-        for (_, value) in &column.means {
-            table += &format!(" {value:.3} |");
-        }
+        let cells = column.means.iter().map(|(_, value)| format!("{value:.3}")).collect();
+        table += &row(&column.model.display().to_string(), cells);
     }
-    table + "\n"
+    table
 }
 
 fn side_by_side(

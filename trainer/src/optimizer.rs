@@ -97,7 +97,9 @@ impl AdamW {
                 self.move_segment(index, master, &(grad * clip), scale);
             }
         });
-        parameters.iter().for_each(|p| p.refresh());
+        for network in parameters {
+            network.refresh();
+        }
         Ok(StepReport { grad_norm, below_eps })
     }
 

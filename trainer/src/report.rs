@@ -80,7 +80,7 @@ impl Report {
     ) -> Result<String> {
         let mut values: Vec<(String, f64)> = Vec::new();
         let mut put = |name: &str, value: f64| values.push((name.to_owned(), value));
-        let mut line = String::new();
+        let mut line: Vec<String> = Vec::new();
         for (index, reward) in config.rewards.iter().enumerate() {
             let groups: Vec<&[f64]> = experience
                 .scores
@@ -101,7 +101,7 @@ impl Report {
                 &format!("reward_std/{}", reward.name),
                 mean(groups.iter().map(|group| std(group))),
             );
-            line += &format!("{} {reward_mean:.3}  ", reward.name);
+            line.push(format!("{} {reward_mean:.3}", reward.name));
         }
         let flat = experience.advantages.iter().filter(|group| group.is_flat).count();
         let n_groups = experience.advantages.len() as f64;
@@ -131,7 +131,7 @@ impl Report {
         put("seconds/iteration", seconds);
         let values: Vec<(&str, f64)> = values.iter().map(|(name, v)| (name.as_str(), *v)).collect();
         self.metrics.write(step as u64, &values)?;
-        Ok(line.trim_end().to_owned())
+        Ok(line.join("  "))
     }
 
     /// Draws the samples after `done` iterations, and the curve so far.

@@ -61,7 +61,7 @@ impl ClipTextConfig {
         count("num_hidden_layers", self.num_hidden_layers)?;
         count("num_attention_heads", self.num_attention_heads)?;
         size("max_position_embeddings", self.max_position_embeddings)?;
-        if self.hidden_size % self.num_attention_heads != 0 {
+        if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
             return Err(ConfigError::Invalid {
                 field: "num_attention_heads",
                 value: self.num_attention_heads.to_string(),

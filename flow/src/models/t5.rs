@@ -66,7 +66,7 @@ impl T5Config {
         count("num_heads", self.num_heads)?;
         count("relative_attention_num_buckets", self.relative_attention_num_buckets)?;
         size("relative_attention_max_distance", self.relative_attention_max_distance)?;
-        if self.relative_attention_num_buckets % 4 != 0
+        if !self.relative_attention_num_buckets.is_multiple_of(4)
             || self.relative_attention_max_distance <= self.relative_attention_num_buckets / 4
         {
             return Err(ConfigError::Invalid {
