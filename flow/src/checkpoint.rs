@@ -51,7 +51,7 @@ impl CheckpointError {
     }
 
     /// `path` is not what it should be, because of `why`.
-    pub fn malformed(path: &Path, why: impl ToString) -> Self {
+    pub fn malformed(path: &Path, why: impl std::fmt::Display) -> Self {
         Self::Malformed { path: path.to_owned(), why: why.to_string() }
     }
 }

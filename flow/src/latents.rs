@@ -40,7 +40,11 @@ impl LatentSize {
         height: usize,
     ) -> Result<Self, SizeError> {
         let multiple = PATCH * factor;
-        if width == 0 || height == 0 || !width.is_multiple_of(multiple) || !height.is_multiple_of(multiple) {
+        if width == 0
+            || height == 0
+            || !width.is_multiple_of(multiple)
+            || !height.is_multiple_of(multiple)
+        {
             return Err(SizeError { width, height, multiple });
         }
         Ok(Self { channels, height: height / factor, width: width / factor })

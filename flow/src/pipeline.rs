@@ -238,7 +238,7 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
         .map_err(|error| CheckpointError::malformed(path, error))
 }
 
-fn validated<T: DeserializeOwned, E: ToString>(
+fn validated<T: DeserializeOwned, E: std::fmt::Display>(
     path: &Path,
     validate: impl Fn(&T) -> std::result::Result<(), E>,
 ) -> Result<T> {

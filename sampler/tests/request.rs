@@ -186,8 +186,8 @@ fn wrong_files_are_named() -> Result<()> {
     export.write("file", "")?;
     fs::create_dir(export.path("folder.png"))?;
     for (options, expected) in [
-        ("--prompts @/absent.txt", "cannot read prompt file"),
-        ("--prompts @/empty.txt", "empty.txt holds no prompt"),
+        ("--prompts @/absent.txt", "absent.txt: No such file"),
+        ("--prompts @/empty.txt", "empty.txt: holds no prompt"),
         ("--prompt fox --noise @/absent.safetensors", "absent.safetensors"),
         ("--prompt fox --noise @/empty.txt", "empty.txt"),
         ("--prompt fox -o @/file/out.png", "file: it is not a folder"),

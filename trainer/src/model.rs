@@ -61,7 +61,7 @@ impl Model {
                     let mut stream = (component as u64) << 32;
                     Parameters::build(&manifests, device, kind, |name, shape| {
                         stream += 1;
-                        init::value(noise, stream, name, shape)
+                        Ok(init::value(noise, stream, name, shape))
                     })
                 }
                 _ => Parameters::load(&manifests, &pipeline.weights(component)?, device, kind),
@@ -149,19 +149,9 @@ impl Model {
             .to_device(self.device)
     }
 
-    /// Packed tokens `[B, S, C]` as unpacked latents `[B, Z, h, w]` on the CPU.
-    pub(crate) fn unpack(&self, packed: &Tensor, size: &LatentSize) -> Result<Tensor> {
-        let values = Vec::<f32>::try_from(
-            &packed.to_device(Device::Cpu).to_kind(Kind::Float).reshape([-1]),
-        )?;
-        let rows: Vec<f32> = values.chunks(size.len()).flat_map(|row| size.unpack(row)).collect();
-        let (z, h, w) = (size.channels as i64, size.height as i64, size.width as i64);
-        Ok(Tensor::from_slice(&rows).reshape([-1, z, h, w]))
-    }
-
     /// Images of packed flow latents `[B, S, C]`.
     pub(crate) fn decode(&self, packed: &Tensor, size: &LatentSize) -> Result<Vec<RgbImage>> {
-        let latents = self.unpack(packed, size)?.to_device(self.device);
+        let latents = unpack(packed, size)?.to_device(self.device);
         let mut images = Vec::new();
         for chunk in latents.split(DECODE_BATCH as i64, 0) {
             let pixels = no_grad(|| self.decode_latents(&chunk));
@@ -182,6 +172,15 @@ impl Model {
         let pixels = Rc::new(pixels.shallow_clone());
         self.pipeline.vae.encode(&self.vae.ops(), &pixels).shallow_clone()
     }
+}
+
+/// Packed tokens `[B, S, C]` as unpacked latents `[B, Z, h, w]` on the CPU.
+pub(crate) fn unpack(packed: &Tensor, size: &LatentSize) -> Result<Tensor> {
+    let values =
+        Vec::<f32>::try_from(&packed.to_device(Device::Cpu).to_kind(Kind::Float).reshape([-1]))?;
+    let rows: Vec<f32> = values.chunks(size.len()).flat_map(|row| size.unpack(row)).collect();
+    let (z, h, w) = (size.channels as i64, size.height as i64, size.width as i64);
+    Ok(Tensor::from_slice(&rows).reshape([-1, z, h, w]))
 }
 
 /// Pixels `[B, 3, H, W]` in [−1, 1].

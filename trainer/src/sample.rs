@@ -9,7 +9,7 @@ use tch::{Device, Kind};
 
 use crate::align::RolloutConfig;
 use crate::experience::solve_in_batches;
-use crate::model::Model;
+use crate::model::{Model, unpack};
 use crate::picture;
 use crate::update::entry;
 use crate::usage::Usage;
@@ -68,7 +68,7 @@ pub fn run(options: &Options<'_>) -> Result<()> {
     let eps = model.pack(&rows, &size);
     let x0 = solve_in_batches(&model, &plan, eps, &condition, options.rollout.batch).x0;
     if let Some(path) = options.latents_out {
-        write_tensors(path, &[entry("latents", &model.unpack(&x0, &size)?)?], &[])?;
+        write_tensors(path, &[entry("latents", &unpack(&x0, &size)?)?], &[])?;
     }
     for (index, image) in model.decode(&x0, &size)?.iter().enumerate() {
         let path = numbered(options.out, index, options.n);

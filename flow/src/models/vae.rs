@@ -88,7 +88,9 @@ impl VaeConfig {
         for &channels in levels {
             size("block_out_channels", channels)?;
         }
-        if self.norm_num_groups == 0 || levels.iter().any(|c| !c.is_multiple_of(self.norm_num_groups)) {
+        if self.norm_num_groups == 0
+            || levels.iter().any(|c| !c.is_multiple_of(self.norm_num_groups))
+        {
             return Err(ConfigError::Invalid {
                 field: "norm_num_groups",
                 value: self.norm_num_groups.to_string(),
