@@ -239,7 +239,10 @@ pub fn run(config: &AlignConfig, options: &Options) -> Result<()> {
         state::restore(position, config, &mut optimizer, &model)?;
         start = position.iteration;
         let total = config.iterations;
-        ensure!(start < total, "all {total} iterations are done: raise iterations to go on");
+        ensure!(
+            start < total || !aligned.exists(),
+            "all {total} iterations are done: raise iterations to go on"
+        );
     }
     let size = model.latent_size(config.rollout.size)?;
     let plan = config.rollout.plan(&model.pipeline.scheduler, &size)?;
