@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use flow::{
     checkpoint::Weights,
     latents::LatentSize,
+    models::transformer::GUIDANCE,
     pipeline::Pipeline,
     prompts,
     schedule::{Schedule, Shift},
@@ -23,8 +24,6 @@ use crate::{args::Args, engine, outputs, picture::Origin, sheet::Layout};
 const MAX_PIXELS: usize = 1 << 26;
 /// Most images in one run.
 const MAX_IMAGES: usize = 1_000_000;
-/// FLUX.1-dev's distilled guidance scale.
-const GUIDANCE: f32 = 3.5;
 
 /// A mistake in what was typed, as opposed to one in a file.
 #[derive(Debug)]
@@ -212,7 +211,7 @@ fn guidance(args: &Args, pipeline: &Pipeline) -> Result<Option<f32>> {
             None => Ok(None),
         };
     }
-    let guidance = args.guidance.unwrap_or(GUIDANCE);
+    let guidance = args.guidance.unwrap_or(GUIDANCE as f32);
     if !(guidance.is_finite() && guidance >= 0.0) {
         bail!(Usage(format!("--guidance {guidance} is not a number from 0 up")));
     }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use flow::latents::LatentSize;
+use flow::models::transformer::GUIDANCE;
 use flow::pipeline::Component;
 use flow::prompts::{self, Prompt};
 use flow::schedule::{Schedule, Shift};
@@ -131,7 +132,7 @@ fn steps() -> usize {
     8
 }
 fn guidance() -> f64 {
-    3.5
+    GUIDANCE
 }
 fn rollout_batch() -> usize {
     64

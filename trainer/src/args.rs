@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser};
 use clap::{Args, Parser, Subcommand};
+use flow::models::transformer::GUIDANCE;
 use flow::solver::SOLVERS;
 
 /// Aligns flow-matching text-to-image models with human preference (Neighbor GRPO).
@@ -119,7 +120,7 @@ pub struct SampleArgs {
     #[arg(long)]
     pub shift: Option<f64>,
     /// Guidance scale, for a model that embeds one
-    #[arg(long, default_value_t = 3.5)]
+    #[arg(long, default_value_t = GUIDANCE)]
     pub guidance: f64,
     /// Pixels [default: the model's own]
     #[arg(long, requires = "height")]

@@ -7,6 +7,7 @@ use std::rc::Rc;
 use anyhow::Result;
 use flow::checkpoint::{Entry, write_tensors};
 use flow::latents::LatentSize;
+use flow::models::transformer::GUIDANCE;
 use flow::noise::Noise;
 use tch::{Kind, Tensor, no_grad};
 
@@ -41,7 +42,7 @@ fn tensors(model: &Model) -> Result<Vec<Entry<'static>>> {
         width: 2 * TOKENS[1],
     };
     let ids = model.tokenise(&PROMPTS)?;
-    let condition = model.condition(&ids, 3.5, &size);
+    let condition = model.condition(&ids, GUIDANCE, &size);
     let clip =
         pipeline.text_encoder.forward(&model.text_encoder.ops(), &Rc::new(ids[0].shallow_clone()));
     let noise = Noise::new(0);

@@ -69,6 +69,8 @@ pub struct State<T> {
     pub rope: Rope<T>,
 }
 
+/// FLUX.1-dev's usual guidance scale, the default of every program.
+pub const GUIDANCE: f64 = 3.5;
 /// Layer and RMS normalisation use one constant throughout.
 const EPS: f64 = 1e-6;
 /// Width of the sinusoidal features before their embedder.
