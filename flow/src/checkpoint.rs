@@ -2,17 +2,21 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 pub use safetensors::Dtype;
 use safetensors::SafeTensors;
 use safetensors::tensor::Metadata;
 use serde::Deserialize;
 
 use crate::ops::shapes::Manifest;
+
+mod write;
+
+pub use write::{Entry, MAX_SHARD_BYTES, write_atomically, write_sharded, write_tensors};
 
 /// What can be wrong with weights.
 #[derive(Debug, thiserror::Error)]
@@ -234,6 +238,17 @@ impl Weights {
         })
     }
 
+    /// Lets go of the memory behind what was read so far; it is read from disk again when asked for.
+    pub fn release(&self) {
+        for shard in &self.shards {
+            #[expect(unsafe_code, reason = "the only way to give mapped memory back early")]
+            // SAFETY: the map is read-only and of a file, so that its pages come back as they were.
+            let advised = unsafe { shard.map.unchecked_advise(UncheckedAdvice::DontNeed) };
+            // Advice may be refused; then memory is merely given back later.
+            drop(advised);
+        }
+    }
+
     /// Files these weights are mapped from.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
         self.shards.iter().map(|shard| shard.path.as_path())
@@ -267,94 +282,6 @@ impl Weights {
         }
         Err(CheckpointError::Misfit { path: self.path.clone(), list: list.join("; ") })
     }
-}
-
-/// A tensor to be written.
-pub struct Entry<'a> {
-    /// Name in the file.
-    pub name: String,
-    /// Shape.
-    pub shape: Vec<usize>,
-    /// Element type.
-    pub dtype: Dtype,
-    /// Little-endian values, row-major.
-    pub bytes: std::borrow::Cow<'a, [u8]>,
-}
-
-impl Entry<'_> {
-    /// An f32 tensor.
-    pub fn f32(name: impl Into<String>, shape: &[usize], values: &[f32]) -> Self {
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        Self { name: name.into(), shape: shape.to_vec(), dtype: Dtype::F32, bytes: bytes.into() }
-    }
-
-    /// An i64 tensor.
-    pub fn i64(name: impl Into<String>, shape: &[usize], values: &[i64]) -> Self {
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        Self { name: name.into(), shape: shape.to_vec(), dtype: Dtype::I64, bytes: bytes.into() }
-    }
-}
-
-impl safetensors::View for &Entry<'_> {
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
-        std::borrow::Cow::Borrowed(&self.bytes)
-    }
-    fn data_len(&self) -> usize {
-        self.bytes.len()
-    }
-}
-
-/// Writes one safetensors file beside its place and renames it.
-///
-/// # Errors
-/// When the folder cannot be written.
-pub fn write_tensors(
-    path: &Path,
-    entries: &[Entry<'_>],
-    metadata: &[(&str, String)],
-) -> Result<()> {
-    let mut metadata: std::collections::HashMap<String, String> =
-        metadata.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
-    metadata.insert("format".into(), "pt".into());
-    let views = entries.iter().map(|entry| (entry.name.as_str(), entry));
-    let bytes = safetensors::serialize(views, Some(metadata))
-        .map_err(|error| CheckpointError::malformed(path, error))?;
-    write_atomically(path, &bytes)
-}
-
-/// Writes `bytes` to a temporary file beside `path`, flushes it to disk and renames it into place.
-///
-/// # Errors
-/// When the folder cannot be written.
-pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let failed = |reason| CheckpointError::Io { path: path.to_owned(), reason };
-    fs::create_dir_all(folder).map_err(failed)?;
-    let mut beside = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
-    beside.write_all(bytes).map_err(failed)?;
-    beside.as_file().sync_all().map_err(failed)?;
-    make_readable(beside.as_file()).map_err(failed)?;
-    beside.persist(path).map_err(|error| failed(error.error))?;
-    Ok(())
-}
-
-/// Temporary files are private; what is left for people is not.
-fn make_readable(file: &File) -> io::Result<()> {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        file.set_permissions(fs::Permissions::from_mode(0o644))?;
-    }
-    Ok(())
 }
 
 /// Reads a small text file whole.

@@ -10,7 +10,9 @@
 #![warn(missing_docs)]
 
 pub mod checkpoint;
+pub mod known;
 pub mod latents;
+pub mod lora;
 pub mod models;
 pub mod nn;
 pub mod noise;

@@ -1,10 +1,12 @@
 //! A diffusers pipeline folder: its configs, its components and what their weights must look like.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 
 use crate::checkpoint::{CheckpointError, Weights, read_bounded};
+use crate::known;
 use crate::latents::{LatentSize, PATCH, SizeError};
 use crate::models::clip::ClipTextConfig;
 use crate::models::t5::{T5Config, TIED_EMBEDDING};
@@ -89,39 +91,49 @@ impl Pipeline {
     /// # Errors
     /// When the folder is no FLUX pipeline, or a config is missing, malformed or unsupported.
     pub fn open(dir: &Path) -> Result<Self> {
-        let index_path = dir.join("model_index.json");
         if !dir.is_dir() {
             return Err(CheckpointError::malformed(dir, "no such folder"));
         }
-        if !index_path.is_file() {
+        if !dir.join("model_index.json").is_file() {
             let why = "not a pipeline folder: it has no model_index.json";
             return Err(CheckpointError::malformed(dir, why));
         }
-        let index: serde_json::Value = read_json(&index_path)?;
+        let vae = ["vae_decoder/config.json", "vae/config.json"]
+            .into_iter()
+            .find(|file| dir.join(file).is_file())
+            .unwrap_or("vae/config.json");
+        Self::from_configs(dir, vae, &|file| read_bounded(&dir.join(file)).map(Cow::Owned))
+    }
+
+    /// The configs of a published model, one of [`known::MODELS`]; its `dir` is the name and no folder.
+    pub fn known(name: &str) -> Option<Self> {
+        let files = known::files(name)?;
+        let text = |file: &str| {
+            let (_, text) = files.iter().find(|(known, _)| *known == file).expect("every config");
+            Ok(Cow::Borrowed(text.as_bytes()))
+        };
+        let pipeline = Self::from_configs(Path::new(name), "vae/config.json", &text);
+        Some(pipeline.expect("shipped configs are valid"))
+    }
+
+    fn from_configs(dir: &Path, vae: &str, read: &Read<'_>) -> Result<Self> {
+        let index_path = dir.join("model_index.json");
+        let index: serde_json::Value = parse(&index_path, &read("model_index.json")?)?;
         let class = index["_class_name"].as_str().unwrap_or_default();
         if !class.contains("Flux") {
             let why =
                 format!("unsupported _class_name {class:?}: only FluxPipeline folders are read");
             return Err(CheckpointError::malformed(&index_path, why));
         }
-        let exported = dir.join("vae_decoder/config.json");
-        let vae = if exported.is_file() { exported } else { dir.join("vae/config.json") };
+        let source = Source { dir, read };
         let pipeline = Self {
             dir: dir.to_owned(),
-            transformer: validated(
-                &dir.join("transformer/config.json"),
-                TransformerConfig::validate,
-            )?,
-            vae: validated(&vae, VaeConfig::validate)?,
-            text_encoder: validated(
-                &dir.join("text_encoder/config.json"),
-                ClipTextConfig::validate,
-            )?,
-            text_encoder_2: validated(&dir.join("text_encoder_2/config.json"), T5Config::validate)?,
-            scheduler: validated(
-                &dir.join("scheduler/scheduler_config.json"),
-                SchedulerConfig::validate,
-            )?,
+            transformer: source.config("transformer/config.json", TransformerConfig::validate)?,
+            vae: source.config(vae, VaeConfig::validate)?,
+            text_encoder: source.config("text_encoder/config.json", ClipTextConfig::validate)?,
+            text_encoder_2: source.config("text_encoder_2/config.json", T5Config::validate)?,
+            scheduler: source
+                .config("scheduler/scheduler_config.json", SchedulerConfig::validate)?,
         };
         pipeline.check_seams()?;
         Ok(pipeline)
@@ -234,15 +246,59 @@ impl Pipeline {
 /// # Errors
 /// When it is missing, or not the JSON that `T` describes.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    serde_json::from_slice(&read_bounded(path)?)
-        .map_err(|error| CheckpointError::malformed(path, error))
+    parse(path, &read_bounded(path)?)
 }
 
-fn validated<T: DeserializeOwned, E: std::fmt::Display>(
-    path: &Path,
-    validate: impl Fn(&T) -> std::result::Result<(), E>,
-) -> Result<T> {
-    let config: T = read_json(path)?;
-    validate(&config).map_err(|error| CheckpointError::malformed(path, error))?;
-    Ok(config)
+fn parse<T: DeserializeOwned>(path: &Path, text: &[u8]) -> Result<T> {
+    serde_json::from_slice(text).map_err(|error| CheckpointError::malformed(path, error))
+}
+
+type Read<'a> = dyn Fn(&str) -> Result<Cow<'static, [u8]>> + 'a;
+
+/// Where configs come from: a folder, or the program itself.
+struct Source<'a> {
+    dir: &'a Path,
+    read: &'a Read<'a>,
+}
+
+impl Source<'_> {
+    fn config<T: DeserializeOwned, E: std::fmt::Display>(
+        &self,
+        file: &str,
+        validate: impl Fn(&T) -> std::result::Result<(), E>,
+    ) -> Result<T> {
+        let path = self.dir.join(file);
+        let config: T = parse(&path, &(self.read)(file)?)?;
+        validate(&config).map_err(|error| CheckpointError::malformed(&path, error))?;
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Counts of the published checkpoints' headers.
+    #[test]
+    fn known_models_have_their_published_sizes() {
+        for (name, transformer) in
+            [("flux.1-dev", 11_901_408_320), ("flux.1-schnell", 11_891_178_560_usize)]
+        {
+            let pipeline = Pipeline::known(name).unwrap();
+            let count = |component| pipeline.manifest(component).n_elements();
+            assert_eq!(count(Component::Transformer), transformer, "{name}");
+            assert_eq!(count(Component::TextEncoder), 123_060_480);
+            assert_eq!(count(Component::TextEncoder2), 4_762_310_656);
+            assert_eq!(count(Component::Vae), 83_819_683);
+        }
+        assert!(Pipeline::known("flux.9").is_none());
+    }
+
+    #[test]
+    fn a_velocity_of_flux_costs_what_its_sizes_say() {
+        let shapes = Shapes::new();
+        Pipeline::known("flux.1-dev").unwrap().dry_velocity(&shapes, 1, 4096, 512);
+        let tera = shapes.flops() / 1e12;
+        assert!((70.0..78.0).contains(&tera), "{tera} TFLOP");
+    }
 }

@@ -22,6 +22,11 @@ pub enum Solver {
 pub const SOLVERS: [(&str, Solver); 3] =
     [("dpmpp-2m", Solver::Dpmpp2m), ("euler", Solver::Euler), ("heun", Solver::Heun)];
 
+/// What programs sample with unless told otherwise (paper Table 1).
+pub const DEFAULT_SOLVER: Solver = Solver::Dpmpp2m;
+/// Steps T of [`DEFAULT_SOLVER`] (paper Table 1).
+pub const DEFAULT_STEPS: usize = 8;
+
 impl Solver {
     /// The solver called `name` in [`SOLVERS`].
     pub fn by_name(name: &str) -> Option<Self> {

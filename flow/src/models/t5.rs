@@ -54,6 +54,15 @@ fn default_projection() -> String {
 /// Token table as T5 checkpoints name it; a tied second name is ignored on reading.
 pub const TIED_EMBEDDING: &str = "encoder.embed_tokens.weight";
 
+/// What one block hands to the next.
+#[derive(Clone)]
+pub struct State<T> {
+    /// Token states `[B, L, D]`.
+    pub x: T,
+    /// Bias of the attention scores by distance, `[1, H, L, L]`.
+    pub bias: T,
+}
+
 impl T5Config {
     /// # Errors
     /// When a size is absurd or the feed-forward form is another.
@@ -78,30 +87,38 @@ impl T5Config {
         only("feed_forward_proj", &self.feed_forward_proj, &["gated-gelu"], "gated-gelu")
     }
 
-    /// Token states `[B, L, D]` of integer `input_ids` `[B, L]`.
+    /// Token states `[B, L, D]` of integer `input_ids` `[B, L]`: prologue, every block, epilogue.
     pub fn forward<O: Ops>(&self, ops: &O, input_ids: &O::Tensor) -> O::Tensor {
-        let root = ParamPath::root();
-        let mut x =
-            nn::embedding(ops, &root.at("shared"), input_ids, self.vocab_size, self.d_model);
-        let bias = self.position_bias(ops, input_ids);
+        let mut state = self.prologue(ops, input_ids);
         for index in 0..self.num_layers {
-            x = self.block(ops, &root.at("encoder.block").at(index).at("layer"), &x, &bias);
+            state = self.block(ops, index, &state);
         }
-        ops.rms_norm(
-            &root.at("encoder.final_layer_norm"),
-            &x,
-            self.d_model,
-            self.layer_norm_epsilon,
-        )
+        self.epilogue(ops, &state)
     }
 
-    fn block<O: Ops>(
+    /// Embeds the tokens and their distances.
+    pub fn prologue<O: Ops>(&self, ops: &O, input_ids: &O::Tensor) -> State<O::Tensor> {
+        let table = ParamPath::root().at("shared");
+        State {
+            x: nn::embedding(ops, &table, input_ids, self.vocab_size, self.d_model),
+            bias: self.position_bias(ops, input_ids),
+        }
+    }
+
+    /// Token states `[B, L, D]` from the last state.
+    pub fn epilogue<O: Ops>(&self, ops: &O, state: &State<O::Tensor>) -> O::Tensor {
+        let path = ParamPath::root().at("encoder.final_layer_norm");
+        ops.rms_norm(&path, &state.x, self.d_model, self.layer_norm_epsilon)
+    }
+
+    /// Block `index` of `num_layers`.
+    pub fn block<O: Ops>(
         &self,
         ops: &O,
-        path: &ParamPath,
-        x: &O::Tensor,
-        bias: &O::Tensor,
-    ) -> O::Tensor {
+        index: usize,
+        State { x, bias }: &State<O::Tensor>,
+    ) -> State<O::Tensor> {
+        let path = ParamPath::root().at("encoder.block").at(index).at("layer");
         let (d, eps, inner) = (self.d_model, self.layer_norm_epsilon, self.num_heads * self.d_kv);
         let attn = path.at(0).at("SelfAttention");
         let h = ops.rms_norm(&path.at(0).at("layer_norm"), x, d, eps);
@@ -118,7 +135,8 @@ impl T5Config {
         let h = ops.rms_norm(&path.at(1).at("layer_norm"), &x, d, eps);
         let gate = ops.gelu(&ops.linear(&dense.at("wi_0"), &h, d, self.d_ff, false), Gelu::Tanh);
         let h = ops.mul(&gate, &ops.linear(&dense.at("wi_1"), &h, d, self.d_ff, false));
-        ops.add(&x, &ops.linear(&dense.at("wo"), &h, self.d_ff, d, false))
+        let x = ops.add(&x, &ops.linear(&dense.at("wo"), &h, self.d_ff, d, false));
+        State { x, bias: bias.clone() }
     }
 
     /// `[1, H, L, L]`: the bias of query i looking at key j depends on j − i alone.

@@ -3,6 +3,8 @@
 //! `B` batch, `h`×`w` latent cells, `f` = 2^(levels − 1) pixels a cell, `Z` latent channels.
 //! Source: `AutoencoderKL` of diffusers 0.42.
 
+use std::ops::{Add, Div, Mul, Sub};
+
 use serde::Deserialize;
 
 use super::{ConfigError, count, size};
@@ -70,6 +72,24 @@ impl VaeConfig {
     /// The shift, 0 where the config gives none.
     pub fn shift(&self) -> f64 {
         self.shift_factor.unwrap_or(0.0)
+    }
+
+    /// Latents of the flow for what the encoder gives.
+    pub fn scaled<T, U>(&self, z: T) -> U
+    where
+        T: Sub<f64, Output = U>,
+        U: Mul<f64, Output = U>,
+    {
+        (z - self.shift()) * self.scaling_factor
+    }
+
+    /// What the decoder takes for latents of the flow; inverse of [`Self::scaled`].
+    pub fn unscaled<T, U>(&self, latents: T) -> U
+    where
+        T: Div<f64, Output = U>,
+        U: Add<f64, Output = U>,
+    {
+        latents / self.scaling_factor + self.shift()
     }
 
     /// # Errors

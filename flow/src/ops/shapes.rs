@@ -14,6 +14,11 @@ use super::{Conv, Dim, Gelu, Mask, Ops, ParamPath, Rope};
 pub struct Manifest(Vec<(String, Vec<usize>)>);
 
 impl Manifest {
+    /// A manifest of `entries`: name and shape.
+    pub fn new(entries: impl IntoIterator<Item = (String, Vec<usize>)>) -> Self {
+        Self(entries.into_iter().collect())
+    }
+
     /// Name and shape of each parameter, in order of first use.
     pub fn entries(&self) -> impl Iterator<Item = (&str, &[usize])> {
         self.0.iter().map(|(name, shape)| (name.as_str(), shape.as_slice()))
@@ -43,6 +48,7 @@ pub struct Shapes {
     seen: RefCell<BTreeMap<String, Vec<usize>>>,
     order: RefCell<Vec<String>>,
     flops: Cell<f64>,
+    kept: Cell<f64>,
 }
 
 impl Shapes {
@@ -62,6 +68,16 @@ impl Shapes {
     /// Multiplications and additions of matrix products, convolutions and attention so far.
     pub fn flops(&self) -> f64 {
         self.flops.get()
+    }
+
+    /// Numbers that a backward pass would need: the results of every operator so far but views and sums.
+    pub fn kept(&self) -> f64 {
+        self.kept.get()
+    }
+
+    fn keep(&self, shape: Shape) -> Shape {
+        self.kept.set(self.kept.get() + shape.iter().product::<usize>() as f64);
+        shape
     }
 
     fn count(&self, flops: usize) {
@@ -125,7 +141,7 @@ impl Ops for Shapes {
             self.param(&path.at("bias"), &[n_out]);
         }
         self.count(2 * x.iter().product::<usize>() * n_out);
-        with_last(x, n_out)
+        self.keep(with_last(x, n_out))
     }
 
     fn conv2d(&self, path: &ParamPath, x: &Shape, conv: Conv) -> Shape {
@@ -137,7 +153,7 @@ impl Ops for Shapes {
         let side = |n: usize, pad: usize| (n + pad - conv.kernel) / conv.stride + 1;
         let shape = vec![b, conv.c_out, side(h, top + bottom), side(w, left + right)];
         self.count(2 * shape.iter().product::<usize>() * conv.c_in * conv.kernel * conv.kernel);
-        shape
+        self.keep(shape)
     }
 
     fn gather(&self, table: &Shape, ids: &Shape) -> Shape {
@@ -153,7 +169,7 @@ impl Ops for Shapes {
     }
 
     fn mul(&self, a: &Shape, b: &Shape) -> Shape {
-        broadcast(a, b)
+        self.keep(broadcast(a, b))
     }
 
     fn affine(&self, x: &Shape, _factor: f64, _offset: f64) -> Shape {
@@ -173,15 +189,15 @@ impl Ops for Shapes {
     }
 
     fn gelu(&self, x: &Shape, _form: Gelu) -> Shape {
-        x.clone()
+        self.keep(x.clone())
     }
 
     fn sigmoid(&self, x: &Shape) -> Shape {
-        x.clone()
+        self.keep(x.clone())
     }
 
     fn silu(&self, x: &Shape) -> Shape {
-        x.clone()
+        self.keep(x.clone())
     }
 
     fn layer_norm(&self, x: &Shape, width: usize, affine: Option<&ParamPath>, _eps: f64) -> Shape {
@@ -189,13 +205,13 @@ impl Ops for Shapes {
         if let Some(path) = affine {
             self.pair(path, width);
         }
-        x.clone()
+        self.keep(x.clone())
     }
 
     fn rms_norm(&self, path: &ParamPath, x: &Shape, width: usize, _eps: f64) -> Shape {
         assert_eq!(x.last(), Some(&width), "{path}");
         self.param(&path.at("weight"), &[width]);
-        x.clone()
+        self.keep(x.clone())
     }
 
     fn group_norm(
@@ -208,7 +224,7 @@ impl Ops for Shapes {
     ) -> Shape {
         assert!(x[1] == channels && channels.is_multiple_of(groups), "{path}: {x:?}");
         self.pair(path, channels);
-        x.clone()
+        self.keep(x.clone())
     }
 
     fn attention(&self, q: &Shape, k: &Shape, v: &Shape, _: f64, mask: Mask<'_, Shape>) -> Shape {
@@ -218,12 +234,12 @@ impl Ops for Shapes {
             assert_eq!(broadcast(bias, &scores), scores);
         }
         self.count(4 * q.iter().product::<usize>() * k[2]);
-        q.clone()
+        self.keep(q.clone())
     }
 
     fn rope(&self, x: &Shape, rope: &Rope<Shape>) -> Shape {
         assert!(rope.cos.ends_with(&[x[2], x[3] / 2]), "{:?} does not turn {x:?}", rope.cos);
-        x.clone()
+        self.keep(x.clone())
     }
 
     fn rope_table(&self, ids: &Shape, axes_dim: &[usize], _: f64, batch: &Shape) -> Rope<Shape> {
@@ -279,7 +295,7 @@ impl Ops for Shapes {
             let rest_agrees = (0..shape.len()).all(|i| i == axis || part[i] == shape[i]);
             assert!(rest_agrees, "{parts:?} do not join along axis {axis}");
         }
-        shape
+        self.keep(shape)
     }
 
     fn split(&self, x: &Shape, n: usize, axis: usize) -> Vec<Shape> {
