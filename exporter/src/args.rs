@@ -27,6 +27,9 @@ pub struct Args {
     /// The folder to make; it appears when it is complete
     #[arg(short, long, value_name = "DIR")]
     out: PathBuf,
+    /// Merge the adapters of a LoRA file or folder into the transformer; repeatable, summed
+    #[arg(long = "lora", value_name = "FILE[:SCALE]", value_parser = flow::lora::scaled_path)]
+    loras: Vec<(PathBuf, f64)>,
     /// Run every graph in ONNX Runtime against CHECKPOINT/reference.safetensors (made by `ng-train
     /// reference CHECKPOINT`) and fail when one differs by more than 1e-5 of its largest value
     #[arg(long)]
@@ -46,6 +49,7 @@ impl Args {
         Request {
             checkpoint: self.checkpoint,
             target: self.out,
+            loras: self.loras,
             replace: self.force,
             verify: self.verify,
             threads: self.threads.map_or_else(available, usize::from),

@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
-use flow::pipeline::Pipeline;
+use flow::lora::Lora;
+use flow::pipeline::{Component, Pipeline};
 use flow::staged::Staged;
 use indicatif::ProgressBar;
 
-use crate::external;
+use crate::external::{self, Source};
 use crate::graph::Graph;
 use crate::parts::Part;
 use crate::publish::check_target;
@@ -24,6 +25,8 @@ pub struct Request {
     pub checkpoint: PathBuf,
     /// Folder to make.
     pub target: PathBuf,
+    /// Adapters to merge into the transformer, and their scales.
+    pub loras: Vec<(PathBuf, f64)>,
     /// Whether an earlier export there is replaced.
     pub replace: bool,
     /// Whether the graphs must reproduce the checkpoint's reference tensors.
@@ -61,8 +64,9 @@ const COPIED: [&str; 3] = ["tokenizer", "tokenizer_2", "scheduler"];
 /// from its reference, or `stop` was set. Nothing is left behind then.
 pub fn export(request: &Request, bar: &ProgressBar, stop: &AtomicBool) -> Result<Vec<Summary>> {
     let pipeline = Pipeline::open(&request.checkpoint)?;
+    let loras = open_loras(request, &pipeline)?;
     let reference =
-        if request.verify { Some(verify::reference(&request.checkpoint)?) } else { None };
+        if request.verify { Some(verify::reference(reference(request)?)?) } else { None };
     check_apart(&request.checkpoint, &request.target)?;
     check_target(&request.target, request.replace)?;
     let staged = Staged::begin(&request.target)?;
@@ -73,7 +77,8 @@ pub fn export(request: &Request, bar: &ProgressBar, stop: &AtomicBool) -> Result
     let mut summaries = Vec::with_capacity(graphs.len());
     for (part, graph) in graphs {
         bar.set_message(part.folder());
-        summaries.push(write_part(&pipeline, part, graph, staged.path(), bar, stop)?);
+        let loras: &[Lora] = if part == Part::Transformer { &loras } else { &[] };
+        summaries.push(write_part(&pipeline, part, graph, loras, staged.path(), bar, stop)?);
     }
     copy_rest(&request.checkpoint, staged.path())?;
     if let Some(reference) = &reference {
@@ -95,6 +100,7 @@ fn write_part(
     pipeline: &Pipeline,
     part: Part,
     graph: Graph,
+    loras: &[Lora],
     root: &Path,
     bar: &ProgressBar,
     stop: &AtomicBool,
@@ -104,6 +110,7 @@ fn write_part(
     let config = pipeline.dir.join(part.component().folder()).join("config.json");
     copy(&config, &folder.join("config.json"))?;
     let weights = pipeline.weights(part.component())?;
+    let source = Source { weights: &weights, loras };
     let (n_nodes, n_parameters) = (graph.nodes.len(), count(&graph));
     let metadata = [
         ("component", part.folder().to_owned()),
@@ -119,9 +126,31 @@ fn write_part(
         bar.inc(n_bytes as u64);
         check_stop(stop)
     };
-    let n_bytes =
-        external::write(&folder, part.folder(), graph, &weights, &metadata, &mut advance)?;
+    let n_bytes = external::write(&folder, part.folder(), graph, source, &metadata, &mut advance)?;
     Ok(Summary { part, n_nodes, n_parameters, n_bytes, difference: None })
+}
+
+fn open_loras(request: &Request, pipeline: &Pipeline) -> Result<Vec<Lora>> {
+    let manifest = pipeline.manifest(Component::Transformer);
+    let open = |(path, scale): &(PathBuf, f64)| {
+        let lora = Lora::open(path, *scale)?;
+        lora.check(&manifest)?;
+        Ok(lora)
+    };
+    request.loras.iter().map(open).collect()
+}
+
+/// The folder whose reference tensors the export must reproduce: the checkpoint's, or that of the one
+/// LoRA merged as it was trained.
+fn reference(request: &Request) -> Result<&Path> {
+    match request.loras.as_slice() {
+        [] => Ok(&request.checkpoint),
+        [(path, 1.0)] if path.is_dir() => Ok(path),
+        _ => bail!(
+            "--verify with --lora: only for one LoRA folder at scale 1, as `ng-train align` writes it \
+             with its reference tensors"
+        ),
+    }
 }
 
 fn count(graph: &Graph) -> usize {

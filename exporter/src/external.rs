@@ -10,6 +10,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use flow::checkpoint::{Dtype, View, Weights};
+use flow::lora::Lora;
 use prost::Message;
 
 use crate::graph::{Graph, Parameter};
@@ -39,24 +40,45 @@ const CHUNK: usize = 1 << 20;
 /// Side of the square blocks of a transposition.
 const TILE: usize = 32;
 
-/// Writes `graph` as `name` with the values of its parameters out of `weights` into `folder`.
+/// Where the values of a graph's parameters come from.
+#[derive(Clone, Copy)]
+pub struct Source<'a> {
+    /// The checkpoint's.
+    pub weights: &'a Weights,
+    /// Adapters added to them.
+    pub loras: &'a [Lora],
+}
+
+impl<'a> From<&'a Weights> for Source<'a> {
+    fn from(weights: &'a Weights) -> Self {
+        Self { weights, loras: &[] }
+    }
+}
+
+/// Writes `graph` as `name` with the values of its parameters out of `source` into `folder`.
 /// `advance` hears how many bytes of weights were written since its last call, and stops the work
 /// by an error. Returns the size of both files in bytes.
 ///
 /// # Errors
 /// When a parameter is missing, is no float or has another shape, or the folder cannot be written.
-pub fn write(
+pub fn write<'a>(
     folder: &Path,
     name: &str,
     graph: Graph,
-    weights: &Weights,
+    source: impl Into<Source<'a>>,
     metadata: &[(&str, String)],
     advance: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<u64> {
     let mut data = DataFile::create(&folder.join(DATA_FILE))?;
     let mut initializer = graph.constants;
+    let source = source.into();
     for parameter in &graph.parameters {
-        let view = fetch(weights, parameter)?;
+        let view = fetch(source.weights, parameter)?;
+        let merged = merge(source.loras, parameter, &view)?;
+        let view = match &merged {
+            Some(bytes) => View { dtype: Dtype::F32, bytes, ..view },
+            None => view,
+        };
         initializer.push(data.tensor(parameter, &view, advance)?);
     }
     let n_data_bytes = data.finish()?;
@@ -102,6 +124,22 @@ fn fetch<'a>(weights: &'a Weights, parameter: &Parameter) -> Result<View<'a>> {
         return Err(anyhow!("{path}: {name} has type {:?} instead of a float", view.dtype));
     }
     Ok(view)
+}
+
+/// The f32 bytes of a parameter with its adapters added; nothing where it has none.
+fn merge(loras: &[Lora], parameter: &Parameter, view: &View<'_>) -> Result<Option<Vec<u8>>> {
+    let Some(layer) = parameter.name.strip_suffix(".weight") else { return Ok(None) };
+    let mut merged: Option<Vec<f32>> = None;
+    for lora in loras {
+        if let Some(factors) = lora.factors(layer)? {
+            let values = match merged.take() {
+                Some(values) => values,
+                None => view.to_f32().map_err(|why| anyhow!("{}: {why}", parameter.name))?,
+            };
+            factors.add_to(merged.insert(values));
+        }
+    }
+    Ok(merged.map(|values| little_endian(&values)))
 }
 
 /// The second file while it grows.
@@ -295,12 +333,7 @@ mod tests {
         // bf16 is the upper half of an f32.
         let values: Vec<f32> = (0..n_out * n_in).map(|i| (i % 200) as f32).collect();
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()[2..].to_vec()).collect();
-        let entry = Entry {
-            name: "proj.weight".into(),
-            shape: vec![n_out, n_in],
-            dtype: Dtype::BF16,
-            bytes: bytes.into(),
-        };
+        let entry = Entry::raw("proj.weight", &[n_out, n_in], Dtype::BF16, bytes);
         write_tensors(&folder.path().join("w.safetensors"), &[entry], &[])?;
         let ops = Builder::default();
         let x = ops.input("x", Kind::Float, &[]);

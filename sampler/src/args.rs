@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Parser, builder::PossibleValuesParser};
-use flow::solver::SOLVERS;
+use flow::solver::{DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS};
 
 /// Make images from an exported FLUX pipeline with ONNX Runtime.
 #[derive(Clone, Debug, Parser)]
@@ -40,12 +40,12 @@ pub struct Args {
     pub seed: u64,
 
     /// Denoising steps.
-    #[arg(long, value_name = "N", default_value_t = 8,
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_STEPS as u32,
           value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub steps: u32,
 
     /// How a step is taken; dpmpp-2m is DPM-Solver++ 2M with λ = log((1 − t)/t), as in diffusers.
-    #[arg(long, value_name = "NAME", default_value = "dpmpp-2m",
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_SOLVER.name(),
           value_parser = PossibleValuesParser::new(SOLVERS.map(|(name, _)| name)))]
     pub solver: String,
 

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use flow::{latents::LatentSize, pipeline::Pipeline, tokens::Tokenizers};
+use flow::{latents::LatentSize, models::vae::VaeConfig, pipeline::Pipeline, tokens::Tokenizers};
 use onnx::{Model, Options, Tensor};
 
 use crate::{picture::Picture, sample::Denoiser};
@@ -145,27 +145,22 @@ impl Denoiser for Conditioned<'_> {
 /// The autoencoder's second half.
 pub struct Decoder {
     model: Model,
-    scaling: f32,
-    shift: f32,
-    factor: usize,
+    config: VaeConfig,
 }
 
 impl Decoder {
     pub fn open(pipeline: &Pipeline, options: Options) -> Result<Self> {
-        Ok(Self {
-            model: open(pipeline, VAE_DECODER, options)?,
-            scaling: pipeline.vae.scaling_factor as f32,
-            shift: pipeline.vae.shift() as f32,
-            factor: pipeline.vae.factor(),
-        })
+        Ok(Self { model: open(pipeline, VAE_DECODER, options)?, config: pipeline.vae.clone() })
     }
 
     /// The image of `latents` `[Z, h, w]` as the flow has them: scaled and shifted.
     pub fn decode(&mut self, latents: &[f32], size: &LatentSize) -> Result<Picture> {
-        let unscaled = latents.iter().map(|z| z / self.scaling + self.shift).collect();
+        let unscale = |z: &f32| self.config.unscaled(f64::from(*z)) as f32;
+        let unscaled = latents.iter().map(unscale).collect();
         let latent_sample = Tensor::f32([1, size.channels, size.height, size.width], unscaled)?;
         let sample = run(&mut self.model, &[("latent_sample", &latent_sample)], "sample")?;
-        let (width, height) = (size.width * self.factor, size.height * self.factor);
+        let factor = self.config.factor();
+        let (width, height) = (size.width * factor, size.height * factor);
         ensure!(
             sample.shape == [1, 3, height, width],
             "{}: the image has shape {:?}, not [1, 3, {height}, {width}]",

@@ -1,5 +1,7 @@
 //! The tiny random pipelines of `tests/fixtures`, exported and compared with what diffusers computed.
 
+use std::borrow::Cow;
+
 use flow::checkpoint::{Weights, write_tensors};
 use onnx::{Model, Options, Tensor};
 use tempfile::TempDir;
@@ -25,7 +27,14 @@ impl Scratch {
         fs::copy(fixture.join("case.safetensors"), checkpoint.join("reference.safetensors"))
             .unwrap();
         let target = home.path().join("export");
-        let request = Request { checkpoint, target, replace: false, verify: true, threads: 1 };
+        let request = Request {
+            checkpoint,
+            target,
+            loras: Vec::new(),
+            replace: false,
+            verify: true,
+            threads: 1,
+        };
         Self { home, request }
     }
 
@@ -146,7 +155,7 @@ fn change(path: &Path, name: &str) {
         .names()
         .map(|entry| {
             let view = tensors.get(entry).unwrap();
-            let bytes = if entry == name {
+            let bytes: Cow<'_, [u8]> = if entry == name {
                 let mut values = view.to_f32().unwrap();
                 let largest = values.iter_mut().max_by(|a, b| a.abs().total_cmp(&b.abs()));
                 *largest.unwrap() *= 1.0001;
@@ -154,8 +163,7 @@ fn change(path: &Path, name: &str) {
             } else {
                 view.bytes.into()
             };
-            let shape = view.shape.to_vec();
-            flow::checkpoint::Entry { name: entry.into(), shape, dtype: view.dtype, bytes }
+            flow::checkpoint::Entry::raw(entry, view.shape, view.dtype, bytes)
         })
         .collect();
     write_tensors(path, &entries, &[]).unwrap();

@@ -147,8 +147,7 @@ fn rewrite(path: &Path, keep: impl Fn(&mut Entry<'_>) -> bool) {
         .names()
         .map(|name| {
             let view = weights.get(name).unwrap();
-            let (name, shape) = (name.to_owned(), view.shape.to_vec());
-            Entry { name, shape, dtype: view.dtype, bytes: view.bytes.to_vec().into() }
+            Entry::raw(name, view.shape, view.dtype, view.bytes.to_vec())
         })
         .collect();
     entries.retain_mut(|entry| keep(entry));
@@ -186,7 +185,7 @@ fn ng_train_refuses_with_one_line() {
             mistake("align --preset signs --set iterationz=3", 2, &["`iterationz`", "`iterations`"]),
             mistake("align --preset signs --set iterations=many", 2, &["many", "--set"]),
             mistake("align --preset signs --set iterations", 2, &["iterations", "key=value"]),
-            mistake("align --preset signs --set rewards.7.weight=1", 2, &["rewards.7.weight", "below 1"]),
+            mistake("align --preset signs --set rewards.7.weight=1", 2, &["rewards.7.weight", "below 2"]),
             mistake("align --preset signs --set iterations=0", 1, &["iterations = 0"]),
             mistake("align --preset signs --set updates=3", 1, &["updates = 3", "anchors = 4"]),
             mistake("pretrain --preset signs --set flow.batchz=3", 2, &["`batchz`", "`batch`"]),
