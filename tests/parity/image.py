@@ -1,9 +1,10 @@
 """Compares whole images from given noise: diffusers, `ng-train sample` and `ng-sample`.
 
-    python tests/parity/image.py MODEL EXPORT --programs target/release --out DIR
+    python tests/parity/image.py MODEL EXPORT --programs target/release --out DIR [--lora FOLDER]
 
 All three start from the same noise and take the same Euler steps with the model's own schedule.
-Latents may differ by 1e-4 of their largest value, pixels by 2 of 255. The images stay in DIR.
+With --lora, diffusers loads the adapters onto the model, `ng-train sample` too, and EXPORT has them
+merged. Latents may differ by 1e-4 of their largest value, pixels by 2 of 255. The images stay in DIR.
 """
 
 import argparse
@@ -25,6 +26,7 @@ def main():
     parser.add_argument("export", type=Path)
     parser.add_argument("--programs", type=Path, default=Path("target/release"))
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--lora", type=Path)
     parser.add_argument("--prompt", default='a red "HAT"')
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--width", type=int, default=96)
@@ -33,6 +35,8 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
 
     pipe, length = load(args.model)
+    if args.lora:
+        pipe.load_lora_weights(args.lora)
     factor = pipe.vae_scale_factor
     shape = (1, 16, args.height // factor, args.width // factor)
     noise = np.random.default_rng(7).standard_normal(shape).astype(np.float32)
@@ -52,8 +56,9 @@ def main():
     Image.fromarray((image * 255).round().astype(np.uint8)).save(args.out / "diffusers.png")
 
     guidance = ["--guidance", 3.5] if pipe.transformer.config.guidance_embeds else []
-    report = Report(f"images against diffusers, {args.model}")
-    for program, model in ((["ng-train", "sample"], args.model), (["ng-sample"], args.export)):
+    lora = ["--lora", args.lora] if args.lora else []
+    report = Report(f"images against diffusers, {args.model}{', LoRA' if args.lora else ''}")
+    for program, model in ((["ng-train", "sample", *lora], args.model), (["ng-sample"], args.export)):
         name = program[0]
         png, stored = args.out / f"{name}.png", args.out / f"{name}.safetensors"
         run(

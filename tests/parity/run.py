@@ -23,9 +23,9 @@ SIZES = {"signs": (32, 32)}
 ALIGN = {
     "iterations": 1,
     "prompts_per_iteration": 2,
-    "advantage.std_floor": 0.01,
     "rewards": """[
-      {name = "ocr", kind = "ocr", model = ".runtime/models/ocr-v6.onnx", weight = 1.0},
+      {name = "ocr", kind = "ocr", model = ".runtime/models/ocr-v6.onnx", weight = 1.0,
+       std_floor = 0.01},
       {name = "jpeg", kind = "jpeg", prefer = "small", weight = 0.5},
     ]""",
     "judges": "[]",
@@ -71,11 +71,12 @@ class Comparisons:
             optimum = Path(sys.prefix).parent / "optimum"
             self.script("ort_pipeline.py", out / "export", out / "images", extra_path=optimum)
         self.alignment(model, out / "run", size)
+        self.adapters(model, out / "lora", size)
 
-    def images(self, model, export, out, size):
+    def images(self, model, export, out, size, *more):
         width, height = size
         self.script("image.py", model, export, "--programs", self.programs, "--out", out,
-                    "--width", width, "--height", height)
+                    "--width", width, "--height", height, *more)
 
     def alignment(self, model, run, size):
         """A short run from `model`: one update, and the checkpoint at the end."""
@@ -89,6 +90,16 @@ class Comparisons:
             self.script("checkpoint.py", aligned, "--base", model)
             if self.program("ng-export", aligned, "--out", run / "export", "--verify"):
                 self.images(aligned, run / "export", run / "images", size)
+
+    def adapters(self, model, run, size):
+        """A short run that trains adapters: diffusers loads them, and the export has them merged."""
+        aligned, export = run / "aligned", run / "export"
+        settings = {"model": model, "output": run, "rollout.size": list(size), **ALIGN,
+                    "lora.rank": 4, "lora.alpha": 8, "optimizer.learning_rate": 1e-2, "stream": "true"}
+        settings = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+        if self.program("ng-train", "align", "--preset", "signs", *settings) and self.program(
+                "ng-export", model, "--lora", aligned, "--out", export, "--verify"):
+            self.images(model, export, run / "images", size, "--lora", aligned)
 
 
 def main():

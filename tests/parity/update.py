@@ -25,13 +25,13 @@ LOG_RHO, OBJECTIVE, GRADIENT, ADVANTAGE = 1e-6, 2e-6, 1e-4, 1e-4
 GUARD = 10.0
 
 
-def advantages(rewards, weights, config):
-    """Advantages [G] of one group from rewards [R, G]."""
-    total = torch.zeros_like(rewards[0])
-    for scores, weight in zip(rewards, weights, strict=True):
-        std = scores.std(correction=1)
-        if std >= config["std_floor"]:
-            total += weight * (scores - scores.mean()) / std
+def advantages(scores, rewards, config):
+    """Advantages [G] of one group from scores [R, G] of the rewards configured."""
+    total = torch.zeros_like(scores[0])
+    for row, reward in zip(scores, rewards, strict=True):
+        std = row.std(correction=1)
+        if std >= reward["std_floor"]:
+            total += reward["weight"] * (row - row.mean()) / std
     norm = torch.linalg.vector_norm(total, config["quasi_norm"])
     if norm == 0:
         return total
@@ -95,7 +95,7 @@ def main():
     record = {name: torch.from_numpy(value).double() for name, value in tensors(path).items()}
     with safe_open(path, "np") as file:
         config = json.loads(file.metadata()["config"])
-    weights = [reward["weight"] for reward in config["rewards"]]
+    rewards = config["rewards"]
     log_rho, values, gradient = recompute(record, config["neighbor"])
     # Within rounding of the clip's edge a ratio may fall on either side of it, and J has a kink.
     clip = config["neighbor"]["clip"]
@@ -106,8 +106,9 @@ def main():
     n = gradient.shape[1]
 
     report = Report(f"one update in f64: {m} transitions, {g} members, {n} numbers a latent")
-    expected = torch.stack([advantages(r, weights, config["advantage"]) for r in record["rewards"]])
-    title = f"advantages of {len(weights)} rewards"
+    expected = torch.stack([advantages(scores, rewards, config["advantage"])
+                            for scores in record["rewards"]])
+    title = f"advantages of {len(rewards)} rewards"
     report.absolute(title, record["advantages"], expected, ADVANTAGE)
     report.equal("groups that are not flat", bool((expected.abs().amax(dim=1) > 0).all()), True)
     report.equal("weights moved since the rollout", bool(log_rho.abs().max() > LOG_RHO), True)

@@ -9,9 +9,6 @@ pub struct AdvantageConfig {
     /// p of the quasi-norm, in (0, 2]: below 2, groups without a clear winner weigh less (Eq. 11).
     #[serde(default = "quasi_norm")]
     pub quasi_norm: f64,
-    /// A group whose rewards spread less than this has no advantages.
-    #[serde(default = "std_floor")]
-    pub std_floor: f64,
     /// Advantages are limited to ± this and re-centred; absent, they are not.
     #[serde(default)]
     pub limit: Option<f64>,
@@ -20,14 +17,21 @@ pub struct AdvantageConfig {
 fn quasi_norm() -> f64 {
     0.8
 }
-fn std_floor() -> f64 {
-    1e-6
-}
-
 impl Default for AdvantageConfig {
     fn default() -> Self {
-        Self { quasi_norm: quasi_norm(), std_floor: std_floor(), limit: None }
+        Self { quasi_norm: quasi_norm(), limit: None }
     }
+}
+
+/// One reward of a group.
+#[derive(Clone, Copy, Debug)]
+pub struct Scored<'a> {
+    /// Factor on its advantages.
+    pub weight: f64,
+    /// Where the scores spread less than this, they give no advantages; in the reward's own unit.
+    pub std_floor: f64,
+    /// One a member.
+    pub scores: &'a [f64],
 }
 
 /// Advantages of one group.
@@ -44,12 +48,12 @@ impl AdvantageConfig {
     /// weights, and the sum is divided once by its p-norm and multiplied by √G, so that p = 2 gives
     /// Eq. 3 of a single reward up to the form of its standard deviation.
     ///
-    /// `rewards`: weight and one score a member; a reward that failed is simply not in the list.
-    pub fn of_group(&self, group_size: usize, rewards: &[(f64, &[f64])]) -> Advantages {
+    /// A reward that failed is simply not among `rewards`.
+    pub fn of_group(&self, group_size: usize, rewards: &[Scored<'_>]) -> Advantages {
         let mut sum = vec![0.0; group_size];
-        for (weight, scores) in rewards {
-            for (total, a) in sum.iter_mut().zip(self.standardised(scores)) {
-                *total += weight * a;
+        for reward in rewards {
+            for (total, a) in sum.iter_mut().zip(reward.standardised()) {
+                *total += reward.weight * a;
             }
         }
         let p = self.quasi_norm;
@@ -67,15 +71,17 @@ impl AdvantageConfig {
         }
         Advantages { values, is_flat: false }
     }
+}
 
+impl Scored<'_> {
     /// Eq. 3 with the unbiased standard deviation; zeros below the floor.
-    fn standardised(&self, scores: &[f64]) -> Vec<f64> {
-        let mut centred = scores.to_vec();
+    fn standardised(&self) -> Vec<f64> {
+        let mut centred = self.scores.to_vec();
         centre(&mut centred);
         let square: f64 = centred.iter().map(|x| x * x).sum();
-        let std = (square / (scores.len().max(2) - 1) as f64).sqrt();
+        let std = (square / (centred.len().max(2) - 1) as f64).sqrt();
         if std < self.std_floor {
-            return vec![0.0; scores.len()];
+            return vec![0.0; centred.len()];
         }
         centred.iter().map(|x| x / std).collect()
     }
@@ -92,6 +98,10 @@ fn centre(values: &mut [f64]) {
 mod tests {
     use super::*;
 
+    fn scored(weight: f64, scores: &[f64]) -> Scored<'_> {
+        Scored { weight, std_floor: 1e-6, scores }
+    }
+
     fn config(quasi_norm: f64) -> AdvantageConfig {
         AdvantageConfig { quasi_norm, ..AdvantageConfig::default() }
     }
@@ -103,7 +113,7 @@ mod tests {
     #[test]
     fn p_2_is_the_population_z_score() {
         let rewards = [1.0, 4.0, 2.0, 5.0];
-        let found = config(2.0).of_group(4, &[(1.0, &rewards)]).values;
+        let found = config(2.0).of_group(4, &[scored(1.0, &rewards)]).values;
         let std = (2.5f64).sqrt();
         for (a, r) in found.iter().zip(rewards) {
             assert!((a - (r - 3.0) / std).abs() < 1e-12);
@@ -112,8 +122,8 @@ mod tests {
 
     #[test]
     fn a_single_winner_outweighs_an_even_split() {
-        let flat = config(0.8).of_group(4, &[(1.0, &[1.0, 1.0, 0.0, 0.0])]).values;
-        let winner = config(0.8).of_group(4, &[(1.0, &[0.0, 0.0, 0.0, 1.0])]).values;
+        let flat = config(0.8).of_group(4, &[scored(1.0, &[1.0, 1.0, 0.0, 0.0])]).values;
+        let winner = config(0.8).of_group(4, &[scored(1.0, &[0.0, 0.0, 0.0, 1.0])]).values;
         assert!(norm(&winner, 2.0) > norm(&flat, 2.0));
         assert!((norm(&winner, 0.8) - 2.0).abs() < 1e-12);
         assert!((norm(&flat, 0.8) - 2.0).abs() < 1e-12);
@@ -121,9 +131,9 @@ mod tests {
 
     #[test]
     fn order_and_sign_survive() {
-        let values = config(0.5).of_group(4, &[(1.0, &[0.1, 0.9, 0.4, 0.2])]).values;
+        let values = config(0.5).of_group(4, &[scored(1.0, &[0.1, 0.9, 0.4, 0.2])]).values;
         assert!(values[1] > values[2] && values[2] > values[3] && values[3] > values[0]);
-        let flipped = config(0.5).of_group(4, &[(-1.0, &[0.1, 0.9, 0.4, 0.2])]).values;
+        let flipped = config(0.5).of_group(4, &[scored(-1.0, &[0.1, 0.9, 0.4, 0.2])]).values;
         for (a, b) in values.iter().zip(flipped) {
             assert!((a + b).abs() < 1e-12);
         }
@@ -133,15 +143,15 @@ mod tests {
     fn scales_of_rewards_do_not_matter_and_weights_do() {
         let (a, b) = ([0.0, 1.0, 2.0], [0.0, 3.0, 0.0]);
         let thousand: Vec<f64> = b.iter().map(|x| 1000.0 * x).collect();
-        let one = config(2.0).of_group(3, &[(1.0, &a), (1.0, &b)]);
-        assert_eq!(one, config(2.0).of_group(3, &[(1.0, &a), (1.0, &thousand)]));
-        assert_ne!(one, config(2.0).of_group(3, &[(1.0, &a), (2.0, &b)]));
+        let one = config(2.0).of_group(3, &[scored(1.0, &a), scored(1.0, &b)]);
+        assert_eq!(one, config(2.0).of_group(3, &[scored(1.0, &a), scored(1.0, &thousand)]));
+        assert_ne!(one, config(2.0).of_group(3, &[scored(1.0, &a), scored(2.0, &b)]));
     }
 
     #[test]
     fn flat_groups_have_no_advantages() {
         for rewards in [[0.5; 3], [0.5, 0.5 + 1e-9, 0.5]] {
-            let flat = config(0.8).of_group(3, &[(1.0, &rewards)]);
+            let flat = config(0.8).of_group(3, &[scored(1.0, &rewards)]);
             assert!(flat.is_flat);
             assert_eq!(flat.values, [0.0; 3]);
         }
@@ -151,7 +161,7 @@ mod tests {
     #[test]
     fn limited_advantages_still_add_up_to_zero() {
         let limited = AdvantageConfig { limit: Some(0.7), ..config(2.0) };
-        let values = limited.of_group(5, &[(1.0, &[0.0, 0.1, 0.2, 0.3, 9.0])]).values;
+        let values = limited.of_group(5, &[scored(1.0, &[0.0, 0.1, 0.2, 0.3, 9.0])]).values;
         assert!(values.iter().sum::<f64>().abs() < 1e-12);
         assert!(values.iter().all(|a| a.abs() < 1.4));
     }

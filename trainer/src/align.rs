@@ -6,24 +6,27 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use flow::latents::LatentSize;
 use flow::models::transformer::GUIDANCE;
-use flow::pipeline::Component;
 use flow::prompts::{self, Prompt};
 use flow::schedule::{Schedule, Shift};
-use flow::solver::{self, SOLVERS, Solver, Step};
+use flow::solver::{self, DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS, Solver, Step};
 use serde::{Deserialize, Serialize};
-use tch::Device;
+use tch::{Device, Kind};
 
 use crate::advantage::AdvantageConfig;
+use crate::embeddings::Embeddings;
+use crate::engine::segments;
 use crate::experience::{self, Experience};
 use crate::interrupt;
-use crate::model::Model;
+use crate::lora::{Adapters, LoraConfig};
+use crate::model::{Loading, Model};
 use crate::neighbor::NeighborConfig;
 use crate::optimizer::{AdamW, OptimizerConfig};
 use crate::order::Order;
+use crate::parameters::Storage;
 use crate::progress::Progress;
-
 use crate::report::Report;
 use crate::reward::{RewardConfig, Rewards};
+use crate::seeds::{Use, family};
 use crate::state;
 use crate::update::{self, Recorder};
 
@@ -63,6 +66,16 @@ pub struct AlignConfig {
     /// K as a fraction of all transitions but the last.
     #[serde(default = "timestep_fraction")]
     pub timestep_fraction: f64,
+    /// Trains low-rank adapters in place of all weights, where given.
+    #[serde(default)]
+    pub lora: Option<LoraConfig>,
+    /// Text embeddings made by `ng-train embed`; the text encoders then stay on disk.
+    #[serde(default)]
+    pub embeddings: Option<PathBuf>,
+    /// Whether weights that do not train stay on disk and are read block by block, for models larger
+    /// than memory.
+    #[serde(default)]
+    pub stream: bool,
     /// How trajectories are solved.
     pub rollout: RolloutConfig,
     /// The surrogate policy.
@@ -126,10 +139,10 @@ fn save_every() -> usize {
     50
 }
 fn default_solver() -> String {
-    Solver::Dpmpp2m.name().to_owned()
+    DEFAULT_SOLVER.name().to_owned()
 }
 fn steps() -> usize {
-    8
+    DEFAULT_STEPS
 }
 fn guidance() -> f64 {
     GUIDANCE
@@ -161,7 +174,33 @@ impl AlignConfig {
         self.train_steps.unwrap_or((possible as f64 * self.timestep_fraction) as usize)
     }
 
-    fn validate(&self) -> Result<()> {
+    /// The model, ready to train.
+    fn load(&self, device: Device) -> Result<Model> {
+        let kind = if device.is_cuda() { Kind::BFloat16 } else { Kind::Float };
+        let storage = match (&self.lora, self.stream) {
+            (None, _) => Storage::Trainable,
+            (Some(_), false) => Storage::Frozen,
+            (Some(_), true) => Storage::Streamed,
+        };
+        let stream_text = self.stream || self.embeddings.is_some();
+        let loading = Loading { device, kind, storage, stream_text };
+        let mut model = Model::load(&self.model, loading)?;
+        model.embeddings = self.embeddings.as_deref().map(Embeddings::open).transpose()?;
+        if let Some(lora) = &self.lora {
+            let (segments, noise) =
+                (segments(&model.pipeline.transformer), family(self.seed, Use::Weights));
+            model.engine.adapt(Adapters::new(lora, &segments, noise, device, kind)?);
+        }
+        model.engine.train();
+        model.engine.recompute = self.recompute || self.stream;
+        Ok(model)
+    }
+
+    pub(crate) fn validate(&self) -> Result<()> {
+        ensure!(
+            !self.stream || self.lora.is_some(),
+            "stream = true: only adapters train beside weights that stay on disk; add [lora]"
+        );
         ensure!(self.iterations > 0, "iterations = 0: nothing to do");
         ensure!(self.prompts_per_iteration > 0, "prompts_per_iteration must be at least 1");
         ensure!(self.group_size >= 2, "group_size = {}: at least 2", self.group_size);
@@ -230,11 +269,8 @@ pub fn run(config: &AlignConfig, options: &Options) -> Result<()> {
     let train_prompts = prompts::read(&config.prompts)?;
     let rewards = Rewards::open(&config.rewards, options.threads)?;
     rewards.check(&train_prompts)?;
-    let kind = if options.device.is_cuda() { tch::Kind::BFloat16 } else { tch::Kind::Float };
-    let mut model = Model::load(&config.model, options.device, kind)?;
-    model.engine.parameters.train();
-    model.engine.recompute = config.recompute;
-    let mut optimizer = AdamW::new(config.optimizer.clone(), &[&model.engine.parameters]);
+    let model = config.load(options.device)?;
+    let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
     let mut start = 0;
     if let Some(position) = &found {
         state::restore(position, config, &mut optimizer, &model)?;
@@ -345,12 +381,10 @@ impl Run<'_> {
     /// Puts the finished model where people look for it.
     fn publish(&self) -> Result<()> {
         let folder = self.config.output.join(ALIGNED);
-        let saved = crate::save::Saved {
-            component: Component::Transformer,
-            parameters: &self.model.engine.parameters,
-            averaged: self.optimizer.averaged(),
-        };
-        crate::save::pipeline(&self.model, &folder, &[saved], |folder| {
+        if let Some(averaged) = self.optimizer.averaged() {
+            self.model.engine.trained().assign(averaged);
+        }
+        crate::save::trained(&self.model, None, &folder, |folder| {
             crate::reference::write(&self.model, folder)
         })?;
         println!("{}", folder.display());

@@ -4,8 +4,10 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser};
 use clap::{Args, Parser, Subcommand};
+use flow::checkpoint::MAX_SHARD_BYTES;
 use flow::models::transformer::GUIDANCE;
-use flow::solver::SOLVERS;
+use flow::solver::{DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS};
+use flow::tokens::MAX_TEXT_TOKENS;
 
 /// Aligns flow-matching text-to-image models with human preference (Neighbor GRPO).
 #[derive(Parser)]
@@ -68,6 +70,58 @@ pub enum Command {
         /// Pipeline folder
         model: PathBuf,
     },
+    /// Embed prompts once, so that training never holds the text encoders
+    ///
+    /// The encoders are read block by block and need little memory. A run that was stopped goes on where
+    /// it was; texts that are known are not embedded again. `align` reads the cache by its setting
+    /// embeddings.
+    Embed {
+        /// Pipeline folder
+        #[arg(long, value_name = "DIR")]
+        model: PathBuf,
+        /// Prompt file: .txt, .json or .jsonl
+        #[arg(long, value_name = "FILE")]
+        prompts: PathBuf,
+        /// Folder of the cache
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
+    /// Say what a run will cost: parameters, network passes, memory a rank, seconds
+    Plan {
+        /// flux.1-dev, flux.1-schnell, or a pipeline folder
+        #[arg(long, value_name = "NAME|DIR")]
+        model: String,
+        /// T5 tokens a prompt
+        #[arg(long, value_name = "N", default_value_t = MAX_TEXT_TOKENS)]
+        text_tokens: usize,
+        /// Rank of adapters
+        #[arg(long, value_name = "N", default_value_t = 64)]
+        lora_rank: usize,
+        /// Share of an H800's dense bf16 peak (989 TFLOP/s) that is reached
+        #[arg(long, value_name = "SHARE", default_value_t = 0.4)]
+        utilisation: f64,
+        /// The run: --set rollout.size=[1024,1024] and the like change it
+        #[command(flatten)]
+        source: SourceArgs,
+    },
+    /// Write a checkpoint of random bf16 weights, for benchmarks and tests
+    Init {
+        /// flux.1-dev, flux.1-schnell (these with a tokenizer of letters), or a pipeline folder
+        #[arg(long, value_name = "NAME|DIR")]
+        like: String,
+        /// Folder to write; it must not exist
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// The weights follow from it
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
+        /// Leave every weight 0, in sparse files that take no room on disk
+        #[arg(long)]
+        zero: bool,
+        /// Most GB (10⁹ bytes) of weights in one file
+        #[arg(long, value_name = "GB", default_value_t = MAX_SHARD_BYTES as f64 / 1e9)]
+        shard_gb: f64,
+    },
     /// Render the captioned images that the embedded model is trained on
     Signs {
         /// Folder to write; it must not exist
@@ -109,11 +163,11 @@ pub struct SampleArgs {
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// How a step is taken
-    #[arg(long, default_value = "dpmpp-2m",
+    #[arg(long, default_value = DEFAULT_SOLVER.name(),
           value_parser = PossibleValuesParser::new(SOLVERS.map(|(name, _)| name)))]
     pub solver: String,
     /// Steps
-    #[arg(long, default_value_t = 8,
+    #[arg(long, default_value_t = DEFAULT_STEPS,
           value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]
     pub steps: usize,
     /// Constant shift of the time grid [default: the checkpoint's scheduler]
@@ -131,6 +185,12 @@ pub struct SampleArgs {
     /// Start from this noise: safetensors, tensor `latents` [n, Z, h, w]
     #[arg(long, value_name = "FILE")]
     pub noise: Option<PathBuf>,
+    /// Add the adapters of a LoRA file or folder; repeatable, summed
+    #[arg(long = "lora", value_name = "FILE[:SCALE]", value_parser = flow::lora::scaled_path)]
+    pub loras: Vec<(PathBuf, f64)>,
+    /// Keep weights on disk and read them block by block: for models larger than memory
+    #[arg(long)]
+    pub stream: bool,
     /// Store the final latents there
     #[arg(long, value_name = "FILE")]
     pub latents_out: Option<PathBuf>,

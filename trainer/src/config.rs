@@ -9,7 +9,10 @@ use serde::de::DeserializeOwned;
 use crate::usage::Usage;
 
 /// Presets of `ng-train align`.
-pub const ALIGN_PRESETS: [(&str, &str); 1] = [("signs", include_str!("../presets/signs.toml"))];
+pub const ALIGN_PRESETS: [(&str, &str); 2] = [
+    ("neighbor", include_str!("../presets/neighbor.toml")),
+    ("signs", include_str!("../presets/signs.toml")),
+];
 /// Presets of `ng-train pretrain`.
 pub const PRETRAIN_PRESETS: [(&str, &str); 1] =
     [("signs", include_str!("../presets/signs-pretrain.toml"))];

@@ -1,27 +1,31 @@
 //! The libtorch interpreter of [`flow::ops::Ops`]: each operator runs at once, with autograd where the
 //! parameters ask for it.
 
-use std::collections::HashMap;
 use std::rc::Rc;
 
 use flow::ops::{Conv, Dim, Gelu, Mask, Ops, ParamPath, Rope};
 use tch::{Device, Kind, Tensor};
 
+use crate::lora::Adapters;
+use crate::parameters::Views;
+
 /// Runs networks on the tensors of one component.
 pub(crate) struct Eager<'a> {
-    parameters: &'a HashMap<String, Rc<Tensor>>,
+    parameters: Views<'a>,
+    adapters: Option<&'a Adapters>,
     device: Device,
     kind: Kind,
 }
 
 impl<'a> Eager<'a> {
     /// `kind` is the type activations are computed in.
-    pub(crate) fn new(
-        parameters: &'a HashMap<String, Rc<Tensor>>,
-        device: Device,
-        kind: Kind,
-    ) -> Self {
-        Self { parameters, device, kind }
+    pub(crate) fn new(parameters: Views<'a>, device: Device, kind: Kind) -> Self {
+        Self { parameters, adapters: None, device, kind }
+    }
+
+    /// Adds adapters to the linear layers that have one.
+    pub(crate) fn with(self, adapters: Option<&'a Adapters>) -> Self {
+        Self { adapters, ..self }
     }
 
     fn optional(&self, path: &ParamPath, name: &str) -> Option<Rc<Tensor>> {
@@ -54,7 +58,12 @@ impl Ops for Eager<'_> {
 
     fn linear(&self, path: &ParamPath, x: &T, _n_in: usize, _n_out: usize, bias: bool) -> T {
         let bias = bias.then(|| self.named(&path.at("bias")));
-        Rc::new(x.linear(&self.named(&path.at("weight")), bias.as_deref()))
+        let y = x.linear(&self.named(&path.at("weight")), bias.as_deref());
+        let low_rank = self.adapters.and_then(|adapters| adapters.apply(path, x));
+        Rc::new(match low_rank {
+            Some(low_rank) => y + low_rank,
+            None => y,
+        })
     }
 
     fn conv2d(&self, path: &ParamPath, x: &T, conv: Conv) -> T {

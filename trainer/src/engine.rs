@@ -8,6 +8,8 @@ use flow::ops::Rope;
 use flow::ops::shapes::{Manifest, Shapes};
 use tch::{Tensor, no_grad};
 
+use crate::eager::Eager;
+use crate::lora::Adapters;
 use crate::parameters::Parameters;
 
 /// What conditions a velocity, one row a sample.
@@ -37,7 +39,9 @@ impl Condition {
 /// The velocity network.
 pub(crate) struct Engine {
     config: TransformerConfig,
-    pub(crate) parameters: Parameters,
+    parameters: Parameters,
+    /// Low-rank adapters on its linear layers.
+    adapters: Option<Adapters>,
     /// Whether backward recomputes each block from its input, so that activations of one block at a
     /// time are held.
     pub(crate) recompute: bool,
@@ -76,7 +80,37 @@ type T = Rc<Tensor>;
 
 impl Engine {
     pub(crate) fn new(config: TransformerConfig, parameters: Parameters) -> Self {
-        Self { config, parameters, recompute: false }
+        Self { config, parameters, adapters: None, recompute: false }
+    }
+
+    /// Puts adapters on the linear layers.
+    pub(crate) fn adapt(&mut self, adapters: Adapters) {
+        self.adapters = Some(adapters);
+    }
+
+    /// What training changes: the adapters where there are any, else every parameter.
+    pub(crate) fn trained(&self) -> &Parameters {
+        self.adapters.as_ref().map_or(&self.parameters, Adapters::parameters)
+    }
+
+    /// Lets gradients accumulate on [`Engine::trained`].
+    pub(crate) fn train(&mut self) {
+        self.adapters.as_mut().map_or(&mut self.parameters, Adapters::parameters_mut).train();
+    }
+
+    /// Type of activations.
+    pub(crate) fn kind(&self) -> tch::Kind {
+        self.parameters.kind()
+    }
+
+    /// The adapters, where there are any.
+    pub(crate) fn adapters(&self) -> Option<&Adapters> {
+        self.adapters.as_ref()
+    }
+
+    /// The interpreter of segment `index`: prologue, every block, epilogue.
+    fn segment(&self, index: usize) -> Eager<'_> {
+        self.parameters.segment(index).with(self.adapters.as_ref())
     }
 
     /// Velocity `[B, S, C]` of `x_t` `[B, S, C]` at times `t` `[B]`, in f32, without gradients.
@@ -86,8 +120,12 @@ impl Engine {
 
     /// The velocity with its graph, for losses that train the text encoders as well.
     pub(crate) fn forward(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Tensor {
-        let owned = self.inputs(x_t, t, condition);
-        let v = self.config.forward(&self.parameters.ops(), &owned.borrow());
+        let (config, owned) = (&self.config, self.inputs(x_t, t, condition));
+        let mut state = config.prologue(&self.segment(0), &owned.borrow());
+        for index in 0..config.n_blocks() {
+            state = config.block(&self.segment(index + 1), index, &state);
+        }
+        let v = config.epilogue(&self.segment(config.n_blocks() + 1), &state);
         v.to_kind(tch::Kind::Float)
     }
 
@@ -115,28 +153,27 @@ impl Engine {
         condition: &Condition,
         gradient: impl FnOnce(&Tensor) -> Tensor,
     ) {
-        let (ops, config) = (self.parameters.ops(), &self.config);
-        let owned = self.inputs(x_t, t, condition);
+        let (config, owned) = (&self.config, self.inputs(x_t, t, condition));
         let mut inputs: Vec<State<T>> = Vec::with_capacity(config.n_blocks() + 1);
         no_grad(|| {
-            let mut state = config.prologue(&ops, &owned.borrow());
+            let mut state = config.prologue(&self.segment(0), &owned.borrow());
             for index in 0..config.n_blocks() {
-                let next = config.block(&ops, index, &state);
+                let next = config.block(&self.segment(index + 1), index, &state);
                 inputs.push(std::mem::replace(&mut state, next));
             }
             inputs.push(state);
         });
         let last = leaf(&inputs.pop().expect("one state at least"));
-        let v = config.epilogue(&ops, &last);
+        let v = config.epilogue(&self.segment(config.n_blocks() + 1), &last);
         let of_v = gradient(&v.detach().to_kind(tch::Kind::Float));
         (&*v * of_v).sum(tch::Kind::Float).backward();
         let mut upstream = gradients(&last);
         for index in (0..config.n_blocks()).rev() {
             let input = leaf(&inputs.pop().expect("one state a block"));
-            inject(&config.block(&ops, index, &input), &upstream);
+            inject(&config.block(&self.segment(index + 1), index, &input), &upstream);
             upstream = gradients(&input);
         }
-        inject(&config.prologue(&ops, &owned.borrow()), &upstream);
+        inject(&config.prologue(&self.segment(0), &owned.borrow()), &upstream);
     }
 
     fn inputs(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> OwnedInputs {
@@ -216,6 +253,7 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
+    use crate::parameters::Storage;
 
     fn config(depth: usize) -> TransformerConfig {
         TransformerConfig {
@@ -239,13 +277,18 @@ mod tests {
     fn engine(depth: usize) -> Engine {
         let config = config(depth);
         let mut stream = 100;
-        let mut parameters =
-            Parameters::build(&segments(&config), Device::Cpu, Kind::Float, |_, shape| {
+        let mut parameters = Parameters::build(
+            &segments(&config),
+            Device::Cpu,
+            Kind::Float,
+            Storage::Trainable,
+            |_, shape| {
                 stream += 1;
                 let n = shape.iter().product();
-                Ok(Noise::new(5).normal(stream, n).into_iter().map(|x| 0.2 * x).collect())
-            })
-            .unwrap();
+                Ok(Tensor::from_slice(&Noise::new(5).normal(stream, n)) * 0.2)
+            },
+        )
+        .unwrap();
         parameters.train();
         Engine::new(config, parameters)
     }
@@ -263,7 +306,7 @@ mod tests {
         engine.recompute = recompute;
         let (x_t, t) = (normal(3, &[3, 6, 8]), Tensor::from_slice(&[0.2f32, 0.5, 0.9]));
         engine.forward_backward(&x_t, &t, &condition(), |v| v * 2.0 + normal(4, &[3, 6, 8]));
-        engine.parameters.take_gradients()
+        engine.trained().take_gradients()
     }
 
     #[test]
@@ -312,9 +355,9 @@ mod tests {
         };
         engine.recompute = true;
         engine.forward_backward(&x_t, &t, &condition, Tensor::shallow_clone);
-        let gradients = engine.parameters.take_gradients();
+        let gradients = engine.trained().take_gradients();
         for (segment, gradient) in gradients.iter().enumerate() {
-            let master = engine.parameters.segments[segment].master.shallow_clone();
+            let master = engine.trained().segments[segment].master.shallow_clone();
             let direction = gradient / gradient.norm();
             let slope = gradient.norm().double_value(&[]);
             let h = 1e-2 / slope.max(1.0);

@@ -7,10 +7,10 @@ use anyhow::{Context, Result, ensure};
 use flow::checkpoint::write_atomically;
 use image::RgbImage;
 use serde::Serialize;
-use tch::{Device, Kind};
+use tch::Device;
 
 use crate::align::AlignConfig;
-use crate::model::Model;
+use crate::model::{Loading, Model};
 use crate::picture;
 use crate::report::sample;
 use crate::reward::{RewardConfig, Rewards};
@@ -80,7 +80,7 @@ fn score(
     prompts: &[Prompt],
     rewards: &Rewards,
 ) -> Result<(Column, Vec<RgbImage>)> {
-    let model = Model::load(path, options.device, Kind::Float)?;
+    let model = Model::load(path, Loading::to_sample(options.device, false))?;
     let size = model.latent_size(config.rollout.size)?;
     let plan = config.rollout.plan(&model.pipeline.scheduler, &size)?;
     let texts: Vec<&str> = prompts.iter().map(|prompt| prompt.text.as_str()).collect();

@@ -8,7 +8,7 @@ use flow::solver::Step;
 use image::RgbImage;
 use tch::{Kind, Tensor};
 
-use crate::advantage::Advantages;
+use crate::advantage::{Advantages, Scored};
 use crate::align::AlignConfig;
 use crate::engine::Condition;
 use crate::model::Model;
@@ -77,7 +77,7 @@ pub(crate) fn gather(
         })
         .collect::<Result<Vec<Scores>>>()?;
     let scored = started.elapsed().as_secs_f64();
-    let advantages = scores.iter().map(|scores| advantages(config, rewards, scores)).collect();
+    let advantages = scores.iter().map(|scores| advantages(config, scores)).collect();
     Ok(Experience {
         condition,
         trajectory,
@@ -117,11 +117,15 @@ pub(crate) fn solve_in_batches(
     })
 }
 
-fn advantages(config: &AlignConfig, rewards: &Rewards, scores: &Scores) -> Advantages {
-    let given: Vec<(f64, &[f64])> = rewards
-        .weights()
+fn advantages(config: &AlignConfig, scores: &Scores) -> Advantages {
+    let given: Vec<Scored<'_>> = config
+        .rewards
+        .iter()
         .zip(&scores.outcomes)
-        .filter_map(|((_, weight), outcome)| Some((weight, outcome.scores.as_deref()?)))
+        .filter_map(|(reward, outcome)| {
+            let (weight, std_floor) = (reward.weight, reward.std_floor);
+            Some(Scored { weight, std_floor, scores: outcome.scores.as_deref()? })
+        })
         .collect();
     config.advantage.of_group(config.group_size, &given)
 }

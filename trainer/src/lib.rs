@@ -14,12 +14,14 @@ pub mod captioned;
 pub mod config;
 pub mod device;
 mod eager;
+pub mod embeddings;
 mod engine;
 pub mod eval;
 mod experience;
 pub mod font;
-mod init;
+pub mod init;
 pub mod interrupt;
+pub mod lora;
 pub mod metrics;
 mod model;
 mod neighbor;
@@ -27,6 +29,7 @@ mod optimizer;
 mod order;
 mod parameters;
 pub mod picture;
+pub mod plan;
 pub mod plot;
 pub mod pretrain;
 mod progress;
@@ -71,11 +74,31 @@ pub fn run(cli: &Cli) -> Result<()> {
         }
         Command::Sample(args) => sample::run(&sample_options(args, device)),
         Command::Reference { model } => {
-            let loaded = model::Model::load(model, device, tch::Kind::Float)?;
+            let loaded = model::Model::load(model, model::Loading::to_sample(device, false))?;
             reference::write(&loaded, model)?;
             println!("{}", model.join(reference::FILE).display());
             Ok(())
         }
+        Command::Embed { model, prompts, out } => {
+            embeddings::run(&embeddings::Options { model, prompts, out, device })
+        }
+        Command::Plan { model, text_tokens, lora_rank, utilisation, source } => {
+            let config = config::read(&of(source), &config::ALIGN_PRESETS, &source.settings)?;
+            plan::run(&plan::Options {
+                config: &config,
+                pipeline: &init::open(model)?,
+                text_tokens: *text_tokens,
+                lora_rank: *lora_rank,
+                utilisation: *utilisation,
+            })
+        }
+        Command::Init { like, out, seed, zero, shard_gb } => init::run(&init::Options {
+            like,
+            out,
+            seed: *seed,
+            zero: *zero,
+            max_shard_bytes: (shard_gb * 1e9) as usize,
+        }),
         Command::Signs { out, n } => {
             let config = signs::SignsConfig { n_images: *n, ..signs::SignsConfig::default() };
             signs::write(out, &config).with_context(|| format!("cannot write {}", out.display()))
@@ -107,6 +130,8 @@ fn sample_options(args: &SampleArgs, device: tch::Device) -> sample::Options<'_>
         noise: args.noise.as_deref(),
         latents_out: args.latents_out.as_deref(),
         out: &args.out,
+        loras: &args.loras,
+        stream: args.stream,
         device,
     }
 }

@@ -1,21 +1,27 @@
 //! A pipeline loaded for training: prompts to conditions, noise to latents, latents to images.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
 use flow::latents::LatentSize;
+use flow::models::t5::{State, T5Config};
 use flow::models::transformer::image_ids;
 use flow::noise::Noise;
+use flow::ops::shapes::{Manifest, Shapes};
 use flow::pipeline::{Component, Pipeline};
 use flow::tokens::Tokenizers;
 use image::RgbImage;
 use tch::{Device, Kind, Tensor, no_grad};
 
+use crate::embeddings::Embeddings;
 use crate::engine::{Condition, Engine, segments};
 use crate::init;
-use crate::parameters::Parameters;
+use crate::lora::Adapters;
+use crate::parameters::{Parameters, Storage};
 
+/// Prompts encoded at a time where memory is short.
+const STREAMED_TEXTS: i64 = 8;
 /// Images decoded or encoded at a time.
 const DECODE_BATCH: usize = 16;
 
@@ -26,6 +32,8 @@ pub(crate) struct Model {
     pub(crate) text_encoder: Parameters,
     pub(crate) text_encoder_2: Parameters,
     pub(crate) vae: Parameters,
+    /// Conditions come from there, and not from the text encoders, where given.
+    pub(crate) embeddings: Option<Embeddings>,
     tokenizers: Tokenizers,
     device: Device,
 }
@@ -37,46 +45,88 @@ pub(crate) enum Missing {
     Draw(Noise),
 }
 
+/// How a model is held.
+#[derive(Clone, Copy)]
+pub(crate) struct Loading {
+    /// Where tensors live.
+    pub(crate) device: Device,
+    /// What the transformer computes in.
+    pub(crate) kind: Kind,
+    /// How its weights are held.
+    pub(crate) storage: Storage,
+    /// Whether the text encoders stay on disk.
+    pub(crate) stream_text: bool,
+}
+
+impl Loading {
+    /// For looking, in f32: `stream` leaves the weights on disk.
+    pub(crate) fn to_sample(device: Device, stream: bool) -> Self {
+        let storage = if stream { Storage::Streamed } else { Storage::Frozen };
+        Self { device, kind: Kind::Float, storage, stream_text: stream }
+    }
+}
+
 impl Model {
-    /// Opens the pipeline folder `dir`; `kind` is the type the transformer computes in.
+    /// Opens the pipeline folder `dir`.
     ///
     /// # Errors
     /// When the folder is no pipeline this project can run, or its weights do not fit its configs.
-    pub(crate) fn load(dir: &Path, device: Device, kind: Kind) -> Result<Self> {
-        Self::open(dir, device, kind, Missing::Refuse)
+    pub(crate) fn load(dir: &Path, loading: Loading) -> Result<Self> {
+        Self::open(dir, loading, Missing::Refuse)
     }
 
-    pub(crate) fn open(dir: &Path, device: Device, kind: Kind, missing: Missing) -> Result<Self> {
+    pub(crate) fn open(dir: &Path, loading: Loading, missing: Missing) -> Result<Self> {
         let pipeline = Pipeline::open(dir)?;
         let tokenizers = Tokenizers::open(dir, None)?;
-        let load = |component: Component, kind: Kind| {
+        let device = loading.device;
+        let load = |component: Component, kind: Kind, storage: Storage| {
             let manifests = match component {
                 Component::Transformer => segments(&pipeline.transformer),
+                Component::TextEncoder2 => t5_segments(&pipeline.text_encoder_2),
                 other => vec![pipeline.manifest(other)],
             };
             let file =
                 dir.join(component.folder()).join(format!("{}.safetensors", component.stem()));
             match missing {
                 Missing::Draw(noise) if !file.exists() => {
-                    let mut stream = (component as u64) << 32;
-                    Parameters::build(&manifests, device, kind, |name, shape| {
-                        stream += 1;
-                        Ok(init::value(noise, stream, name, shape))
+                    let mut streams = init::stream_of(component)..;
+                    Parameters::build(&manifests, device, kind, storage, |name, shape| {
+                        let stream = streams.next().expect("endless");
+                        Ok(Tensor::from_slice(&init::value(noise, stream, name, shape)))
                     })
                 }
-                _ => Parameters::load(&manifests, &pipeline.weights(component)?, device, kind),
+                _ => {
+                    let weights = pipeline.weights(component)?;
+                    Parameters::load(&manifests, weights, device, kind, storage)
+                }
             }
         };
-        let transformer = load(Component::Transformer, kind)?;
+        let transformer = load(Component::Transformer, loading.kind, loading.storage)?;
+        let of_text = if loading.stream_text { Storage::Streamed } else { Storage::Frozen };
         Ok(Self {
             engine: Engine::new(pipeline.transformer.clone(), transformer),
-            text_encoder: load(Component::TextEncoder, Kind::Float)?,
-            text_encoder_2: load(Component::TextEncoder2, Kind::Float)?,
-            vae: load(Component::Vae, Kind::Float)?,
+            text_encoder: load(Component::TextEncoder, Kind::Float, of_text)?,
+            text_encoder_2: load(Component::TextEncoder2, Kind::Float, of_text)?,
+            vae: load(Component::Vae, Kind::Float, Storage::Frozen)?,
+            embeddings: None,
             tokenizers,
             device,
             pipeline,
         })
+    }
+
+    /// Puts the adapters of `files`, with their scales, on the transformer.
+    ///
+    /// # Errors
+    /// When one is no LoRA or does not fit.
+    pub(crate) fn add_loras(&mut self, files: &[(PathBuf, f64)]) -> Result<()> {
+        if files.is_empty() {
+            return Ok(());
+        }
+        let segments = segments(&self.pipeline.transformer);
+        let kind = self.engine.kind();
+        self.engine.adapt(Adapters::combined(files, &segments, self.device, kind)?);
+        Ok(())
     }
 
     /// The device everything is on.
@@ -115,8 +165,25 @@ impl Model {
         guidance: f64,
         size: &LatentSize,
     ) -> Result<Condition> {
+        if let Some(embeddings) = &self.embeddings {
+            let [text, pooled] = embeddings.rows(prompts)?.map(|rows| rows.to_device(self.device));
+            return Ok(self.conditioned(text, pooled, guidance, size));
+        }
         let ids = self.tokenise(prompts)?;
         Ok(no_grad(|| self.condition(&ids, guidance, size)))
+    }
+
+    /// Text tokens `[B, L, D]` and pooled vectors `[B, P]` of `prompts`.
+    pub(crate) fn embed(&self, prompts: &[&str]) -> Result<[Tensor; 2]> {
+        let ids = self.tokenise(prompts)?;
+        Ok(no_grad(|| self.texts(&ids)))
+    }
+
+    fn texts(&self, ids: &[Tensor; 2]) -> [Tensor; 2] {
+        let [clip, t5] = ids.each_ref().map(|ids| Rc::new(ids.shallow_clone()));
+        let pooled =
+            self.pipeline.text_encoder.forward(&self.text_encoder.segment(0), &clip).pooler_output;
+        [self.encode_t5(&t5), pooled.shallow_clone()]
     }
 
     /// Conditions of token ids, with a graph where the text encoders train.
@@ -126,19 +193,48 @@ impl Model {
         guidance: f64,
         size: &LatentSize,
     ) -> Condition {
-        let [clip, t5] = ids.each_ref().map(|ids| Rc::new(ids.shallow_clone()));
-        let pooled =
-            self.pipeline.text_encoder.forward(&self.text_encoder.ops(), &clip).pooler_output;
-        let text = self.pipeline.text_encoder_2.forward(&self.text_encoder_2.ops(), &t5);
-        let options = (Kind::Float, self.device);
+        let [text, pooled] = self.texts(ids);
+        self.conditioned(text, pooled, guidance, size)
+    }
+
+    fn conditioned(
+        &self,
+        text: Tensor,
+        pooled: Tensor,
+        guidance: f64,
+        size: &LatentSize,
+    ) -> Condition {
         Condition {
-            text: text.shallow_clone(),
-            pooled: pooled.shallow_clone(),
-            guidance: Tensor::full([clip.size()[0]], guidance, options),
+            guidance: Tensor::full([text.size()[0]], guidance, (Kind::Float, self.device)),
+            text,
+            pooled,
             img_ids: Tensor::from_slice(&image_ids(size.rows(), size.columns()))
                 .reshape([-1, 3])
                 .to_device(self.device),
         }
+    }
+
+    /// Token states `[B, L, D]` of ids `[B, L]`: each block, which may have to be read from disk, for
+    /// all rows, a few at a time.
+    fn encode_t5(&self, ids: &Tensor) -> Tensor {
+        let (config, parameters) = (&self.pipeline.text_encoder_2, &self.text_encoder_2);
+        let at_once = if parameters.is_streamed() { STREAMED_TEXTS } else { ids.size()[0] };
+        let ops = parameters.segment(0);
+        let mut states: Vec<State<Rc<Tensor>>> = ids
+            .split(at_once, 0)
+            .into_iter()
+            .map(|ids| config.prologue(&ops, &Rc::new(ids)))
+            .collect();
+        for index in 0..config.num_layers {
+            let ops = parameters.segment(index + 1);
+            for state in &mut states {
+                *state = config.block(&ops, index, state);
+            }
+        }
+        let ops = parameters.segment(config.num_layers + 1);
+        let rows: Vec<Tensor> =
+            states.iter().map(|state| config.epilogue(&ops, state).shallow_clone()).collect();
+        Tensor::cat(&rows, 0)
     }
 
     /// `rows` of unpacked values `[Z·h·w]` as packed tokens `[B, S, C]`.
@@ -163,7 +259,7 @@ impl Model {
     /// Pixels `[B, 3, H, W]` around [−1, 1] of flow latents `[B, Z, h, w]`.
     pub(crate) fn decode_latents(&self, latents: &Tensor) -> Tensor {
         let config = &self.pipeline.vae;
-        let z = latents / config.scaling_factor + config.shift();
+        let z: Tensor = config.unscaled(latents);
         config.decode(&self.vae.ops(), &Rc::new(z)).shallow_clone()
     }
 
@@ -172,6 +268,22 @@ impl Model {
         let pixels = Rc::new(pixels.shallow_clone());
         self.pipeline.vae.encode(&self.vae.ops(), &pixels).shallow_clone()
     }
+}
+
+/// One manifest a segment of T5: prologue, every block, epilogue.
+fn t5_segments(config: &T5Config) -> Vec<Manifest> {
+    let (dry, ids) = (Shapes::new(), vec![1, 2]);
+    let mut state = config.prologue(&dry, &ids);
+    let mut manifests = vec![dry.manifest()];
+    for index in 0..config.num_layers {
+        let dry = Shapes::new();
+        state = config.block(&dry, index, &state);
+        manifests.push(dry.manifest());
+    }
+    let dry = Shapes::new();
+    config.epilogue(&dry, &state);
+    manifests.push(dry.manifest());
+    manifests
 }
 
 /// Packed tokens `[B, S, C]` as unpacked latents `[B, Z, h, w]` on the CPU.

@@ -180,14 +180,17 @@ mod tests {
     use flow::ops::{Ops, ParamPath};
 
     use super::*;
+    use crate::parameters::Storage;
 
     fn one_segment() -> Parameters {
         let shapes = Shapes::new();
         shapes.param(&ParamPath::root().at("w"), &[3]);
         let manifest = [shapes.manifest()];
         let mut parameters =
-            Parameters::build(&manifest, Device::Cpu, Kind::Float, |_, _| Ok(vec![1.0, -2.0, 0.5]))
-                .unwrap();
+            Parameters::build(&manifest, Device::Cpu, Kind::Float, Storage::Trainable, |_, _| {
+                Ok(Tensor::from_slice(&[1.0f32, -2.0, 0.5]))
+            })
+            .unwrap();
         parameters.train();
         parameters
     }

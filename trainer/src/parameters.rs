@@ -1,13 +1,16 @@
-//! Parameters as flat storage: one f32 tensor a segment (a network's block), and one view a name.
+//! Parameters as flat storage: one tensor a segment (a network's block), and one view a name.
 //!
-//! The optimiser and the checkpoint see flat tensors; networks see the views. Where compute is narrower
-//! than f32, the views are copies that [`Parameters::refresh`] renews after each step.
+//! The optimiser and the checkpoint see flat f32 tensors; networks see the views. Where compute is
+//! narrower than f32, the views are copies that [`Parameters::refresh`] renews after each step.
+//! Parameters that do not train are held in the compute type, or left on disk and read a segment at a
+//! time.
 
 use std::collections::HashMap;
+use std::ops::Deref;
 use std::rc::Rc;
 
-use anyhow::{Context, Result};
-use flow::checkpoint::{Entry, Weights};
+use anyhow::{Context, Result, bail};
+use flow::checkpoint::{Dtype, Entry, View, Weights};
 use flow::ops::shapes::Manifest;
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -24,68 +27,152 @@ impl Place {
     fn len(&self) -> i64 {
         self.shape.iter().product::<usize>() as i64
     }
+
+    /// This parameter's part of a flat tensor.
+    fn narrow(&self, flat: &Tensor) -> Tensor {
+        flat.narrow(0, self.offset, self.len())
+    }
 }
 
 /// The parameters of one block.
 pub(crate) struct Segment {
     places: Vec<Place>,
-    /// f32 values, `[n]`.
+    /// Values `[n]`, f32 where they train; nothing where they stay on disk.
     pub(crate) master: Tensor,
+}
+
+/// How parameters are held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Storage {
+    /// In f32, so that they can train.
+    Trainable,
+    /// In the compute type.
+    Frozen,
+    /// On disk, read a segment at a time: for networks larger than memory.
+    Streamed,
+}
+
+type Named = HashMap<String, Rc<Tensor>>;
+
+/// Parameters by name: those that are held, or a segment just read.
+pub(crate) enum Views<'a> {
+    Held(&'a Named),
+    Read(Named),
+}
+
+impl Deref for Views<'_> {
+    type Target = Named;
+
+    fn deref(&self) -> &Named {
+        match self {
+            Self::Held(named) => named,
+            Self::Read(named) => named,
+        }
+    }
 }
 
 /// The parameters of a network, in segments.
 pub(crate) struct Parameters {
     pub(crate) segments: Vec<Segment>,
-    views: HashMap<String, Rc<Tensor>>,
+    views: Named,
+    /// Where streamed values are.
+    source: Option<Weights>,
     device: Device,
     kind: Kind,
     trainable: bool,
 }
 
 impl Parameters {
-    /// Takes each manifest as one segment and its values from `value(name, shape)`, as f32.
+    /// Takes each manifest as one segment and its values from `value(name, shape)`, any float type.
     pub(crate) fn build(
         manifests: &[Manifest],
         device: Device,
         kind: Kind,
-        mut value: impl FnMut(&str, &[usize]) -> Result<Vec<f32>>,
+        storage: Storage,
+        mut value: impl FnMut(&str, &[usize]) -> Result<Tensor>,
     ) -> Result<Self> {
+        let stored = if storage == Storage::Trainable { Kind::Float } else { kind };
         let mut segments = Vec::with_capacity(manifests.len());
         for manifest in manifests {
-            let mut places = Vec::new();
-            let mut flat: Vec<f32> = Vec::with_capacity(manifest.n_elements());
-            for (name, shape) in manifest.entries() {
-                let offset = flat.len() as i64;
-                flat.extend(value(name, shape).with_context(|| format!("parameter {name}"))?);
-                places.push(Place { name: name.to_owned(), shape: shape.to_vec(), offset });
+            let places = places(manifest);
+            let master = Tensor::empty([manifest.n_elements() as i64], (stored, device));
+            for place in &places {
+                let values = value(&place.name, &place.shape)
+                    .with_context(|| format!("parameter {}", place.name))?;
+                no_grad(|| place.narrow(&master).copy_(&values.reshape([-1])));
             }
-            segments.push(Segment { places, master: Tensor::from_slice(&flat).to_device(device) });
+            segments.push(Segment { places, master });
         }
         let views = HashMap::new();
-        let mut parameters = Self { segments, views, device, kind, trainable: false };
+        let mut parameters = Self { segments, views, source: None, device, kind, trainable: false };
         parameters.make_views();
         Ok(parameters)
     }
 
-    /// [`Parameters::build`] with the values of a checkpoint.
+    /// [`Parameters::build`] with the values of a checkpoint that fits `manifests`.
     pub(crate) fn load(
         manifests: &[Manifest],
-        weights: &Weights,
+        weights: Weights,
         device: Device,
         kind: Kind,
+        storage: Storage,
     ) -> Result<Self> {
-        Self::build(manifests, device, kind, |name, _| Ok(weights.f32(name)?))
+        if storage != Storage::Streamed {
+            return Self::build(manifests, device, kind, storage, |name, _| tensor(&weights, name));
+        }
+        let nothing = || Tensor::empty([0], (kind, device));
+        let segments = manifests
+            .iter()
+            .map(|manifest| Segment { places: places(manifest), master: nothing() })
+            .collect();
+        let (views, source) = (HashMap::new(), Some(weights));
+        Ok(Self { segments, views, source, device, kind, trainable: false })
     }
 
     /// Lets gradients accumulate on every view.
+    ///
+    /// # Panics
+    /// When they were not loaded as [`Storage::Trainable`].
     pub(crate) fn train(&mut self) {
+        assert!(
+            self.source.is_none() && self.masters().all(|m| m.kind() == Kind::Float),
+            "parameters in f32 train"
+        );
         self.trainable = true;
         self.make_views();
     }
 
-    /// The interpreter over these parameters.
+    /// The interpreter over parameters that are held.
     pub(crate) fn ops(&self) -> Eager<'_> {
-        Eager::new(&self.views, self.device, self.kind)
+        Eager::new(Views::Held(&self.views), self.device, self.kind)
+    }
+
+    /// The interpreter over segment `index`, which is read now if it is on disk.
+    pub(crate) fn segment(&self, index: usize) -> Eager<'_> {
+        let views = match &self.source {
+            None => Views::Held(&self.views),
+            Some(weights) => Views::Read(self.read(weights, index)),
+        };
+        Eager::new(views, self.device, self.kind)
+    }
+
+    fn read(&self, weights: &Weights, index: usize) -> Named {
+        let places = &self.segments[index].places;
+        let read = |place: &Place| {
+            // The manifest check at the border leaves no way for a name to be absent.
+            let values = tensor(weights, &place.name).expect("checked against the manifest");
+            let values =
+                values.reshape(dims(&place.shape)).to_device(self.device).to_kind(self.kind);
+            (place.name.clone(), Rc::new(values))
+        };
+        let named = places.iter().map(read).collect();
+        weights.release();
+        named
+    }
+
+    /// Whether they stay on disk.
+    pub(crate) fn is_streamed(&self) -> bool {
+        self.source.is_some()
     }
 
     /// Type of activations.
@@ -104,7 +191,7 @@ impl Parameters {
                         let mut grad = self.views[&place.name].grad();
                         if grad.defined() {
                             let values = grad.reshape([-1]).to_kind(Kind::Float);
-                            flat.narrow(0, place.offset, place.len()).copy_(&values);
+                            place.narrow(&flat).copy_(&values);
                             let _ = grad.zero_();
                         }
                     }
@@ -116,7 +203,7 @@ impl Parameters {
 
     /// Renews the views after the masters changed; nothing to do where they share storage.
     pub(crate) fn refresh(&self) {
-        if self.kind == Kind::Float {
+        if self.kind == Kind::Float || !self.trainable {
             return;
         }
         no_grad(|| {
@@ -128,21 +215,43 @@ impl Parameters {
         });
     }
 
+    /// The parameter called `name`, if there is one and it is held.
+    pub(crate) fn named(&self, name: &str) -> Option<Rc<Tensor>> {
+        self.views.get(name).cloned()
+    }
+
     /// The values of `flats` (the masters, or an average of them) as safetensors entries.
     pub(crate) fn entries<'a>(
         &'a self,
         flats: impl Iterator<Item = &'a Tensor>,
     ) -> Result<Vec<Entry<'a>>> {
+        self.scaled_entries(flats, |_| 1.0)
+    }
+
+    /// [`Parameters::entries`] times a factor a name.
+    pub(crate) fn scaled_entries<'a>(
+        &'a self,
+        flats: impl Iterator<Item = &'a Tensor>,
+        factor: impl Fn(&str) -> f64,
+    ) -> Result<Vec<Entry<'a>>> {
         let mut entries = Vec::new();
         for (segment, flat) in self.segments.iter().zip(flats) {
-            let values = Vec::<f32>::try_from(&flat.to_device(Device::Cpu))?;
+            let flat = flat.to_device(Device::Cpu);
             for place in &segment.places {
-                let range = place.offset as usize..(place.offset + place.len()) as usize;
-                entries.push(Entry::f32(&place.name, &place.shape, &values[range]));
+                let values = Vec::<f32>::try_from(&(place.narrow(&flat) * factor(&place.name)))?;
+                entries.push(Entry::f32(&place.name, &place.shape, &values));
             }
         }
         entries.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(entries)
+    }
+
+    /// Takes other values, one flat tensor a segment.
+    pub(crate) fn assign(&self, flats: &[Tensor]) {
+        for (master, flat) in self.masters().zip(flats) {
+            no_grad(|| master.shallow_clone().copy_(flat));
+        }
+        self.refresh();
     }
 
     /// The masters of all segments.
@@ -163,6 +272,53 @@ impl Parameters {
 
 impl Segment {
     fn view(&self, place: &Place) -> Tensor {
-        self.master.narrow(0, place.offset, place.len()).reshape(dims(&place.shape))
+        place.narrow(&self.master).reshape(dims(&place.shape))
     }
+}
+
+fn places(manifest: &Manifest) -> Vec<Place> {
+    let mut end = 0;
+    let place = |(name, shape): (&str, &[usize])| {
+        let offset = end;
+        end += shape.iter().product::<usize>() as i64;
+        Place { name: name.to_owned(), shape: shape.to_vec(), offset }
+    };
+    manifest.entries().map(place).collect()
+}
+
+/// The tensor called `name`, flat, in the type it is stored in.
+pub(crate) fn tensor(weights: &Weights, name: &str) -> Result<Tensor> {
+    let View { dtype, bytes, .. } = weights.get(name).context("no such tensor")?;
+    let kind = kind_of(dtype)?;
+    let n = bytes.len() / kind.elt_size_in_bytes();
+    Ok(Tensor::from_data_size(bytes, &[n as i64], kind))
+}
+
+/// The libtorch type of a stored one.
+pub(crate) fn kind_of(dtype: Dtype) -> Result<Kind> {
+    Ok(match dtype {
+        Dtype::F32 => Kind::Float,
+        Dtype::F16 => Kind::Half,
+        Dtype::BF16 => Kind::BFloat16,
+        other => bail!("unsupported type {other:?}: only F32, F16 and BF16 are read"),
+    })
+}
+
+/// A float tensor as a safetensors entry: f64 as f32, others in their own type.
+pub(crate) fn entry(name: &str, tensor: &Tensor) -> Result<Entry<'static>> {
+    let tensor = match tensor.kind() {
+        Kind::Double => &tensor.to_kind(Kind::Float),
+        _ => tensor,
+    };
+    let shape: Vec<usize> = tensor.size().iter().map(|&n| n as usize).collect();
+    let dtype = match tensor.kind() {
+        Kind::Float => Dtype::F32,
+        Kind::Half => Dtype::F16,
+        Kind::BFloat16 => Dtype::BF16,
+        other => bail!("{name}: {other:?} is not written"),
+    };
+    let flat = tensor.to_device(Device::Cpu).contiguous();
+    let mut bytes = vec![0; flat.numel() * flat.kind().elt_size_in_bytes()];
+    flat.copy_data_u8(&mut bytes, flat.numel());
+    Ok(Entry::raw(name, &shape, dtype, bytes))
 }

@@ -14,9 +14,9 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::captioned::read_captioned;
 use crate::interrupt;
-use crate::model::{Missing, Model, pixels_of};
+use crate::model::{Loading, Missing, Model, pixels_of};
 use crate::optimizer::{AdamW, OptimizerConfig};
-use crate::parameters::Parameters;
+use crate::parameters::{Parameters, Storage};
 use crate::progress::Progress;
 use crate::save::{self, Saved};
 use crate::seeds::{Use, family};
@@ -81,7 +81,9 @@ pub fn run(config: &PretrainConfig, device: Device) -> Result<()> {
     );
     let data = read_captioned(&config.data)?;
     let weights = family(config.seed, Use::Weights);
-    let mut model = Model::open(&config.model, device, Kind::Float, Missing::Draw(weights))?;
+    let loading =
+        Loading { device, kind: Kind::Float, storage: Storage::Trainable, stream_text: false };
+    let mut model = Model::open(&config.model, loading, Missing::Draw(weights))?;
     let images: Vec<&RgbImage> = data.iter().map(|(image, _)| image).collect();
     if let Some(stage) = &config.autoencoder {
         let mse = train_autoencoder(&mut model, stage, config.seed, &images)?;
@@ -183,7 +185,7 @@ fn encode_means(model: &Model, images: &[&RgbImage]) -> Result<Tensor> {
 /// Packed flow latents `[N, S, C]` of all images.
 fn encode_all(model: &Model, images: &[&RgbImage], size: &LatentSize) -> Result<Tensor> {
     let vae = &model.pipeline.vae;
-    let latents = (encode_means(model, images)? - vae.shift()) * vae.scaling_factor;
+    let latents: Tensor = vae.scaled(encode_means(model, images)?);
     let values = Vec::<f32>::try_from(&latents.to_device(Device::Cpu).reshape([-1]))?;
     let rows: Vec<Vec<f32>> = values.chunks(size.len()).map(<[f32]>::to_vec).collect();
     Ok(model.pack(&rows, size))
@@ -198,7 +200,7 @@ fn train_flow(
     captions: &[&str],
     size: &LatentSize,
 ) -> Result<Option<Vec<Tensor>>> {
-    model.engine.parameters.train();
+    model.engine.train();
     model.text_encoder.train();
     model.text_encoder_2.train();
     let ids = model.tokenise(captions)?;
@@ -250,7 +252,7 @@ fn on_path(x0: &Tensor, eps: &Tensor, times: &[f64]) -> Tensor {
 
 /// The networks that the flow stage trains, in the order of its optimiser's segments.
 fn trained(model: &Model) -> [&Parameters; 3] {
-    [&model.engine.parameters, &model.text_encoder, &model.text_encoder_2]
+    [model.engine.trained(), &model.text_encoder, &model.text_encoder_2]
 }
 
 fn write(model: &Model, config: &PretrainConfig, averaged: Option<&[Tensor]>) -> Result<()> {

@@ -12,7 +12,7 @@ use flow::noise::Noise;
 use tch::{Kind, Tensor, no_grad};
 
 use crate::model::Model;
-use crate::update::entry;
+use crate::parameters::entry;
 
 /// Name of the file in the pipeline folder.
 pub(crate) const FILE: &str = "reference.safetensors";
@@ -43,8 +43,9 @@ fn tensors(model: &Model) -> Result<Vec<Entry<'static>>> {
     };
     let ids = model.tokenise(&PROMPTS)?;
     let condition = model.condition(&ids, GUIDANCE, &size);
-    let clip =
-        pipeline.text_encoder.forward(&model.text_encoder.ops(), &Rc::new(ids[0].shallow_clone()));
+    let clip = pipeline
+        .text_encoder
+        .forward(&model.text_encoder.segment(0), &Rc::new(ids[0].shallow_clone()));
     let noise = Noise::new(0);
     let rows = [noise.normal(0, size.len()), noise.normal(1, size.len())];
     let x_t = model.pack(&rows, &size);

@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use flow::checkpoint::{Weights, write_tensors};
-use tch::{Device, Kind};
+use tch::Device;
 
 use crate::align::RolloutConfig;
 use crate::experience::solve_in_batches;
-use crate::model::{Model, unpack};
+use crate::model::{Loading, Model, unpack};
+use crate::parameters::entry;
 use crate::picture;
-use crate::update::entry;
 use crate::usage::Usage;
 
 /// What to sample.
@@ -32,6 +32,10 @@ pub struct Options<'a> {
     pub latents_out: Option<&'a Path>,
     /// PNG file; several images get a number before the extension.
     pub out: &'a Path,
+    /// Adapters and their scales, summed.
+    pub loras: &'a [(PathBuf, f64)],
+    /// Whether weights stay on disk and are read block by block.
+    pub stream: bool,
     /// Where tensors live.
     pub device: Device,
 }
@@ -41,8 +45,9 @@ pub struct Options<'a> {
 /// # Errors
 /// When the model or the noise does not fit, or a file cannot be written.
 pub fn run(options: &Options<'_>) -> Result<()> {
-    ensure!(options.n > 0, "-n 0: at least one image");
-    let model = Model::load(options.model, options.device, Kind::Float)?;
+    let loading = Loading::to_sample(options.device, options.stream);
+    let mut model = Model::load(options.model, loading)?;
+    model.add_loras(options.loras)?;
     let size =
         model.latent_size(options.rollout.size).map_err(|error| match options.rollout.size {
             Some(_) => Usage(format!("{error:#}")).into(),

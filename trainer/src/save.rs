@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use flow::checkpoint::{write_atomically, write_tensors};
+use flow::checkpoint::{MAX_SHARD_BYTES, write_atomically, write_sharded};
 use flow::pipeline::Component;
 use flow::staged::Staged;
 use tch::Tensor;
@@ -32,7 +32,40 @@ pub(crate) fn pipeline(
     finish: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<()> {
     let staged = Staged::begin(dir)?;
-    let source = &model.pipeline.dir;
+    let anew: Vec<Component> = saved.iter().map(|part| part.component).collect();
+    carry_over(&model.pipeline.dir, staged.path(), &anew)?;
+    for part in saved {
+        let folder = staged.path().join(part.component.folder());
+        let entries = match part.averaged {
+            Some(averaged) => part.parameters.entries(averaged.iter()),
+            None => part.parameters.entries(part.parameters.masters()),
+        }?;
+        write_sharded(&folder, part.component.stem(), &entries, MAX_SHARD_BYTES)?;
+    }
+    finish(staged.path())?;
+    Ok(staged.publish(true)?)
+}
+
+/// Writes what a run trained to `dir`, replacing what is there: a pipeline folder, or the adapters alone.
+pub(crate) fn trained(
+    model: &Model,
+    averaged: Option<&[Tensor]>,
+    dir: &Path,
+    finish: impl FnOnce(&Path) -> Result<()>,
+) -> Result<()> {
+    let Some(adapters) = model.engine.adapters() else {
+        let parameters = model.engine.trained();
+        let saved = Saved { component: Component::Transformer, parameters, averaged };
+        return pipeline(model, dir, &[saved], finish);
+    };
+    let staged = Staged::begin(dir)?;
+    adapters.save(staged.path(), averaged)?;
+    finish(staged.path())?;
+    Ok(staged.publish(true)?)
+}
+
+/// Copies a pipeline folder without the weights of the components `anew`.
+pub(crate) fn carry_over(source: &Path, target: &Path, anew: &[Component]) -> Result<()> {
     let listed = || format!("cannot read {}", source.display());
     for entry in fs::read_dir(source).with_context(listed)? {
         let name = entry.with_context(listed)?.file_name();
@@ -40,20 +73,10 @@ pub(crate) fn pipeline(
         if OWN_FILES.contains(&&*text) || text.starts_with('.') {
             continue;
         }
-        let is_saved = saved.iter().any(|s| s.component.folder() == text);
-        copy(&source.join(&name), &staged.path().join(&name), is_saved)?;
+        let is_anew = anew.iter().any(|component| component.folder() == text);
+        copy(&source.join(&name), &target.join(&name), is_anew)?;
     }
-    for part in saved {
-        let folder = staged.path().join(part.component.folder());
-        let entries = match part.averaged {
-            Some(averaged) => part.parameters.entries(averaged.iter()),
-            None => part.parameters.entries(part.parameters.masters()),
-        }?;
-        let file = folder.join(format!("{}.safetensors", part.component.stem()));
-        write_tensors(&file, &entries, &[])?;
-    }
-    finish(staged.path())?;
-    Ok(staged.publish(true)?)
+    Ok(())
 }
 
 /// Copies a file, or the files of a folder; weights are left out where new ones follow.

@@ -5,12 +5,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use flow::checkpoint::{Entry, Weights, write_tensors};
-use flow::pipeline::Component;
 
 use crate::align::AlignConfig;
 use crate::model::Model;
 use crate::optimizer::AdamW;
-use crate::save::{self, Saved};
+use crate::save;
 
 /// Folder of checkpoints in the output folder.
 const CHECKPOINTS: &str = "checkpoints";
@@ -59,14 +58,9 @@ pub(crate) fn save(
     optimizer: &AdamW,
 ) -> Result<()> {
     let folder = config.output.join(CHECKPOINTS).join(format!("iteration-{done:06}"));
-    let saved = Saved {
-        component: Component::Transformer,
-        parameters: &model.engine.parameters,
-        averaged: optimizer.averaged(),
-    };
-    save::pipeline(model, &folder, &[saved], |folder| {
+    save::trained(model, optimizer.averaged(), &folder, |folder| {
         let (mut entries, step) = optimizer.entries()?;
-        for (index, master) in model.engine.parameters.masters().enumerate() {
+        for (index, master) in model.engine.trained().masters().enumerate() {
             let values = Vec::<f32>::try_from(&master.to_device(tch::Device::Cpu))?;
             entries.push(Entry::f32(format!("master.{index}"), &[values.len()], &values));
         }
@@ -108,7 +102,7 @@ pub(crate) fn restore(
         "{}: the run was started with other settings; only iterations and save_every may change",
         position.folder.display()
     );
-    for (index, master) in model.engine.parameters.masters().enumerate() {
+    for (index, master) in model.engine.trained().masters().enumerate() {
         let values = state.f32(&format!("master.{index}"))?;
         ensure!(
             values.len() as i64 == master.size1()?,
@@ -118,6 +112,6 @@ pub(crate) fn restore(
         );
         tch::no_grad(|| master.shallow_clone().copy_(&tch::Tensor::from_slice(&values)));
     }
-    model.engine.parameters.refresh();
+    model.engine.trained().refresh();
     optimizer.restore(&state, step)
 }

@@ -13,6 +13,7 @@ use crate::experience::Experience;
 use crate::model::Model;
 use crate::neighbor::{Objective, Transitions};
 use crate::optimizer::AdamW;
+use crate::parameters::entry;
 use crate::seeds::{Use, family};
 
 /// What the updates of an iteration did; means over its transitions unless said otherwise.
@@ -101,7 +102,7 @@ pub(crate) fn run(
                 statistics.log_ratio_max,
             );
         }
-        let report = optimizer.step(&[&model.engine.parameters], 1.0)?;
+        let report = optimizer.step(&[model.engine.trained()], 1.0)?;
         (outcome.grad_norm, outcome.below_eps) = (report.grad_norm, report.below_eps);
         outcome.n_updates += 1;
         outcome.n_passes += items.len();
@@ -277,11 +278,4 @@ impl Recorder {
             .collect::<Result<Vec<Entry<'_>>>>()?;
         Ok(write_tensors(&self.path, &entries, &[("config", self.config.clone())])?)
     }
-}
-
-/// A tensor as an f32 safetensors entry.
-pub(crate) fn entry(name: &str, tensor: &Tensor) -> Result<Entry<'static>> {
-    let shape: Vec<usize> = tensor.size().iter().map(|&n| n as usize).collect();
-    let flat = tensor.to_device(tch::Device::Cpu).to_kind(Kind::Float).reshape([-1]);
-    Ok(Entry::f32(name, &shape, &Vec::<f32>::try_from(&flat)?))
 }

@@ -31,7 +31,7 @@ pub(crate) const SHORT: [&str; 9] = [
     "train_steps=2",
     "rollout.steps=4",
     "save_every=2",
-    "advantage.std_floor=1e-6",
+    "rewards.0.std_floor=1e-6",
 ];
 /// Longest wait for a file of a run.
 const PATIENCE: Duration = Duration::from_mins(2);
@@ -267,4 +267,48 @@ fn a_run_leaves_a_whole_pipeline_and_its_records() {
     let aligned = typed(&folder.join("aligned"));
     let table = Program::Export.run([&aligned, "--verify", "--out", &export]).succeeded();
     println!("the aligned model, libtorch against ONNX Runtime\n{table}");
+}
+
+/// Adapters beside weights that stay on disk: the run leaves them alone in diffusers' file, resumes to
+/// the bit, and both other programs take them.
+#[test]
+fn adapters_are_trained_resumed_sampled_and_merged() {
+    let settings = ["lora.rank=4", "lora.alpha=8", "stream=true", "optimizer.learning_rate=1e-2"];
+    let with = |n: &'static str| [&settings[..], &[n]].concat();
+    let (whole, halves) = (Run::new(), Run::new());
+    Ended::after(&mut whole.command(&with("iterations=4"))).succeeded();
+    Ended::after(&mut halves.command(&with("iterations=2"))).succeeded();
+    fs::remove_dir_all(halves.folder().join("aligned")).unwrap();
+    Ended::after(halves.command(&with("iterations=4")).arg("--resume")).succeeded();
+    let file = "aligned/pytorch_lora_weights.safetensors";
+    assert!(same_tensors(&whole.folder().join(file), &halves.folder().join(file)));
+    let aligned = whole.folder().join("aligned");
+    let names: Vec<PathBuf> = files_below(&aligned).into_iter().collect();
+    assert_eq!(names.len(), 2, "adapters and reference tensors alone: {names:?}");
+
+    let home = whole.home.path();
+    let sample = |more: &[String], to: &str| {
+        let out = home.join(to);
+        let mut command = Program::Train.command(["sample", "--model", MODEL]);
+        command.args(["--prompt", "red \"CAT\"", "-o", &typed(&out)]).args(more);
+        Ended::after(&mut command).succeeded();
+        fs::read(out).unwrap()
+    };
+    let base = sample(&[], "base.png");
+    let adapted = sample(&["--lora".into(), typed(&aligned)], "adapted.png");
+    let silent = sample(&["--lora".into(), format!("{}:0", typed(&aligned))], "silent.png");
+    assert!(adapted != base && silent == base);
+
+    let export = typed(&home.join("export"));
+    let merge = ["--lora".to_owned(), typed(&aligned), "--verify".to_owned()];
+    let mut command = Program::Export.command([MODEL, "--out", &export]);
+    Ended::after(command.args(&merge)).succeeded();
+    let refused =
+        Ended::after(Program::Export.command([MODEL, "--out", &export, "--force"]).args([
+            "--lora",
+            &format!("{}:0.5", typed(&aligned)),
+            "--verify",
+        ]));
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(refused.stderr.contains("--verify with --lora"), "{}", refused.stderr);
 }

@@ -10,6 +10,9 @@ use crate::align::{MODEL, SHORT};
 /// ε of the clip and p of the quasi-norm, as the run is told.
 const CLIP: f64 = 1e-3;
 const QUASI_NORM: f64 = 0.8;
+/// Of the preset's two rewards.
+const WEIGHTS: [f64; 2] = [1.0, 0.5];
+const STD_FLOOR: f64 = 1e-6;
 
 /// A recorded update: M transitions, groups of G, latents of N numbers.
 struct Record {
@@ -90,15 +93,20 @@ impl Record {
         Recomputed { log_rho, objective, gradient, n_clipped }
     }
 
-    /// Eq. 3 with the unbiased deviation, then Eq. 11 times √G, from one reward.
+    /// Eq. 3 with the unbiased deviation, a weighted sum over the rewards, then Eq. 11 times √G.
     fn advantages(&self, index: usize) -> Vec<f64> {
-        let rewards = self.row("rewards", index);
-        let g = self.g as f64;
-        let mean = rewards.iter().sum::<f64>() / g;
-        let variance = rewards.iter().map(|r| (r - mean).powi(2)).sum::<f64>() / (g - 1.0);
-        let scores: Vec<f64> = rewards.iter().map(|r| (r - mean) / variance.sqrt()).collect();
-        let powers = scores.iter().map(|a| a.abs().powf(QUASI_NORM)).sum::<f64>();
-        scores.iter().map(|a| a * g.sqrt() / powers.powf(1.0 / QUASI_NORM)).collect()
+        let (all, g) = (self.row("rewards", index), self.g as f64);
+        let mut sum = vec![0.0; self.g];
+        for (rewards, weight) in all.chunks(self.g).zip(WEIGHTS) {
+            let mean = rewards.iter().sum::<f64>() / g;
+            let variance = rewards.iter().map(|r| (r - mean).powi(2)).sum::<f64>() / (g - 1.0);
+            if variance.sqrt() >= STD_FLOOR {
+                let scores = rewards.iter().map(|r| (r - mean) / variance.sqrt());
+                sum.iter_mut().zip(scores).for_each(|(a, score)| *a += weight * score);
+            }
+        }
+        let powers = sum.iter().map(|a| a.abs().powf(QUASI_NORM)).sum::<f64>();
+        sum.iter().map(|a| a * g.sqrt() / powers.powf(1.0 / QUASI_NORM)).collect()
     }
 }
 
@@ -138,6 +146,9 @@ fn a_recorded_update_follows_from_the_equations() {
         "optimizer.learning_rate=1e-4".into(),
         format!("neighbor.clip={CLIP}"),
         format!("advantage.quasi_norm={QUASI_NORM}"),
+        format!("rewards.0.weight={}", WEIGHTS[0]),
+        format!("rewards.1.weight={}", WEIGHTS[1]),
+        format!("rewards.1.std_floor={STD_FLOOR}"),
     ];
     for setting in SHORT.iter().map(|&s| s.to_owned()).chain(own) {
         command.args(["--set", &setting]);

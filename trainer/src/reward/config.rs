@@ -26,6 +26,10 @@ pub struct RewardConfig {
     pub name: String,
     /// Factor on this reward's advantages, finite. 0 scores it without training on it.
     pub weight: f64,
+    /// A group whose scores spread (standard deviation) less than this gets no advantages from this
+    /// reward: below it, differences are noise.
+    #[serde(default = "default_std_floor")]
+    pub std_floor: f64,
     /// Whether a failure that outlives the retries ends the run. If not, the reward is left out
     /// of that group's sum of advantages.
     #[serde(default = "default_required")]
@@ -96,6 +100,10 @@ pub enum JpegSize {
     Small,
     /// Incompressible images score higher (the score is the size).
     Large,
+}
+
+fn default_std_floor() -> f64 {
+    1e-6
 }
 
 fn default_required() -> bool {

@@ -128,6 +128,7 @@ fn bad_configurations_are_refused() {
     let config = |name: &str, kind| RewardConfig {
         name: name.into(),
         weight: 1.0,
+        std_floor: 0.0,
         required: true,
         retries: 0,
         kind,

@@ -1,0 +1,194 @@
+//! Text embeddings on disk, so that training never holds the text encoders.
+//!
+//! A cache is a folder of safetensors files. A prompt's tensors are called `KEY.prompt_embeds` `[L, D]`
+//! and `KEY.pooled_prompt_embeds` `[P]` after the arguments of `FluxPipeline`, where KEY is the SHA-256
+//! of its text in hexadecimal digits.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use flow::checkpoint::{View, Weights, write_tensors};
+use flow::pipeline::Component;
+use flow::prompts;
+use sha2::{Digest, Sha256};
+use tch::{Device, Kind, Tensor};
+
+use crate::interrupt;
+use crate::model::{Loading, Model};
+use crate::parameters;
+use crate::progress::Progress;
+
+/// Prompts encoded in one pass over T5, and stored in one file.
+const PROMPTS_A_FILE: usize = 64;
+const TEXT: &str = "prompt_embeds";
+const POOLED: &str = "pooled_prompt_embeds";
+
+/// What to embed.
+pub struct Options<'a> {
+    /// Pipeline folder.
+    pub model: &'a Path,
+    /// Prompt file.
+    pub prompts: &'a Path,
+    /// Folder of the cache; what it holds already is kept.
+    pub out: &'a Path,
+    /// Where the encoders run.
+    pub device: Device,
+}
+
+/// Embeds every prompt that the cache lacks, each text once. The encoders stay on disk and are read
+/// block by block.
+///
+/// # Errors
+/// When the model or the prompts cannot be read, or the cache was made for other text lengths.
+pub fn run(options: &Options<'_>) -> Result<()> {
+    let all = prompts::read(options.prompts)?;
+    let known = Embeddings::open(options.out)?;
+    let mut seen = HashSet::new();
+    let missing: Vec<&str> = all
+        .iter()
+        .map(|prompt| prompt.text.as_str())
+        .filter(|text| !known.places.contains_key(&key(text)) && seen.insert(*text))
+        .collect();
+    let n_known = all.len() - missing.len();
+    eprintln!("{} prompts, {n_known} of them known or alike", all.len());
+    let model = Model::load(options.model, Loading::to_sample(options.device, true))?;
+    let stored = stored_kind(&model)?;
+    let progress = Progress::new("embed", missing.len(), 0);
+    for texts in missing.chunks(PROMPTS_A_FILE) {
+        interrupt::check()?;
+        let [text, pooled] = model.embed(texts)?;
+        let mut entries = Vec::with_capacity(2 * texts.len());
+        let mut metadata = Vec::with_capacity(texts.len());
+        let keys: Vec<String> = texts.iter().map(|text| key(text)).collect();
+        for (row, (key, prompt)) in keys.iter().zip(texts).enumerate() {
+            for (name, tensor) in [(TEXT, &text), (POOLED, &pooled)] {
+                let tensor = tensor.get(row as i64).to_kind(stored);
+                entries.push(parameters::entry(&format!("{key}.{name}"), &tensor)?);
+            }
+            metadata.push((key.as_str(), (*prompt).to_owned()));
+        }
+        let file = format!("embeddings-{}.safetensors", &keys[0][..16]);
+        write_tensors(&options.out.join(file), &entries, &metadata)?;
+        for _ in texts {
+            progress.advance("");
+        }
+    }
+    println!("{}", options.out.display());
+    Ok(())
+}
+
+/// Embeddings are stored in the type of T5's weights.
+fn stored_kind(model: &Model) -> Result<Kind> {
+    let weights = model.pipeline.weights(Component::TextEncoder2)?;
+    let name = weights.names().next().context("a text encoder without weights")?;
+    let View { dtype, .. } = weights.get(name).context("listed above")?;
+    parameters::kind_of(dtype)
+}
+
+/// A cache, mapped.
+pub(crate) struct Embeddings {
+    folder: PathBuf,
+    files: Vec<Weights>,
+    /// File of each key.
+    places: HashMap<String, usize>,
+}
+
+impl Embeddings {
+    /// The cache in `folder`, empty where there is none.
+    ///
+    /// # Errors
+    /// When a file of it is broken.
+    pub(crate) fn open(folder: &Path) -> Result<Self> {
+        let mut paths = Vec::new();
+        if folder.is_dir() {
+            let listed = || format!("cannot read {}", folder.display());
+            for entry in std::fs::read_dir(folder).with_context(listed)? {
+                let path = entry.with_context(listed)?.path();
+                if path.extension().is_some_and(|extension| extension == "safetensors") {
+                    paths.push(path);
+                }
+            }
+        }
+        paths.sort();
+        let files: Vec<Weights> =
+            paths.iter().map(|path| Weights::open_file(path)).collect::<Result<_, _>>()?;
+        let mut places = HashMap::new();
+        for (index, file) in files.iter().enumerate() {
+            let keys = file.names().filter_map(|name| name.strip_suffix(&format!(".{TEXT}")));
+            places.extend(keys.map(|key| (key.to_owned(), index)));
+        }
+        Ok(Self { folder: folder.to_owned(), files, places })
+    }
+
+    /// Embeddings of `prompts` in f32 on the CPU: `[B, L, D]` and `[B, P]`.
+    ///
+    /// # Errors
+    /// When one is not in the cache, or lengths differ.
+    pub(crate) fn rows(&self, prompts: &[&str]) -> Result<[Tensor; 2]> {
+        let mut rows = [Vec::new(), Vec::new()];
+        for prompt in prompts {
+            let key = key(prompt);
+            let folder = self.folder.display();
+            let unknown = || format!("{folder}: no embedding of {prompt:?}: run `ng-train embed`");
+            let file = &self.files[*self.places.get(&key).with_context(unknown)?];
+            for (rows, name) in rows.iter_mut().zip([TEXT, POOLED]) {
+                let name = format!("{key}.{name}");
+                let shape = file.get(&name).with_context(unknown)?.shape;
+                let values = parameters::tensor(file, &name)?.to_kind(Kind::Float);
+                rows.push(values.reshape(crate::eager::dims(shape)));
+            }
+        }
+        let [text, pooled] = &rows;
+        for rows in &rows {
+            ensure!(
+                rows.iter().all(|row| row.size() == rows[0].size()),
+                "{}: embeddings of different lengths in one batch",
+                self.folder.display()
+            );
+        }
+        Ok([Tensor::stack(text, 0), Tensor::stack(pooled, 0)])
+    }
+}
+
+/// SHA-256 of the text, in hexadecimal digits.
+fn key(prompt: &str) -> String {
+    format!("{:x}", Sha256::digest(prompt.as_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use flow::latents::LatentSize;
+
+    use super::*;
+
+    #[test]
+    fn keys_are_sha_256() {
+        assert_eq!(key("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    }
+
+    #[test]
+    fn cached_conditions_are_those_of_the_encoders() {
+        let home = tempfile::tempdir().unwrap();
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let pipeline = folder.join("tests/fixtures/tiny-flux/pipeline");
+        let file = home.path().join("prompts.txt");
+        let texts = ["red \"CAT\"", "blue \"OX\"", "red \"CAT\""];
+        let embed = |texts: &[&str]| {
+            std::fs::write(&file, texts.join("\n")).unwrap();
+            let (model, prompts, out) = (&*pipeline, &*file, &*home.path().join("cache"));
+            run(&Options { model, prompts, out, device: Device::Cpu }).unwrap();
+            std::fs::read_dir(out).unwrap().count()
+        };
+        assert_eq!((embed(&texts[..1]), embed(&texts), embed(&texts)), (1, 2, 2));
+
+        let mut model = Model::load(&pipeline, Loading::to_sample(Device::Cpu, false)).unwrap();
+        let size = LatentSize { channels: 16, height: 4, width: 4 };
+        let encoded = model.encode(&texts, 3.5, &size).unwrap();
+        model.embeddings = Some(Embeddings::open(&home.path().join("cache")).unwrap());
+        let cached = model.encode(&texts, 3.5, &size).unwrap();
+        assert_eq!((cached.text, cached.pooled), (encoded.text, encoded.pooled));
+        let error = model.encode(&["absent"], 3.5, &size).err().unwrap();
+        assert!(format!("{error:#}").contains("ng-train embed"), "{error:#}");
+    }
+}
