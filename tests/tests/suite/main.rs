@@ -7,3 +7,4 @@ mod errors;
 mod parity;
 mod record;
 mod tidy;
+mod tokens;
