@@ -45,6 +45,15 @@ impl Program {
             .unwrap_or_else(|| panic!("no {}: run `make build` first", self.name()))
     }
 
+    /// The file that does the work: `ng-train` starts another.
+    ///
+    /// # Panics
+    /// When it has not been built.
+    pub fn proper(self) -> PathBuf {
+        let path = self.path();
+        if self == Self::Train { path.with_file_name("ng-train-libtorch") } else { path }
+    }
+
     /// It with `arguments`, in the repository's folder and on one thread.
     pub fn command<S: AsRef<OsStr>>(self, arguments: impl IntoIterator<Item = S>) -> Command {
         self.command_on(1, arguments)

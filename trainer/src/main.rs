@@ -1,4 +1,4 @@
-//! `ng-train`.
+//! `ng-train` once libtorch is found.
 
 use std::process::ExitCode;
 

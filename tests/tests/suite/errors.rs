@@ -154,6 +154,33 @@ fn rewrite(path: &Path, keep: impl Fn(&mut Entry<'_>) -> bool) {
     write_tensors(path, &entries, &[]).unwrap();
 }
 
+/// A copy of the program that asks for a library which nobody has.
+#[test]
+fn ng_train_says_what_to_do_without_libtorch() {
+    let home = tempfile::tempdir().unwrap();
+    let (program, proper) = (Program::Train.path(), Program::Train.proper());
+    let mut bytes = fs::read(&proper).unwrap();
+    let (name, absent) = (b"libtorch_cpu.so\0", b"libtorch_cpX.so\0");
+    let at = bytes.windows(name.len()).position(|window| window == name).unwrap();
+    bytes[at..at + name.len()].copy_from_slice(absent);
+    for (from, contents) in [(&program, None), (&proper, Some(bytes))] {
+        let to = home.path().join(from.file_name().unwrap());
+        fs::copy(from, &to).unwrap();
+        contents.into_iter().for_each(|bytes| fs::write(&to, bytes).unwrap());
+    }
+    let ended = Ended::after(Command::new(home.path().join("ng-train")).arg("--version"));
+    assert_eq!(ended.status.code(), Some(1), "{}", ended.stderr);
+    let is_one_line = ended.stderr.starts_with("error: ") && ended.stderr.lines().count() == 1;
+    assert!(is_one_line, "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("libtorch_cpX.so not found: run `make runtime`"),
+        "{}",
+        ended.stderr
+    );
+    let version = Program::Train.run(["--version"]).succeeded();
+    assert!(version.starts_with("ng-train "), "{version}");
+}
+
 #[test]
 fn ng_train_refuses_with_one_line() {
     const SIGNS: &str = "align --preset signs --set output=@/run --set model=@/model";

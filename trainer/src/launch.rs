@@ -1,0 +1,47 @@
+//! `ng-train`: makes sure that libtorch is there, which the system's loader would only say in its own
+//! words, and becomes `ng-train-libtorch`, the program proper.
+
+use std::convert::Infallible;
+use std::env;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+
+/// Beside this program.
+const PROGRAM: &str = "ng-train-libtorch";
+
+fn main() -> ExitCode {
+    let Err(message) = start();
+    eprintln!("error: {message}");
+    ExitCode::FAILURE
+}
+
+fn start() -> Result<Infallible, String> {
+    let own = env::current_exe().map_err(|error| format!("who am I? {error}"))?;
+    let program = own.with_file_name(PROGRAM);
+    let failed = |error| format!("cannot start {}: {error}", program.display());
+    let missing = missing_libraries(&program).map_err(failed)?;
+    if !missing.is_empty() {
+        return Err(format!(
+            "{} not found: run `make runtime`, put libtorch's libraries beside {}, or name their folder \
+             in LD_LIBRARY_PATH",
+            missing.join(", "),
+            program.display()
+        ));
+    }
+    Err(failed(Command::new(&program).args(env::args_os().skip(1)).exec()))
+}
+
+/// Libraries that the loader looks for in vain; it does not start the program.
+fn missing_libraries(program: &Path) -> std::io::Result<Vec<String>> {
+    let mut look = Command::new(program);
+    look.env("LD_TRACE_LOADED_OBJECTS", "1").stdin(Stdio::null()).stderr(Stdio::null());
+    let lines = look.output()?.stdout;
+    let lines = String::from_utf8_lossy(&lines).into_owned();
+    let mut missing: Vec<String> = lines
+        .lines()
+        .filter_map(|line| Some(line.split_once(" => not found")?.0.trim().to_owned()))
+        .collect();
+    missing.dedup();
+    Ok(missing)
+}
