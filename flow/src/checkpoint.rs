@@ -1,6 +1,7 @@
 //! Weights on disk: safetensors files, single or sharded by an index, mapped and never copied whole.
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -62,6 +63,8 @@ impl CheckpointError {
 
 type Result<T> = std::result::Result<T, CheckpointError>;
 
+/// Extensions of files that PyTorch pickles.
+const PICKLES: [&str; 4] = ["bin", "pt", "pth", "ckpt"];
 /// Largest header and index read into memory.
 const MAX_INDEX_BYTES: u64 = 100 << 20;
 
@@ -105,6 +108,11 @@ struct Shard {
 
 impl Shard {
     fn open(path: &Path) -> Result<Self> {
+        if path.extension().is_some_and(|extension| PICKLES.iter().any(|known| extension == *known))
+        {
+            let why = "unsupported: a pickle could run code; save it as safetensors";
+            return Err(CheckpointError::malformed(path, why));
+        }
         let file = File::open(path).map_err(CheckpointError::io(path))?;
         #[expect(
             unsafe_code,
@@ -151,7 +159,12 @@ impl Weights {
         }
         let index_path = dir.join(format!("{stem}.safetensors.index.json"));
         if !index_path.exists() {
-            let why = format!("no {stem}.safetensors and no {stem}.safetensors.index.json in it");
+            let mut why =
+                format!("no {stem}.safetensors and no {stem}.safetensors.index.json in it");
+            let pickles = ["diffusion_pytorch_model.bin", "pytorch_model.bin"];
+            if let Some(pickle) = pickles.iter().find(|file| dir.join(file).exists()) {
+                let _ = write!(why, "; {pickle} is a pickle and not read: save it as safetensors");
+            }
             return Err(CheckpointError::malformed(dir, why));
         }
         let text = read_bounded(&index_path)?;
@@ -370,6 +383,18 @@ mod tests {
             let message = Weights::open(dir.path(), "w").err().expect("truncated").to_string();
             assert!(message.contains("w.safetensors"), "{message}");
         }
+    }
+
+    #[test]
+    fn pickles_are_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        for file in ["pytorch_model.bin", "lora.pt"] {
+            fs::write(dir.path().join(file), b"PK").unwrap();
+            let message = Weights::open_file(&dir.path().join(file)).err().unwrap().to_string();
+            assert!(message.contains(file) && message.contains("safetensors"), "{message}");
+        }
+        let message = Weights::open(dir.path(), "model").err().unwrap().to_string();
+        assert!(message.contains("pytorch_model.bin is a pickle"), "{message}");
     }
 
     #[test]
