@@ -9,6 +9,7 @@ use flow::known;
 use flow::noise::Noise;
 use flow::pipeline::{Component, Pipeline};
 use flow::staged::Staged;
+use flow::tokens::MAX_TEXT_TOKENS;
 
 use crate::interrupt;
 use crate::progress::Progress;
@@ -70,6 +71,11 @@ pub fn run(options: &Options<'_>) -> Result<()> {
                 let path = staged.path().join(file);
                 fs::create_dir_all(path.parent().expect("a file of the folder"))?;
                 fs::write(path, text)?;
+            }
+            let clip = pipeline.text_encoder.max_position_embeddings;
+            for (folder, length) in [("tokenizer", clip), ("tokenizer_2", MAX_TEXT_TOKENS)] {
+                let path = staged.path().join(folder).join("tokenizer_config.json");
+                save::edit_config(&path, &[("model_max_length", length.into())])?;
             }
         }
         None => save::carry_over(&pipeline.dir, staged.path(), &Component::ALL)?,
@@ -150,4 +156,48 @@ pub(crate) fn value(noise: Noise, stream: u64, name: &str, shape: &[usize]) -> V
         1.0 / (fan_in as f32).sqrt()
     };
     noise.normal(stream, n).into_iter().map(|x| x * std).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use flow::tokens::Tokenizers;
+
+    use super::*;
+
+    fn written(like: &str, zero: bool, max_shard_bytes: usize) -> tempfile::TempDir {
+        let home = tempfile::tempdir().unwrap();
+        let out = home.path().join("model");
+        run(&Options { like, out: &out, seed: 3, zero, max_shard_bytes }).unwrap();
+        let pipeline = Pipeline::open(&out).unwrap();
+        for component in Component::ALL {
+            pipeline.weights(component).unwrap();
+        }
+        home
+    }
+
+    #[test]
+    fn a_folder_is_filled_with_random_shards() {
+        let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let like = here.join("../tests/fixtures/tiny-flux/pipeline");
+        let home = written(&like.to_string_lossy(), false, 100_000);
+        let transformer = home.path().join("model/transformer");
+        let index = "diffusion_pytorch_model.safetensors.index.json";
+        assert!(transformer.join(index).is_file(), "more than one shard");
+        let pipeline = Pipeline::open(&home.path().join("model")).unwrap();
+        let weights = pipeline.weights(Component::Transformer).unwrap();
+        let values = weights.f32("x_embedder.weight").unwrap();
+        assert!(values.iter().any(|x| *x != 0.0));
+    }
+
+    #[test]
+    fn a_published_model_has_its_layout_and_text_lengths() {
+        let home = written("flux.1-schnell", true, 10_000_000_000);
+        let folder = home.path().join("model");
+        assert!(
+            folder.join("transformer/diffusion_pytorch_model-00003-of-00003.safetensors").exists()
+        );
+        let tokenizers = Tokenizers::open(&folder, None).unwrap();
+        let ids = tokenizers.encode("a cat").unwrap();
+        assert_eq!((ids.clip.len(), ids.t5.len()), (77, 512));
+    }
 }

@@ -273,7 +273,8 @@ fn write(model: &Model, config: &PretrainConfig, averaged: Option<&[Tensor]>) ->
     ];
     save::pipeline(model, &config.output, &saved, |folder| {
         let vae = &model.pipeline.vae;
-        let values = [("scaling_factor", vae.scaling_factor), ("shift_factor", vae.shift())];
+        let values =
+            [("scaling_factor", vae.scaling_factor.into()), ("shift_factor", vae.shift().into())];
         save::edit_config(&folder.join("vae/config.json"), &values)
     })?;
     println!("{}", config.output.display());

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use flow::checkpoint::{MAX_SHARD_BYTES, write_atomically, write_sharded};
 use flow::pipeline::Component;
 use flow::staged::Staged;
+use serde_json::Value;
 use tch::Tensor;
 
 use crate::model::Model;
@@ -98,11 +99,11 @@ fn copy(from: &Path, to: &Path, without_weights: bool) -> Result<()> {
     Ok(())
 }
 
-/// Changes numbers of a JSON config in place.
-pub(crate) fn edit_config(path: &Path, values: &[(&str, f64)]) -> Result<()> {
-    let mut config: serde_json::Value = flow::pipeline::read_json(path)?;
+/// Changes values of a JSON config in place.
+pub(crate) fn edit_config(path: &Path, values: &[(&str, Value)]) -> Result<()> {
+    let mut config: Value = flow::pipeline::read_json(path)?;
     for (key, value) in values {
-        config[*key] = serde_json::json!(value);
+        config[*key] = value.clone();
     }
     let text = serde_json::to_string_pretty(&config)? + "\n";
     Ok(write_atomically(path, text.as_bytes())?)
