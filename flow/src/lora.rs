@@ -14,9 +14,12 @@ type Result<T> = std::result::Result<T, CheckpointError>;
 pub const FILE: &str = "pytorch_lora_weights.safetensors";
 /// Name of the adapted component in the file.
 const COMPONENT: &str = "transformer.";
+/// What follows a layer's path in the name of its A.
+pub const A: &str = "lora_A.weight";
+/// What follows a layer's path in the name of its B.
+pub const B: &str = "lora_B.weight";
 /// Endings of A and B: of PEFT, and of diffusers before it.
-const ENDINGS: [[&str; 2]; 2] =
-    [[".lora_A.weight", ".lora_B.weight"], [".lora.down.weight", ".lora.up.weight"]];
+const ENDINGS: [[&str; 2]; 2] = [[A, B], ["lora.down.weight", "lora.up.weight"]];
 
 /// The two factors of one layer.
 #[derive(Clone, Debug, PartialEq)]
@@ -66,7 +69,7 @@ impl Lora {
                            (transformer.….lora_A.weight)";
                 return Err(malformed(format!("tensor {name} is {why}")));
             };
-            let names = endings.map(|ending| format!("{COMPONENT}{layer}{ending}"));
+            let names = endings.map(|ending| format!("{COMPONENT}{layer}.{ending}"));
             let shape = |name: &str| match weights.get(name).map(|view| view.shape) {
                 Some(&[rows, columns]) => Ok([rows, columns]),
                 Some(shape) => Err(malformed(format!("{name} has shape {shape:?}, not a matrix"))),
@@ -147,7 +150,7 @@ impl Factors {
 fn split(name: &str) -> Option<(&str, [&'static str; 2])> {
     let name = name.strip_prefix(COMPONENT)?;
     ENDINGS.into_iter().find_map(|pair| {
-        let layer = pair.iter().find_map(|ending| name.strip_suffix(ending))?;
+        let layer = pair.iter().find_map(|ending| name.strip_suffix(ending)?.strip_suffix('.'))?;
         Some((layer, pair))
     })
 }
@@ -238,7 +241,7 @@ mod tests {
     const LAYER: &str = "transformer_blocks.0.attn.to_q";
 
     fn pair(dir: &Path, endings: [&str; 2], more: Vec<Entry<'_>>, metadata: &[(&str, String)]) {
-        let name = |ending: &str| format!("transformer.{LAYER}{ending}");
+        let name = |ending: &str| format!("transformer.{LAYER}.{ending}");
         let mut entries = vec![
             Entry::f32(name(endings[0]), &[2, 3], &[1.0, 0.0, 2.0, 0.0, 1.0, 0.0]),
             Entry::f32(name(endings[1]), &[2, 2], &[1.0, 0.0, 0.5, 2.0]),

@@ -9,6 +9,8 @@ use flow::models::transformer::GUIDANCE;
 use flow::solver::{DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS};
 use flow::tokens::MAX_TEXT_TOKENS;
 
+use crate::lora::RANK;
+
 /// Aligns flow-matching text-to-image models with human preference (Neighbor GRPO).
 #[derive(Parser)]
 #[command(name = "ng-train", version, subcommand_required = true, arg_required_else_help = true)]
@@ -95,7 +97,7 @@ pub enum Command {
         #[arg(long, value_name = "N", default_value_t = MAX_TEXT_TOKENS)]
         text_tokens: usize,
         /// Rank of adapters
-        #[arg(long, value_name = "N", default_value_t = 64)]
+        #[arg(long, value_name = "N", default_value_t = RANK)]
         lora_rank: usize,
         /// Share of an H800's dense bf16 peak (989 TFLOP/s) that is reached
         #[arg(long, value_name = "SHARE", default_value_t = 0.4)]

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
-use flow::lora::Lora;
+use flow::lora::{A, B, Lora};
 use flow::noise::Noise;
 use flow::ops::ParamPath;
 use flow::ops::shapes::Manifest;
@@ -30,8 +30,8 @@ const TARGETS: [&str; 12] = [
     "ff_context.net.2",
 ];
 
-const A: &str = "lora_A.weight";
-const B: &str = "lora_B.weight";
+/// Rank r unless told otherwise.
+pub(crate) const RANK: usize = 64;
 
 /// Settings of adapters that train.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -52,7 +52,7 @@ pub struct LoraConfig {
 }
 
 fn rank() -> usize {
-    64
+    RANK
 }
 fn alpha() -> f64 {
     128.0
