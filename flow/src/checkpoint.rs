@@ -17,7 +17,7 @@ use crate::ops::shapes::Manifest;
 
 mod write;
 
-pub use write::{Entry, MAX_SHARD_BYTES, write_atomically, write_sharded, write_tensors};
+pub use write::{Entry, MAX_SHARD_BYTES, Values, write_atomically, write_sharded, write_tensors};
 
 /// What can be wrong with weights.
 #[derive(Debug, thiserror::Error)]
@@ -108,9 +108,9 @@ struct Shard {
 
 impl Shard {
     fn open(path: &Path) -> Result<Self> {
-        if path.extension().is_some_and(|extension| PICKLES.iter().any(|known| extension == *known))
-        {
-            let why = "unsupported: a pickle could run code; save it as safetensors";
+        if is_pickle(path) {
+            let why = "a pickle, which could run code, is not read here: `ng-train convert` makes \
+                       safetensors of it without running it";
             return Err(CheckpointError::malformed(path, why));
         }
         let file = File::open(path).map_err(CheckpointError::io(path))?;
@@ -163,7 +163,11 @@ impl Weights {
                 format!("no {stem}.safetensors and no {stem}.safetensors.index.json in it");
             let pickles = ["diffusion_pytorch_model.bin", "pytorch_model.bin"];
             if let Some(pickle) = pickles.iter().find(|file| dir.join(file).exists()) {
-                let _ = write!(why, "; {pickle} is a pickle and not read: save it as safetensors");
+                let _ = write!(
+                    why,
+                    "; {pickle} is a pickle: `ng-train convert {pickle} {stem}.safetensors` reads it \
+                     without running it"
+                );
             }
             return Err(CheckpointError::malformed(dir, why));
         }
@@ -215,6 +219,12 @@ impl Weights {
             })
             .collect();
         self
+    }
+
+    /// The same weights under another name in messages.
+    #[must_use]
+    pub fn called(self, path: &Path) -> Self {
+        Self { path: path.to_owned(), ..self }
     }
 
     /// The folder or file they came from.
@@ -295,6 +305,11 @@ impl Weights {
         }
         Err(CheckpointError::Misfit { path: self.path.clone(), list: list.join("; ") })
     }
+}
+
+/// Whether `path` is named like a file that PyTorch pickled.
+pub fn is_pickle(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| PICKLES.iter().any(|known| extension == *known))
 }
 
 /// Reads a small text file whole.
@@ -391,7 +406,7 @@ mod tests {
         for file in ["pytorch_model.bin", "lora.pt"] {
             fs::write(dir.path().join(file), b"PK").unwrap();
             let message = Weights::open_file(&dir.path().join(file)).err().unwrap().to_string();
-            assert!(message.contains(file) && message.contains("safetensors"), "{message}");
+            assert!(message.contains(file) && message.contains("ng-train convert"), "{message}");
         }
         let message = Weights::open(dir.path(), "model").err().unwrap().to_string();
         assert!(message.contains("pytorch_model.bin is a pickle"), "{message}");

@@ -88,6 +88,13 @@ pub enum Command {
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
     },
+    /// Make safetensors of a .pt, .pth, .bin or .ckpt file, without running what is in it
+    Convert {
+        /// A file that PyTorch pickled
+        from: PathBuf,
+        /// Safetensors file to write
+        to: PathBuf,
+    },
     /// Say what a run will cost: parameters, network passes, memory a rank, seconds
     Plan {
         /// flux.1-dev, flux.1-schnell, or a pipeline folder

@@ -28,6 +28,7 @@ mod neighbor;
 mod optimizer;
 mod order;
 mod parameters;
+pub mod pickle;
 pub mod picture;
 pub mod plan;
 pub mod plot;
@@ -81,6 +82,11 @@ pub fn run(cli: &Cli) -> Result<()> {
         }
         Command::Embed { model, prompts, out } => {
             embeddings::run(&embeddings::Options { model, prompts, out, device })
+        }
+        Command::Convert { from, to } => {
+            pickle::convert(from, to)?;
+            println!("{}", to.display());
+            Ok(())
         }
         Command::Plan { model, text_tokens, lora_rank, utilisation, source } => {
             let config = config::read(&of(source), &config::ALIGN_PRESETS, &source.settings)?;

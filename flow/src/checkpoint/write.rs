@@ -34,7 +34,7 @@ pub enum Values<'a> {
     /// They are there.
     Held(Cow<'a, [u8]>),
     /// They are made while the file is written, so that a model larger than memory can be.
-    Made(Box<dyn Fn() -> Vec<u8> + 'a>),
+    Made(Box<dyn Fn() -> io::Result<Vec<u8>> + 'a>),
     /// All are 0.
     Zero,
 }
@@ -70,7 +70,7 @@ impl<'a> Entry<'a> {
         make: impl Fn() -> Vec<f32> + 'a,
     ) -> Self {
         let bytes = move || {
-            make().into_iter().flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect()
+            Ok(make().into_iter().flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect())
         };
         let values = Values::Made(Box::new(bytes));
         Self { name: name.into(), shape: shape.to_vec(), dtype: Dtype::BF16, values }
@@ -128,7 +128,7 @@ fn write_parts(file: &mut File, header: &[u8], entries: &[&Entry<'_>]) -> io::Re
     for entry in entries {
         match &entry.values {
             Values::Held(bytes) => writer.write_all(bytes)?,
-            Values::Made(make) => writer.write_all(&make())?,
+            Values::Made(make) => writer.write_all(&make()?)?,
             Values::Zero => {
                 writer.seek(SeekFrom::Current(entry.n_bytes() as i64))?;
             }
