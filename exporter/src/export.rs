@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
+use flow::checkpoint::Weights;
 use flow::lora::Lora;
 use flow::pipeline::{Component, Pipeline};
 use flow::staged::Staged;
@@ -89,7 +90,7 @@ pub fn export(request: &Request, bar: &ProgressBar, stop: &AtomicBool) -> Result
             summary.difference = Some(difference);
             check_stop(stop)?;
         }
-        check_differences(&summaries, reference.path())?;
+        check_differences(&summaries, reference)?;
     }
     check_target(&request.target, request.replace)?;
     staged.publish(request.replace)?;
@@ -162,21 +163,21 @@ fn check_stop(stop: &AtomicBool) -> Result<()> {
     Ok(())
 }
 
-fn check_differences(summaries: &[Summary], reference: &Path) -> Result<()> {
+fn check_differences(summaries: &[Summary], reference: &Weights) -> Result<()> {
+    let limit = verify::limit(reference);
     let failed: Vec<_> = summaries
         .iter()
         .filter_map(|summary| Some((summary.part.folder(), summary.difference?)))
-        .filter(|(_, difference)| !difference.passes())
+        .filter(|(_, difference)| !difference.passes(limit))
         .map(|(folder, d)| format!("{folder} by {:.1e} ({:.1e} relative)", d.absolute, d.relative))
         .collect();
     if failed.is_empty() {
         return Ok(());
     }
     bail!(
-        "the graphs differ from {} by more than {:.0e}: {}; nothing was exported: if the weights \
+        "the graphs differ from {} by more than {limit:.0e}: {}; nothing was exported: if the weights \
          have changed since, make that file again with `ng-train reference`",
-        reference.display(),
-        verify::MAX_RELATIVE,
+        reference.path().display(),
         failed.join(", ")
     )
 }

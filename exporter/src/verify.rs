@@ -15,6 +15,13 @@ use crate::parts::Part;
 
 /// Largest relative difference that passes: f32 rounding over a deep network.
 pub const MAX_RELATIVE: f32 = 1e-5;
+/// The same where the reference was computed in bf16.
+const MAX_RELATIVE_BF16: f32 = 2e-2;
+
+/// Largest relative difference that passes against `reference`.
+pub fn limit(reference: &Weights) -> f32 {
+    if reference.metadata("precision") == Some("bf16") { MAX_RELATIVE_BF16 } else { MAX_RELATIVE }
+}
 
 /// How far a graph's outputs are from the reference: the worst of its outputs.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,9 +46,9 @@ impl Difference {
         Self { absolute, relative: if relative.is_nan() { f32::INFINITY } else { relative } }
     }
 
-    /// Whether it is within [`MAX_RELATIVE`].
-    pub fn passes(self) -> bool {
-        self.relative <= MAX_RELATIVE
+    /// Whether it is within `limit`.
+    pub fn passes(self, limit: f32) -> bool {
+        self.relative <= limit
     }
 
     fn worse(self, other: Self) -> Self {
@@ -130,16 +137,16 @@ mod tests {
     fn a_difference_is_the_worst_element_over_the_largest_value() {
         let difference = Difference::between(&[1.0, -4.5, 2.0], &[1.0, -4.0, 2.25]);
         assert_eq!(difference, Difference { absolute: 0.5, relative: 0.125 });
-        assert!(!difference.passes());
-        assert!(Difference::between(&[1.0, 2.0], &[1.0, 2.0]).passes());
+        assert!(!difference.passes(MAX_RELATIVE));
+        assert!(Difference::between(&[1.0, 2.0], &[1.0, 2.0]).passes(MAX_RELATIVE));
     }
 
     #[test]
     fn what_is_not_a_number_never_passes() {
         for (a, b) in [(f32::NAN, 1.0), (1.0, f32::NAN), (f32::INFINITY, f32::INFINITY)] {
-            assert!(!Difference::between(&[a, 1.0], &[b, 1.0]).passes(), "{a} {b}");
+            assert!(!Difference::between(&[a, 1.0], &[b, 1.0]).passes(MAX_RELATIVE), "{a} {b}");
         }
-        assert!(!Difference::between(&[1e-9], &[0.0]).passes());
+        assert!(!Difference::between(&[1e-9], &[0.0]).passes(MAX_RELATIVE));
     }
 
     #[test]

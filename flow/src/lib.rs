@@ -23,4 +23,5 @@ pub mod prompts;
 pub mod schedule;
 pub mod solver;
 pub mod staged;
+pub mod tiles;
 pub mod tokens;

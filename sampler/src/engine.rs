@@ -6,7 +6,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use flow::{latents::LatentSize, models::vae::VaeConfig, pipeline::Pipeline, tokens::Tokenizers};
+use flow::{
+    latents::LatentSize, models::vae::VaeConfig, pipeline::Pipeline, tiles, tokens::Tokenizers,
+};
 use onnx::{Model, Options, Tensor};
 
 use crate::{picture::Picture, sample::Denoiser};
@@ -153,8 +155,16 @@ impl Decoder {
         Ok(Self { model: open(pipeline, VAE_DECODER, options)?, config: pipeline.vae.clone() })
     }
 
-    /// The image of `latents` `[Z, h, w]` as the flow has them: scaled and shifted.
+    /// The image of `latents` `[Z, h, w]` as the flow has them: scaled and shifted. A large one is
+    /// decoded in tiles.
     pub fn decode(&mut self, latents: &[f32], size: &LatentSize) -> Result<Picture> {
+        let factor = self.config.factor();
+        let pixels = tiles::decode(latents, size, factor, |part, size| self.pixels(part, size))?;
+        Picture::from_sample(&pixels, size.width * factor, size.height * factor)
+    }
+
+    /// Pixels `[3, f·h, f·w]` of a part.
+    fn pixels(&mut self, latents: &[f32], size: &LatentSize) -> Result<Vec<f32>> {
         let unscale = |z: &f32| self.config.unscaled(f64::from(*z)) as f32;
         let unscaled = latents.iter().map(unscale).collect();
         let latent_sample = Tensor::f32([1, size.channels, size.height, size.width], unscaled)?;
@@ -167,7 +177,7 @@ impl Decoder {
             self.model.path().display(),
             sample.shape
         );
-        Picture::from_sample(sample.as_f32()?, width, height)
+        sample.into_f32()
     }
 }
 

@@ -58,6 +58,18 @@ class Report:
             value = f"shape {np.shape(ours)}, expected {np.shape(theirs)}"
         self._add(name, value, f"{limit:.0e}", relative <= limit)
 
+    def narrow(self, name, ours, theirs, exact, limit):
+        """For a type so narrow that both stray from `exact`: passes if the root mean square of our
+        difference from theirs is at most `limit` times that of the values, or if we stray less."""
+        if difference(ours, theirs)[0] == np.inf:
+            self._add(name, "not comparable", f"{limit:.0e}", False)
+            return
+        ours, theirs, exact = (np.asarray(x, np.float64) for x in (ours, theirs, exact))
+        rms = lambda x: np.sqrt((x**2).mean() / (exact**2).mean())
+        apart, our_error, their_error = rms(ours - theirs), rms(ours - exact), rms(theirs - exact)
+        value = f"rms {apart:.2e}  from f32 {our_error:.2e}, theirs {their_error:.2e}"
+        self._add(name, value, f"{limit:.0e}", apart <= limit or our_error <= their_error)
+
     def absolute(self, name, ours, theirs, limit):
         """Passes if max |a − b| ≤ limit."""
         absolute, _ = difference(ours, theirs)

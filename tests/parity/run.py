@@ -19,6 +19,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 # Sizes that are no square where the model allows it: a swapped axis must show.
 SIZES = {"signs": (32, 32)}
+# Two tiles in each direction, none of them square.
+TILED = (1040, 1056)
 # A short run of two rewards with different scales, weights and directions.
 ALIGN = {
     "iterations": 1,
@@ -29,6 +31,8 @@ ALIGN = {
       {name = "jpeg", kind = "jpeg", prefer = "small", weight = 0.5},
     ]""",
     "judges": "[]",
+    # Several files a component.
+    "shard_gb": 0.0002,
 }
 
 
@@ -65,9 +69,14 @@ class Comparisons:
         size = SIZES.get(name, (96, 64))
         if self.program("ng-train", "reference", model):
             self.script("reference.py", model)
+        narrow = shutil.copytree(source, out / "model-bf16")
+        if self.program("ng-train", "reference", narrow, "--precision", "bf16"):
+            self.script("reference.py", narrow, "--bf16")
         if self.program("ng-export", model, "--out", out / "export", "--verify"):
             self.script("export.py", model, out / "export")
             self.images(model, out / "export", out / "images", size)
+            self.images(model, out / "export", out / "images-bf16", size, "--bf16")
+            self.images(model, out / "export", out / "images-tiled", TILED, "--tiled", "--steps", 1)
             optimum = Path(sys.prefix).parent / "optimum"
             self.script("ort_pipeline.py", out / "export", out / "images", extra_path=optimum)
         self.alignment(model, out / "run", size)

@@ -4,15 +4,16 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
+use flow::checkpoint::MAX_SHARD_BYTES;
 use flow::latents::LatentSize;
 use flow::models::transformer::GUIDANCE;
 use flow::prompts::{self, Prompt};
 use flow::schedule::{Schedule, Shift};
 use flow::solver::{self, DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS, Solver, Step};
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind};
 
 use crate::advantage::AdvantageConfig;
+use crate::device::Compute;
 use crate::embeddings::Embeddings;
 use crate::engine::segments;
 use crate::experience::{self, Experience};
@@ -94,6 +95,9 @@ pub struct AlignConfig {
     /// A checkpoint, a sheet and a curve every so many iterations.
     #[serde(default = "save_every")]
     pub save_every: usize,
+    /// Most GB (10⁹ bytes) of weights in one file.
+    #[serde(default = "shard_gb")]
+    pub shard_gb: f64,
     /// Whether backward recomputes each block, so that memory does not grow with depth.
     #[serde(default)]
     pub recompute: bool,
@@ -138,6 +142,9 @@ fn timestep_fraction() -> f64 {
 fn save_every() -> usize {
     50
 }
+fn shard_gb() -> f64 {
+    MAX_SHARD_BYTES as f64 / 1e9
+}
 fn default_solver() -> String {
     DEFAULT_SOLVER.name().to_owned()
 }
@@ -174,22 +181,25 @@ impl AlignConfig {
         self.train_steps.unwrap_or((possible as f64 * self.timestep_fraction) as usize)
     }
 
+    pub(crate) fn max_shard_bytes(&self) -> usize {
+        (self.shard_gb * 1e9) as usize
+    }
+
     /// The model, ready to train.
-    fn load(&self, device: Device) -> Result<Model> {
-        let kind = if device.is_cuda() { Kind::BFloat16 } else { Kind::Float };
+    fn load(&self, compute: Compute) -> Result<Model> {
         let storage = match (&self.lora, self.stream) {
             (None, _) => Storage::Trainable,
             (Some(_), false) => Storage::Frozen,
             (Some(_), true) => Storage::Streamed,
         };
         let stream_text = self.stream || self.embeddings.is_some();
-        let loading = Loading { device, kind, storage, stream_text };
+        let loading = Loading { compute, storage, stream_text };
         let mut model = Model::load(&self.model, loading)?;
         model.embeddings = self.embeddings.as_deref().map(Embeddings::open).transpose()?;
         if let Some(lora) = &self.lora {
             let (segments, noise) =
                 (segments(&model.pipeline.transformer), family(self.seed, Use::Weights));
-            model.engine.adapt(Adapters::new(lora, &segments, noise, device, kind)?);
+            model.engine.adapt(Adapters::new(lora, &segments, noise, compute)?);
         }
         model.engine.train();
         model.engine.recompute = self.recompute || self.stream;
@@ -226,6 +236,7 @@ impl AlignConfig {
         ensure!(self.neighbor.tau > 0.0, "neighbor.tau = {}: above 0", self.neighbor.tau);
         let clip = self.neighbor.clip;
         ensure!(clip > 0.0 && clip < 1.0, "neighbor.clip = {clip}: in (0, 1)");
+        ensure!(self.shard_gb > 0.0, "shard_gb = {}: above 0", self.shard_gb);
         ensure!(self.save_every > 0, "save_every must be at least 1");
         ensure!(!self.rewards.is_empty(), "no [[rewards]]: at least one is needed");
         Ok(())
@@ -240,8 +251,8 @@ pub struct Options {
     pub record_update: Option<PathBuf>,
     /// Worker threads of rewards.
     pub threads: usize,
-    /// Where tensors live.
-    pub device: Device,
+    /// Where tensors live, and what networks compute in.
+    pub compute: Compute,
 }
 
 /// Name of the finished model's folder in the output folder.
@@ -269,7 +280,7 @@ pub fn run(config: &AlignConfig, options: &Options) -> Result<()> {
     let train_prompts = prompts::read(&config.prompts)?;
     let rewards = Rewards::open(&config.rewards, options.threads)?;
     rewards.check(&train_prompts)?;
-    let model = config.load(options.device)?;
+    let model = config.load(options.compute)?;
     let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
     let mut start = 0;
     if let Some(position) = &found {
@@ -384,9 +395,13 @@ impl Run<'_> {
         if let Some(averaged) = self.optimizer.averaged() {
             self.model.engine.trained().assign(averaged);
         }
-        crate::save::trained(&self.model, None, &folder, |folder| {
-            crate::reference::write(&self.model, folder)
-        })?;
+        crate::save::trained(
+            &self.model,
+            None,
+            &folder,
+            self.config.max_shard_bytes(),
+            |folder| crate::reference::write(&self.model, folder),
+        )?;
         println!("{}", folder.display());
         Ok(())
     }

@@ -9,6 +9,7 @@ use flow::models::transformer::GUIDANCE;
 use flow::solver::{DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS};
 use flow::tokens::MAX_TEXT_TOKENS;
 
+use crate::device::PRECISIONS;
 use crate::lora::RANK;
 
 /// Aligns flow-matching text-to-image models with human preference (Neighbor GRPO).
@@ -20,6 +21,10 @@ pub struct Cli {
     /// Where tensors live: auto, cpu, cuda or cuda:N
     #[arg(long, global = true, default_value = "auto")]
     pub device: String,
+    /// What networks compute in; auto is bf16 on a GPU, f32 on the CPU
+    #[arg(long, global = true, default_value = "auto",
+          value_parser = PossibleValuesParser::new(PRECISIONS))]
+    pub precision: String,
     /// CPU threads [default: all cores]
     #[arg(long, global = true, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     pub threads: Option<usize>,
@@ -79,11 +84,14 @@ pub enum Command {
     /// embeddings.
     Embed {
         /// Pipeline folder
-        #[arg(long, value_name = "DIR")]
-        model: PathBuf,
+        #[arg(long, value_name = "DIR", required_unless_present = "import")]
+        model: Option<PathBuf>,
         /// Prompt file: .txt, .json or .jsonl
-        #[arg(long, value_name = "FILE")]
-        prompts: PathBuf,
+        #[arg(long, value_name = "FILE", required_unless_present = "import")]
+        prompts: Option<PathBuf>,
+        /// Take over embeddings that DanceGRPO made: its videos2caption.json
+        #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "prompts"])]
+        import: Option<PathBuf>,
         /// Folder of the cache
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
@@ -112,6 +120,38 @@ pub enum Command {
         /// The run: --set rollout.size=[1024,1024] and the like change it
         #[command(flatten)]
         source: SourceArgs,
+    },
+    /// Measure a velocity and a training pass on this device, with random weights made there
+    ///
+    /// The training pass is forward and backward of adapters, each block computed again from its input.
+    /// GB are those above the weights.
+    Bench {
+        /// flux.1-dev, flux.1-schnell, or a pipeline folder; weights are not read
+        #[arg(long, value_name = "NAME|DIR")]
+        model: String,
+        /// Pixels; repeatable [default: the model's own size]
+        #[arg(long = "size", value_name = "WIDTHxHEIGHT", value_parser = size)]
+        sizes: Vec<[usize; 2]>,
+        /// Images at a time
+        #[arg(long, value_name = "N", default_value_t = 1,
+              value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
+        batch: usize,
+        /// T5 tokens a prompt
+        #[arg(long, value_name = "N", default_value_t = MAX_TEXT_TOKENS)]
+        text_tokens: usize,
+        /// Rank of adapters
+        #[arg(long, value_name = "N", default_value_t = RANK)]
+        lora_rank: usize,
+        /// Keep all activations for backward in place of computing blocks again
+        #[arg(long)]
+        plain: bool,
+        /// Passes of each kind; the median is told
+        #[arg(long, value_name = "N", default_value_t = 3,
+              value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]
+        repeats: usize,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Write a checkpoint of random bf16 weights, for benchmarks and tests
     Init {
@@ -206,4 +246,13 @@ pub struct SampleArgs {
     /// PNG file; several images get a number before the extension
     #[arg(short, long, value_name = "FILE", default_value = "out.png")]
     pub out: PathBuf,
+}
+
+/// Width and height from `720x1280`.
+fn size(text: &str) -> Result<[usize; 2], String> {
+    let sides = text.split_once('x').map(|(width, height)| [width.parse(), height.parse()]);
+    match sides {
+        Some([Ok(width), Ok(height)]) => Ok([width, height]),
+        _ => Err("width and height in pixels, as in 1024x768".to_owned()),
+    }
 }

@@ -1,18 +1,60 @@
-//! Choosing where tensors live.
+//! Choosing where tensors live and what networks compute in.
 
 use anyhow::{Result, bail};
-use tch::{Cuda, Device};
+use tch::{Cuda, Device, Kind};
 
 use crate::usage::Usage;
 
 /// Libraries of a CUDA build of libtorch, opened when a GPU is asked for; one binary serves both.
 const CUDA_LIBRARIES: [&str; 2] = ["libc10_cuda.so", "libtorch_cuda.so"];
 
+/// Where tensors live, and what networks compute in.
+#[derive(Clone, Copy, Debug)]
+pub struct Compute {
+    /// Where tensors live.
+    pub device: Device,
+    /// Type of activations.
+    pub kind: Kind,
+}
+
+impl Compute {
+    /// f32 on the CPU.
+    pub const CPU: Self = Self { device: Device::Cpu, kind: Kind::Float };
+}
+
+/// Names of [`Compute::kind`]; `auto` is bf16 on a GPU and f32 on the CPU.
+pub const PRECISIONS: [&str; 3] = ["auto", "f32", "bf16"];
+
+/// The one of [`PRECISIONS`] that stands for `kind`.
+pub(crate) fn precision_name(kind: Kind) -> &'static str {
+    if kind == Kind::BFloat16 { "bf16" } else { "f32" }
+}
+
+/// The device called `device` computing in one of [`PRECISIONS`].
+///
+/// # Errors
+/// When a name is unknown, or a GPU is asked for and none can be used.
+pub fn compute(device: &str, precision: &str) -> Result<Compute> {
+    let device = open(device)?;
+    let kind = match precision {
+        "bf16" => Kind::BFloat16,
+        "auto" if device.is_cuda() => Kind::BFloat16,
+        "f32" | "auto" => Kind::Float,
+        other => {
+            bail!(Usage(format!(
+                "unknown precision {other:?}: {} are possible",
+                PRECISIONS.join(", ")
+            )))
+        }
+    };
+    Ok(Compute { device, kind })
+}
+
 /// The device called `name`: `auto`, `cpu`, `cuda` or `cuda:N`.
 ///
 /// # Errors
 /// When the name is unknown, or a GPU is asked for and none can be used.
-pub fn open(name: &str) -> Result<Device> {
+fn open(name: &str) -> Result<Device> {
     let ordinal = match name {
         "cpu" => return Ok(Device::Cpu),
         "auto" | "cuda" => Some(0),
@@ -45,4 +87,45 @@ fn open_library(name: &str) -> bool {
     // SAFETY: libtorch's CUDA libraries are made to be opened into a process that runs libtorch_cpu.
     let library = unsafe { Library::open(Some(name), RTLD_LAZY | RTLD_GLOBAL) };
     library.map(std::mem::forget).is_ok()
+}
+
+/// Lets everything that was asked of `device` finish.
+pub(crate) fn synchronise(device: Device) {
+    if let Device::Cuda(index) = device {
+        Cuda::synchronize(index as i64);
+    }
+}
+
+/// Most bytes in use since [`forget_peak`]: of the GPU's memory as a whole, else of this process.
+pub(crate) fn peak_bytes(device: Device) -> Option<f64> {
+    if device.is_cuda() {
+        // libtorch keeps what it once took.
+        let [free, total] = cuda_memory()?;
+        return Some((total - free) as f64);
+    }
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kilobytes: f64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(1024.0 * kilobytes)
+}
+
+/// Takes what is in use now for the peak, where the system lets a process do so.
+pub(crate) fn forget_peak() {
+    // Where it may not, peaks are those of the whole run.
+    drop(std::fs::write("/proc/self/clear_refs", "5"));
+}
+
+/// Free and total bytes of the current GPU.
+fn cuda_memory() -> Option<[usize; 2]> {
+    use libloading::os::unix::Library;
+    type MemGetInfo = unsafe extern "C" fn(*mut usize, *mut usize) -> i32;
+    let (mut free, mut total) = (0, 0);
+    #[expect(unsafe_code, reason = "libtorch's bindings do not tell")]
+    // SAFETY: the symbol is the CUDA runtime's, opened above with this signature; both places outlive
+    // the call.
+    let code = unsafe {
+        let call = Library::this().get::<MemGetInfo>(b"cudaMemGetInfo\0").ok()?;
+        call(&raw mut free, &raw mut total)
+    };
+    (code == 0).then_some([free, total])
 }

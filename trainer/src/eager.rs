@@ -48,8 +48,8 @@ impl Ops for Eager<'_> {
     }
 
     fn floats(&self, values: &[f32], shape: &[usize]) -> T {
-        let values = Tensor::from_slice(values).reshape(dims(shape));
-        Rc::new(values.to_device(self.device).to_kind(self.kind))
+        // In f32 whatever networks compute in: angles of thousands of radians come from them.
+        Rc::new(Tensor::from_slice(values).reshape(dims(shape)).to_device(self.device))
     }
 
     fn integers(&self, values: &[i64], shape: &[usize]) -> T {
@@ -58,8 +58,9 @@ impl Ops for Eager<'_> {
 
     fn linear(&self, path: &ParamPath, x: &T, _n_in: usize, _n_out: usize, bias: bool) -> T {
         let bias = bias.then(|| self.named(&path.at("bias")));
+        let x = x.to_kind(self.kind);
         let y = x.linear(&self.named(&path.at("weight")), bias.as_deref());
-        let low_rank = self.adapters.and_then(|adapters| adapters.apply(path, x));
+        let low_rank = self.adapters.and_then(|adapters| adapters.apply(path, &x));
         Rc::new(match low_rank {
             Some(low_rank) => y + low_rank,
             None => y,

@@ -253,6 +253,7 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
+    use crate::device::Compute;
     use crate::parameters::Storage;
 
     fn config(depth: usize) -> TransformerConfig {
@@ -277,18 +278,13 @@ mod tests {
     fn engine(depth: usize) -> Engine {
         let config = config(depth);
         let mut stream = 100;
-        let mut parameters = Parameters::build(
-            &segments(&config),
-            Device::Cpu,
-            Kind::Float,
-            Storage::Trainable,
-            |_, shape| {
+        let mut parameters =
+            Parameters::build(&segments(&config), Compute::CPU, Storage::Trainable, |_, shape| {
                 stream += 1;
                 let n = shape.iter().product();
                 Ok(Tensor::from_slice(&Noise::new(5).normal(stream, n)) * 0.2)
-            },
-        )
-        .unwrap();
+            })
+            .unwrap();
         parameters.train();
         Engine::new(config, parameters)
     }

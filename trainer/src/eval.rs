@@ -7,9 +7,9 @@ use anyhow::{Context, Result, ensure};
 use flow::checkpoint::write_atomically;
 use image::RgbImage;
 use serde::Serialize;
-use tch::Device;
 
 use crate::align::AlignConfig;
+use crate::device::Compute;
 use crate::model::{Loading, Model};
 use crate::picture;
 use crate::report::sample;
@@ -30,7 +30,7 @@ pub struct Options<'a> {
     /// Worker threads of rewards.
     pub threads: usize,
     /// Where tensors live.
-    pub device: Device,
+    pub compute: Compute,
 }
 
 /// One model's scores.
@@ -80,7 +80,7 @@ fn score(
     prompts: &[Prompt],
     rewards: &Rewards,
 ) -> Result<(Column, Vec<RgbImage>)> {
-    let model = Model::load(path, Loading::to_sample(options.device, false))?;
+    let model = Model::load(path, Loading::to_sample(options.compute, false))?;
     let size = model.latent_size(config.rollout.size)?;
     let plan = config.rollout.plan(&model.pipeline.scheduler, &size)?;
     let texts: Vec<&str> = prompts.iter().map(|prompt| prompt.text.as_str()).collect();

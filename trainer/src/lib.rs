@@ -10,6 +10,7 @@ use crate::config::Source;
 mod advantage;
 pub mod align;
 pub mod args;
+pub mod bench;
 pub mod captioned;
 pub mod config;
 pub mod device;
@@ -56,33 +57,41 @@ pub fn run(cli: &Cli) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let threads = cli.threads.unwrap_or(cores);
     tch::set_num_threads(threads as i32);
-    let device = device::open(&cli.device)?;
+    let compute = device::compute(&cli.device, &cli.precision)?;
     interrupt::listen()?;
     match &cli.command {
         Command::Align { source, resume, record_update } => {
             let config = config::read(&of(source), &config::ALIGN_PRESETS, &source.settings)?;
             let record_update = record_update.clone();
-            align::run(&config, &align::Options { resume: *resume, record_update, threads, device })
+            align::run(
+                &config,
+                &align::Options { resume: *resume, record_update, threads, compute },
+            )
         }
         Command::Pretrain { source } => {
             let config = config::read(&of(source), &config::PRETRAIN_PRESETS, &source.settings)?;
-            pretrain::run(&config, device)
+            pretrain::run(&config, compute.device)
         }
         Command::Eval { models, prompts, seed, out, source } => {
             let config = config::read(&of(source), &config::ALIGN_PRESETS, &source.settings)?;
-            let options = eval::Options { models, prompts, seed: *seed, out, threads, device };
+            let options = eval::Options { models, prompts, seed: *seed, out, threads, compute };
             eval::run(&config, &options)
         }
-        Command::Sample(args) => sample::run(&sample_options(args, device)),
+        Command::Sample(args) => sample::run(&sample_options(args, compute)),
         Command::Reference { model } => {
-            let loaded = model::Model::load(model, model::Loading::to_sample(device, false))?;
+            let loading = model::Loading::to_sample(compute, false);
+            let loaded = model::Model::load(model, loading)?;
             reference::write(&loaded, model)?;
             println!("{}", model.join(reference::FILE).display());
             Ok(())
         }
-        Command::Embed { model, prompts, out } => {
-            embeddings::run(&embeddings::Options { model, prompts, out, device })
-        }
+        Command::Embed { model, prompts, import, out } => match (import, model, prompts) {
+            (Some(list), ..) => embeddings::import(list, out),
+            (None, Some(model), Some(prompts)) => {
+                embeddings::run(&embeddings::Options { model, prompts, out, compute })
+            }
+            _ => unreachable!("the command line asks for one or the other"),
+        },
         Command::Convert { from, to } => {
             pickle::convert(from, to)?;
             println!("{}", to.display());
@@ -96,6 +105,19 @@ pub fn run(cli: &Cli) -> Result<()> {
                 text_tokens: *text_tokens,
                 lora_rank: *lora_rank,
                 utilisation: *utilisation,
+            })
+        }
+        Command::Bench { model, sizes, batch, text_tokens, lora_rank, plain, repeats, json } => {
+            bench::run(&bench::Options {
+                pipeline: &init::open(model)?,
+                sizes,
+                batch: *batch,
+                text_tokens: *text_tokens,
+                lora_rank: *lora_rank,
+                plain: *plain,
+                repeats: *repeats,
+                json: *json,
+                compute,
             })
         }
         Command::Init { like, out, seed, zero, shard_gb } => init::run(&init::Options {
@@ -119,7 +141,7 @@ fn of(args: &SourceArgs) -> Source<'_> {
     }
 }
 
-fn sample_options(args: &SampleArgs, device: tch::Device) -> sample::Options<'_> {
+fn sample_options(args: &SampleArgs, compute: device::Compute) -> sample::Options<'_> {
     sample::Options {
         model: &args.model,
         prompt: &args.prompt,
@@ -138,6 +160,6 @@ fn sample_options(args: &SampleArgs, device: tch::Device) -> sample::Options<'_>
         out: &args.out,
         loras: &args.loras,
         stream: args.stream,
-        device,
+        compute,
     }
 }

@@ -9,8 +9,9 @@ use flow::noise::Noise;
 use flow::ops::ParamPath;
 use flow::ops::shapes::Manifest;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
+use crate::device::Compute;
 use crate::parameters::{Parameters, Storage};
 
 /// The linear layers that carry an adapter unless told otherwise: those of Flow-GRPO, DanceGRPO and
@@ -100,8 +101,7 @@ impl Adapters {
         config: &LoraConfig,
         segments: &[Manifest],
         noise: Noise,
-        device: Device,
-        kind: Kind,
+        compute: Compute,
     ) -> Result<Self> {
         ensure!(config.rank > 0, "lora.rank = 0: at least 1");
         let manifests: Vec<Manifest> = segments.iter().map(|s| config.manifest(s)).collect();
@@ -134,7 +134,7 @@ impl Adapters {
             ensure!(values.len() == n, "lora.from: its rank is not lora.rank = {}", config.rank);
             Ok(Tensor::from_slice(&values))
         };
-        let parameters = Parameters::build(&manifests, device, kind, Storage::Trainable, value)?;
+        let parameters = Parameters::build(&manifests, compute, Storage::Trainable, value)?;
         Ok(Self { parameters, scale })
     }
 
@@ -145,8 +145,7 @@ impl Adapters {
     pub(crate) fn combined(
         files: &[(PathBuf, f64)],
         segments: &[Manifest],
-        device: Device,
-        kind: Kind,
+        compute: Compute,
     ) -> Result<Self> {
         let loras = files
             .iter()
@@ -183,7 +182,7 @@ impl Adapters {
             let parts: Vec<Tensor> = parts.collect();
             Ok(Tensor::cat(&parts, i64::from(!is_a)))
         };
-        let parameters = Parameters::build(&manifests, device, kind, Storage::Frozen, value)?;
+        let parameters = Parameters::build(&manifests, compute, Storage::Frozen, value)?;
         Ok(Self { parameters, scale: 1.0 })
     }
 
@@ -237,19 +236,18 @@ fn open(path: &Path, scale: f64, segments: &[Manifest]) -> Result<Lora> {
 #[cfg(test)]
 mod tests {
     use flow::latents::LatentSize;
-    use tch::no_grad;
+    use tch::{Kind, no_grad};
 
     use super::*;
     use crate::engine::segments;
     use crate::model::{Loading, Model};
 
     const SIZE: LatentSize = LatentSize { channels: 16, height: 4, width: 6 };
-    const CPU: Device = Device::Cpu;
 
     fn model(stream: bool) -> Model {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
         let pipeline = folder.join("../tests/fixtures/tiny-flux/pipeline");
-        Model::load(&pipeline, Loading::to_sample(CPU, stream)).unwrap()
+        Model::load(&pipeline, Loading::to_sample(Compute::CPU, stream)).unwrap()
     }
 
     fn with_new_adapters(stream: bool) -> Model {
@@ -257,7 +255,7 @@ mod tests {
         let segments = segments(&model.pipeline.transformer);
         let config = LoraConfig { rank: 3, alpha: 6.0, ..LoraConfig::default() };
         let noise = Noise::new(4);
-        model.engine.adapt(Adapters::new(&config, &segments, noise, CPU, Kind::Float).unwrap());
+        model.engine.adapt(Adapters::new(&config, &segments, noise, Compute::CPU).unwrap());
         model
     }
 
@@ -329,10 +327,10 @@ mod tests {
         let segments = segments(&trained.pipeline.transformer);
         let mut going_on = model(false);
         let noise = Noise::new(0);
-        going_on.engine.adapt(Adapters::new(&config, &segments, noise, CPU, Kind::Float).unwrap());
+        going_on.engine.adapt(Adapters::new(&config, &segments, noise, Compute::CPU).unwrap());
         assert!(distance(&velocity(&going_on), &expected) < 1e-5);
         let other = LoraConfig { rank: 5, ..config };
-        let refused = Adapters::new(&other, &segments, noise, CPU, Kind::Float).err().unwrap();
+        let refused = Adapters::new(&other, &segments, noise, Compute::CPU).err().unwrap();
         assert!(format!("{refused:#}").contains("lora.rank = 5"), "{refused:#}");
     }
 }

@@ -10,10 +10,12 @@ use flow::models::transformer::image_ids;
 use flow::noise::Noise;
 use flow::ops::shapes::{Manifest, Shapes};
 use flow::pipeline::{Component, Pipeline};
+use flow::tiles;
 use flow::tokens::Tokenizers;
 use image::RgbImage;
 use tch::{Device, Kind, Tensor, no_grad};
 
+use crate::device::Compute;
 use crate::embeddings::Embeddings;
 use crate::engine::{Condition, Engine, segments};
 use crate::init;
@@ -22,8 +24,9 @@ use crate::parameters::{Parameters, Storage};
 
 /// Prompts encoded at a time where memory is short.
 const STREAMED_TEXTS: i64 = 8;
-/// Images decoded or encoded at a time.
+/// Images and pixels decoded at a time.
 const DECODE_BATCH: usize = 16;
+const DECODE_PIXELS: usize = 1 << 20;
 
 /// All networks of a pipeline on one device.
 pub(crate) struct Model {
@@ -48,21 +51,20 @@ pub(crate) enum Missing {
 /// How a model is held.
 #[derive(Clone, Copy)]
 pub(crate) struct Loading {
-    /// Where tensors live.
-    pub(crate) device: Device,
-    /// What the transformer computes in.
-    pub(crate) kind: Kind,
-    /// How its weights are held.
+    /// Where tensors live, and what the transformer and the text encoders compute in; the autoencoder
+    /// computes in f32.
+    pub(crate) compute: Compute,
+    /// How the transformer's weights are held.
     pub(crate) storage: Storage,
     /// Whether the text encoders stay on disk.
     pub(crate) stream_text: bool,
 }
 
 impl Loading {
-    /// For looking, in f32: `stream` leaves the weights on disk.
-    pub(crate) fn to_sample(device: Device, stream: bool) -> Self {
+    /// For looking: `stream` leaves the weights on disk.
+    pub(crate) fn to_sample(compute: Compute, stream: bool) -> Self {
         let storage = if stream { Storage::Streamed } else { Storage::Frozen };
-        Self { device, kind: Kind::Float, storage, stream_text: stream }
+        Self { compute, storage, stream_text: stream }
     }
 }
 
@@ -78,8 +80,9 @@ impl Model {
     pub(crate) fn open(dir: &Path, loading: Loading, missing: Missing) -> Result<Self> {
         let pipeline = Pipeline::open(dir)?;
         let tokenizers = Tokenizers::open(dir, None)?;
-        let device = loading.device;
-        let load = |component: Component, kind: Kind, storage: Storage| {
+        let compute = loading.compute;
+        let of_vae = Compute { kind: Kind::Float, ..compute };
+        let load = |component: Component, compute: Compute, storage: Storage| {
             let manifests = match component {
                 Component::Transformer => segments(&pipeline.transformer),
                 Component::TextEncoder2 => t5_segments(&pipeline.text_encoder_2),
@@ -90,27 +93,27 @@ impl Model {
             match missing {
                 Missing::Draw(noise) if !file.exists() => {
                     let mut streams = init::stream_of(component)..;
-                    Parameters::build(&manifests, device, kind, storage, |name, shape| {
+                    Parameters::build(&manifests, compute, storage, |name, shape| {
                         let stream = streams.next().expect("endless");
                         Ok(Tensor::from_slice(&init::value(noise, stream, name, shape)))
                     })
                 }
                 _ => {
                     let weights = pipeline.weights(component)?;
-                    Parameters::load(&manifests, weights, device, kind, storage)
+                    Parameters::load(&manifests, weights, compute, storage)
                 }
             }
         };
-        let transformer = load(Component::Transformer, loading.kind, loading.storage)?;
+        let transformer = load(Component::Transformer, compute, loading.storage)?;
         let of_text = if loading.stream_text { Storage::Streamed } else { Storage::Frozen };
         Ok(Self {
             engine: Engine::new(pipeline.transformer.clone(), transformer),
-            text_encoder: load(Component::TextEncoder, Kind::Float, of_text)?,
-            text_encoder_2: load(Component::TextEncoder2, Kind::Float, of_text)?,
-            vae: load(Component::Vae, Kind::Float, Storage::Frozen)?,
+            text_encoder: load(Component::TextEncoder, compute, of_text)?,
+            text_encoder_2: load(Component::TextEncoder2, compute, of_text)?,
+            vae: load(Component::Vae, of_vae, Storage::Frozen)?,
             embeddings: None,
             tokenizers,
-            device,
+            device: compute.device,
             pipeline,
         })
     }
@@ -124,8 +127,8 @@ impl Model {
             return Ok(());
         }
         let segments = segments(&self.pipeline.transformer);
-        let kind = self.engine.kind();
-        self.engine.adapt(Adapters::combined(files, &segments, self.device, kind)?);
+        let compute = Compute { device: self.device, kind: self.engine.kind() };
+        self.engine.adapt(Adapters::combined(files, &segments, compute)?);
         Ok(())
     }
 
@@ -245,15 +248,37 @@ impl Model {
             .to_device(self.device)
     }
 
-    /// Images of packed flow latents `[B, S, C]`.
+    /// Images of packed flow latents `[B, S, C]`: several small ones at a time, large ones in tiles.
     pub(crate) fn decode(&self, packed: &Tensor, size: &LatentSize) -> Result<Vec<RgbImage>> {
-        let latents = unpack(packed, size)?.to_device(self.device);
+        let latents = unpack(packed, size)?;
+        let factor = self.pipeline.vae.factor();
+        let area = size.height * size.width * factor * factor;
+        let at_once = (DECODE_PIXELS / area).min(DECODE_BATCH);
         let mut images = Vec::new();
-        for chunk in latents.split(DECODE_BATCH as i64, 0) {
-            let pixels = no_grad(|| self.decode_latents(&chunk));
+        for chunk in latents.split(at_once.max(1) as i64, 0) {
+            let pixels = if at_once > 0 {
+                no_grad(|| self.decode_latents(&chunk.to_device(self.device)))
+            } else {
+                self.decode_tiled(&chunk, size)?
+            };
             images.extend(images_of(&pixels)?);
         }
         Ok(images)
+    }
+
+    /// Pixels `[1, 3, H, W]` of the flow latents `[1, Z, h, w]` of one image.
+    fn decode_tiled(&self, latents: &Tensor, size: &LatentSize) -> Result<Tensor> {
+        let factor = self.pipeline.vae.factor();
+        let shape = |channels: usize, size: &LatentSize, factor: usize| {
+            [1, channels, size.height * factor, size.width * factor].map(|n| n as i64)
+        };
+        let latents = Vec::<f32>::try_from(&latents.reshape([-1]))?;
+        let pixels = tiles::decode(&latents, size, factor, |part, size| {
+            let part = Tensor::from_slice(part).reshape(shape(size.channels, size, 1));
+            let pixels = no_grad(|| self.decode_latents(&part.to_device(self.device)));
+            Vec::<f32>::try_from(&pixels.to_device(Device::Cpu).reshape([-1]))
+        })?;
+        Ok(Tensor::from_slice(&pixels).reshape(shape(3, size, factor)))
     }
 
     /// Pixels `[B, 3, H, W]` around [−1, 1] of flow latents `[B, Z, h, w]`.

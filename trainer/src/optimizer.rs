@@ -180,6 +180,7 @@ mod tests {
     use flow::ops::{Ops, ParamPath};
 
     use super::*;
+    use crate::device::Compute;
     use crate::parameters::Storage;
 
     fn one_segment() -> Parameters {
@@ -187,7 +188,7 @@ mod tests {
         shapes.param(&ParamPath::root().at("w"), &[3]);
         let manifest = [shapes.manifest()];
         let mut parameters =
-            Parameters::build(&manifest, Device::Cpu, Kind::Float, Storage::Trainable, |_, _| {
+            Parameters::build(&manifest, Compute::CPU, Storage::Trainable, |_, _| {
                 Ok(Tensor::from_slice(&[1.0f32, -2.0, 0.5]))
             })
             .unwrap();

@@ -14,6 +14,7 @@ use flow::checkpoint::{Dtype, Entry, View, Weights};
 use flow::ops::shapes::Manifest;
 use tch::{Device, Kind, Tensor, no_grad};
 
+use crate::device::Compute;
 use crate::eager::{Eager, dims};
 
 /// Where a parameter lies in its segment.
@@ -86,11 +87,11 @@ impl Parameters {
     /// Takes each manifest as one segment and its values from `value(name, shape)`, any float type.
     pub(crate) fn build(
         manifests: &[Manifest],
-        device: Device,
-        kind: Kind,
+        compute: Compute,
         storage: Storage,
         mut value: impl FnMut(&str, &[usize]) -> Result<Tensor>,
     ) -> Result<Self> {
+        let Compute { device, kind } = compute;
         let stored = if storage == Storage::Trainable { Kind::Float } else { kind };
         let mut segments = Vec::with_capacity(manifests.len());
         for manifest in manifests {
@@ -113,13 +114,13 @@ impl Parameters {
     pub(crate) fn load(
         manifests: &[Manifest],
         weights: Weights,
-        device: Device,
-        kind: Kind,
+        compute: Compute,
         storage: Storage,
     ) -> Result<Self> {
         if storage != Storage::Streamed {
-            return Self::build(manifests, device, kind, storage, |name, _| tensor(&weights, name));
+            return Self::build(manifests, compute, storage, |name, _| tensor(&weights, name));
         }
+        let Compute { device, kind } = compute;
         let nothing = || Tensor::empty([0], (kind, device));
         let segments = manifests
             .iter()

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
+use flow::checkpoint::MAX_SHARD_BYTES;
 use flow::latents::LatentSize;
 use flow::noise::Noise;
 use flow::path;
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::captioned::read_captioned;
+use crate::device::Compute;
 use crate::interrupt;
 use crate::model::{Loading, Missing, Model, pixels_of};
 use crate::optimizer::{AdamW, OptimizerConfig};
@@ -81,8 +83,8 @@ pub fn run(config: &PretrainConfig, device: Device) -> Result<()> {
     );
     let data = read_captioned(&config.data)?;
     let weights = family(config.seed, Use::Weights);
-    let loading =
-        Loading { device, kind: Kind::Float, storage: Storage::Trainable, stream_text: false };
+    let compute = Compute { device, kind: Kind::Float };
+    let loading = Loading { compute, storage: Storage::Trainable, stream_text: false };
     let mut model = Model::open(&config.model, loading, Missing::Draw(weights))?;
     let images: Vec<&RgbImage> = data.iter().map(|(image, _)| image).collect();
     if let Some(stage) = &config.autoencoder {
@@ -271,7 +273,7 @@ fn write(model: &Model, config: &PretrainConfig, averaged: Option<&[Tensor]>) ->
         part(Component::TextEncoder2, t5, of_t5),
         part(Component::Vae, &model.vae, None),
     ];
-    save::pipeline(model, &config.output, &saved, |folder| {
+    save::pipeline(model, &config.output, &saved, MAX_SHARD_BYTES, |folder| {
         let vae = &model.pipeline.vae;
         let values =
             [("scaling_factor", vae.scaling_factor.into()), ("shift_factor", vae.shift().into())];

@@ -11,11 +11,15 @@ use flow::models::transformer::GUIDANCE;
 use flow::noise::Noise;
 use tch::{Kind, Tensor, no_grad};
 
+use crate::device::precision_name;
 use crate::model::Model;
 use crate::parameters::entry;
 
 /// Name of the file in the pipeline folder.
 pub(crate) const FILE: &str = "reference.safetensors";
+
+/// Metadata of the file: what the networks computed in.
+const PRECISION: &str = "precision";
 
 /// Prompts of the text encoders; their rows also condition the velocity.
 const PROMPTS: [&str; 2] = ["red \"CAT\"", "A blue sign that says \"42\", on a white wall"];
@@ -31,7 +35,8 @@ const TIMES: [f32; 2] = [0.93, 0.27];
 /// When the folder cannot be written.
 pub(crate) fn write(model: &Model, folder: &Path) -> Result<()> {
     let entries = no_grad(|| tensors(model))?;
-    Ok(write_tensors(&folder.join(FILE), &entries, &[])?)
+    let metadata = [(PRECISION, precision_name(model.engine.kind()).to_owned())];
+    Ok(write_tensors(&folder.join(FILE), &entries, &metadata)?)
 }
 
 fn tensors(model: &Model) -> Result<Vec<Entry<'static>>> {
@@ -42,6 +47,7 @@ fn tensors(model: &Model) -> Result<Vec<Entry<'static>>> {
         width: 2 * TOKENS[1],
     };
     let ids = model.tokenise(&PROMPTS)?;
+    let wide = |x: &Tensor| x.to_kind(Kind::Float);
     let condition = model.condition(&ids, GUIDANCE, &size);
     let clip = pipeline
         .text_encoder
@@ -60,13 +66,13 @@ fn tensors(model: &Model) -> Result<Vec<Entry<'static>>> {
     let txt_ids = Tensor::zeros([n_text, 3], (Kind::Float, model.device()));
     let mut entries = vec![
         integers("text_encoder.input_ids", &ids[0])?,
-        entry("text_encoder.last_hidden_state", &clip.last_hidden_state)?,
-        entry("text_encoder.pooler_output", &clip.pooler_output)?,
+        entry("text_encoder.last_hidden_state", &wide(&clip.last_hidden_state))?,
+        entry("text_encoder.pooler_output", &wide(&clip.pooler_output))?,
         integers("text_encoder_2.input_ids", &ids[1])?,
-        entry("text_encoder_2.last_hidden_state", &condition.text)?,
+        entry("text_encoder_2.last_hidden_state", &wide(&condition.text))?,
         entry("transformer.hidden_states", &x_t)?,
-        entry("transformer.encoder_hidden_states", &condition.text)?,
-        entry("transformer.pooled_projections", &condition.pooled)?,
+        entry("transformer.encoder_hidden_states", &wide(&condition.text))?,
+        entry("transformer.pooled_projections", &wide(&condition.pooled))?,
         entry("transformer.timestep", &t)?,
         entry("transformer.img_ids", &condition.img_ids)?,
         entry("transformer.txt_ids", &txt_ids)?,

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use flow::checkpoint::{Weights, write_tensors};
-use tch::Device;
 
 use crate::align::RolloutConfig;
+use crate::device::Compute;
 use crate::experience::solve_in_batches;
 use crate::model::{Loading, Model, unpack};
 use crate::parameters::entry;
@@ -37,7 +37,7 @@ pub struct Options<'a> {
     /// Whether weights stay on disk and are read block by block.
     pub stream: bool,
     /// Where tensors live.
-    pub device: Device,
+    pub compute: Compute,
 }
 
 /// Samples and writes the images.
@@ -45,7 +45,7 @@ pub struct Options<'a> {
 /// # Errors
 /// When the model or the noise does not fit, or a file cannot be written.
 pub fn run(options: &Options<'_>) -> Result<()> {
-    let loading = Loading::to_sample(options.device, options.stream);
+    let loading = Loading::to_sample(options.compute, options.stream);
     let mut model = Model::load(options.model, loading)?;
     model.add_loras(options.loras)?;
     let size =

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use flow::checkpoint::{MAX_SHARD_BYTES, write_atomically, write_sharded};
+use flow::checkpoint::{write_atomically, write_sharded};
 use flow::pipeline::Component;
 use flow::staged::Staged;
 use serde_json::Value;
@@ -24,12 +24,14 @@ pub(crate) struct Saved<'a> {
 /// Files of a checkpoint that are made anew or not at all.
 const OWN_FILES: [&str; 3] = [crate::reference::FILE, crate::state::FILE, "README.md"];
 
-/// Writes `model` as a pipeline folder at `dir`, replacing what is there: `saved` components anew, the
-/// rest copied. `finish` may add files before the folder gets its name.
+/// Writes `model` as a pipeline folder at `dir`, replacing what is there: `saved` components anew in
+/// files of at most `max_shard_bytes`, the rest copied. `finish` may add files before the folder gets its
+/// name.
 pub(crate) fn pipeline(
     model: &Model,
     dir: &Path,
     saved: &[Saved<'_>],
+    max_shard_bytes: usize,
     finish: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<()> {
     let staged = Staged::begin(dir)?;
@@ -41,7 +43,7 @@ pub(crate) fn pipeline(
             Some(averaged) => part.parameters.entries(averaged.iter()),
             None => part.parameters.entries(part.parameters.masters()),
         }?;
-        write_sharded(&folder, part.component.stem(), &entries, MAX_SHARD_BYTES)?;
+        write_sharded(&folder, part.component.stem(), &entries, max_shard_bytes)?;
     }
     finish(staged.path())?;
     Ok(staged.publish(true)?)
@@ -52,12 +54,13 @@ pub(crate) fn trained(
     model: &Model,
     averaged: Option<&[Tensor]>,
     dir: &Path,
+    max_shard_bytes: usize,
     finish: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<()> {
     let Some(adapters) = model.engine.adapters() else {
         let parameters = model.engine.trained();
         let saved = Saved { component: Component::Transformer, parameters, averaged };
-        return pipeline(model, dir, &[saved], finish);
+        return pipeline(model, dir, &[saved], max_shard_bytes, finish);
     };
     let staged = Staged::begin(dir)?;
     adapters.save(staged.path(), averaged)?;

@@ -58,7 +58,7 @@ pub(crate) fn save(
     optimizer: &AdamW,
 ) -> Result<()> {
     let folder = config.output.join(CHECKPOINTS).join(format!("iteration-{done:06}"));
-    save::trained(model, optimizer.averaged(), &folder, |folder| {
+    save::trained(model, optimizer.averaged(), &folder, config.max_shard_bytes(), |folder| {
         let (mut entries, step) = optimizer.entries()?;
         for (index, master) in model.engine.trained().masters().enumerate() {
             let values = Vec::<f32>::try_from(&master.to_device(tch::Device::Cpu))?;
@@ -96,10 +96,11 @@ pub(crate) fn restore(
     let mut before: AlignConfig =
         serde_json::from_str(field("config")?).with_context(|| path.display().to_string())?;
     (before.iterations, before.save_every) = (config.iterations, config.save_every);
+    before.shard_gb = config.shard_gb;
     before.output.clone_from(&config.output);
     ensure!(
         serde_json::to_value(&before)? == serde_json::to_value(config)?,
-        "{}: the run was started with other settings; only iterations and save_every may change",
+        "{}: the run was started with other settings; only iterations, save_every and shard_gb may change",
         position.folder.display()
     );
     for (index, master) in model.engine.trained().masters().enumerate() {
