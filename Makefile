@@ -41,9 +41,8 @@ parity: build $(PARITY) ## Compare our programs live with diffusers and onnxrunt
 bench: build $(PARITY) ## Measure the claims of the README
 	$(CARGO) bench -p benches --locked
 
-gpu: build $(PARITY) ## Run the tests that need a CUDA device
-	nvidia-smi --query-gpu=name,memory.total --format=csv
-	$(CARGO) test --release --workspace --locked -- --ignored cuda
+gpu: build $(PARITY) ## Run what needs a GPU: bf16 alignment, FLUX.1-dev's passes and iteration (out/gpu)
+	OUT=$(OUT)/gpu PYTHON=$(PYTHON) ./setup/gpu.sh
 
 lint: $(LIGHT) ## Check format and lints
 	$(CARGO) fmt --all --check

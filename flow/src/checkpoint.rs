@@ -401,6 +401,30 @@ mod tests {
     }
 
     #[test]
+    fn headers_that_lie_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("w.safetensors");
+        for (header, length) in [
+            (r#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,64]}}"#, None),
+            (r#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,8]}}"#, None),
+            (
+                r#"{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,16]}}"#,
+                None,
+            ),
+            (r#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[16,0]}}"#, None),
+            (r#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}"#, Some(u64::MAX)),
+            (r#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}"#, Some(1 << 40)),
+            ("[[[[", None),
+        ] {
+            let length = length.unwrap_or(header.len() as u64);
+            let file = [&length.to_le_bytes(), header.as_bytes(), &[0; 16]].concat();
+            fs::write(&path, file).unwrap();
+            let message = Weights::open_file(&path).err().expect(header).to_string();
+            assert!(message.contains("w.safetensors") && !message.contains('\n'), "{message}");
+        }
+    }
+
+    #[test]
     fn pickles_are_refused_by_name() {
         let dir = tempfile::tempdir().unwrap();
         for file in ["pytorch_model.bin", "lora.pt"] {

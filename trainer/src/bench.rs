@@ -58,6 +58,8 @@ struct Report {
 struct Row {
     width: usize,
     height: usize,
+    /// Image tokens.
+    tokens: usize,
     /// Operations of one velocity.
     velocity_tflop: f64,
     velocity_ms: f64,
@@ -146,6 +148,7 @@ fn measure(options: &Options<'_>, engine: &Engine, size: &LatentSize) -> Row {
     Row {
         width: size.width * factor,
         height: size.height * factor,
+        tokens: size.tokens(),
         velocity_tflop: shapes.flops() / 1e12,
         velocity_ms,
         training_ms,

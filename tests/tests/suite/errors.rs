@@ -36,7 +36,16 @@ impl Scratch {
     fn new() -> Self {
         let fixture = Fixture::open("tiny-schnell");
         let scratch = Self { home: tempfile::tempdir().unwrap() };
-        for name in ["model", "truncated", "missing", "misshaped", "no-folder"] {
+        for name in [
+            "model",
+            "truncated",
+            "missing",
+            "misshaped",
+            "mistyped",
+            "no-folder",
+            "absurd",
+            "pickled",
+        ] {
             copy_folder(&fixture.pipeline, &scratch.path(name));
         }
         cut(&scratch.path("truncated").join(VAE));
@@ -48,6 +57,20 @@ impl Scratch {
             }
             true
         });
+        rewrite(&scratch.path("mistyped").join(TRANSFORMER), |entry| {
+            if entry.name == TENSOR {
+                let n = entry.shape.iter().product();
+                *entry = Entry::i64(TENSOR, &entry.shape, &vec![0; n]);
+            }
+            true
+        });
+        let config = scratch.path("absurd/transformer/config.json");
+        let text = fs::read_to_string(&config).unwrap();
+        let absurd = text.replace("\"num_layers\": 1,", "\"num_layers\": 4000000000000,");
+        assert_ne!(text, absurd);
+        fs::write(&config, absurd).unwrap();
+        let weights = scratch.path("pickled").join(VAE);
+        fs::rename(&weights, weights.with_extension("bin")).unwrap();
         fs::write(scratch.path("empty.txt"), "\n").unwrap();
         fs::write(scratch.path("file"), "").unwrap();
         fs::write(scratch.path("broken.toml"), "model = 'a'\nseed = \n").unwrap();
@@ -193,6 +216,16 @@ fn ng_train_refuses_with_one_line() {
             mistake("reference @/truncated", 1, &["@/truncated/vae/diffusion_pytorch_model.safetensors"]),
             mistake("reference @/missing", 1, &["@/missing/transformer", TENSOR, "missing"]),
             mistake("reference @/misshaped", 1, &["@/misshaped/transformer", TENSOR, "[64, "]),
+            mistake("reference @/mistyped", 1, &["@/mistyped/transformer", TENSOR, "I64"]),
+            mistake("reference @/absurd", 1, &["@/absurd/transformer/config.json", "num_layers"]),
+            mistake("reference @/pickled", 1, &["@/pickled/vae", "ng-train convert"]),
+            mistake("convert @/file @/b.safetensors", 1, &["@/file"]),
+            mistake("convert @/absent.pt @/b.safetensors", 1, &["@/absent.pt"]),
+            mistake("embed --import @/absent.json --out @/cache", 1, &["@/absent.json"]),
+            mistake("embed --out @/cache", 2, &["--model", "--prompts"]),
+            mistake("bench --model flux.9", 2, &["flux.9", "flux.1-dev"]),
+            mistake("bench --model @/model --size 100", 2, &["--size", "1024x768"]),
+            mistake("reference @/model --precision fp8", 2, &["fp8", "bf16"]),
             mistake("reference @/no-folder", 1, &["@/no-folder/text_encoder_2"]),
             mistake("sample --model @/absent --prompt a --out @/a.png", 1, &["@/absent"]),
             mistake("sample --model @/model --prompt a --out @/a.png --steps 0", 2, &["--steps", "0"]),
@@ -259,6 +292,9 @@ fn ng_export_refuses_with_one_line() {
             ),
             mistake("@/missing --out @/out", 1, &["@/missing/transformer", TENSOR, "missing"]),
             mistake("@/misshaped --out @/out", 1, &["@/misshaped/transformer", TENSOR, "[64, "]),
+            mistake("@/mistyped --out @/out", 1, &["@/mistyped/transformer", TENSOR, "I64"]),
+            mistake("@/absurd --out @/out", 1, &["@/absurd/transformer/config.json", "num_layers"]),
+            mistake("@/pickled --out @/out", 1, &["@/pickled/vae", "ng-train convert"]),
             mistake("@/no-folder --out @/out", 1, &["@/no-folder/text_encoder_2"]),
             mistake("@/model --out @/file/out", 1, &["@/file"]),
             mistake("@/model --out @/missing", 1, &["@/missing", "--force"]),

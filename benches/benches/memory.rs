@@ -1,0 +1,60 @@
+//! Memory of a training pass against the depth of the network: blocks computed again from their inputs,
+//! and all activations kept. Widths are those of the embedded model, on more tokens.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use benches::{program, table};
+use serde_json::{Value, json};
+
+const DEPTHS: [usize; 4] = [4, 8, 16, 32];
+/// Pixels; 1,024 tokens of the embedded model.
+const SIZE: &str = "256x256";
+
+fn main() -> Result<()> {
+    let home = tempfile::tempdir().context("cannot make a folder for the models")?;
+    let mut rows = Vec::new();
+    for depth in DEPTHS {
+        let folder = home.path().join(depth.to_string());
+        deepened(&folder, depth)?;
+        let again = training_mb(&folder, &[])?;
+        let kept = training_mb(&folder, &["--plain"])?;
+        let ratio = format!("{:.1}×", kept / again);
+        rows.push([depth.to_string(), format!("{again:.0}"), format!("{kept:.0}"), ratio]);
+    }
+    println!(
+        "\nMB above the weights in forward and backward of adapters, {SIZE} pixels, one thread"
+    );
+    table::print(["blocks", "computed again", "all kept", ""], &rows);
+    Ok(())
+}
+
+/// The model's configs with a transformer of `depth` blocks.
+fn deepened(folder: &Path, depth: usize) -> Result<()> {
+    for part in ["transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"] {
+        let source = program::root().join(program::model()).join(part);
+        fs::create_dir_all(folder.join(part))?;
+        for entry in fs::read_dir(&source).with_context(|| source.display().to_string())? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "json") {
+                fs::copy(&path, folder.join(part).join(path.file_name().context("a file")?))?;
+            }
+        }
+    }
+    let path = folder.join("transformer/config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
+    config["num_layers"] = json!(depth / 2);
+    config["num_single_layers"] = json!(depth / 2);
+    Ok(fs::write(&path, config.to_string())?)
+}
+
+fn training_mb(model: &Path, flags: &[&str]) -> Result<f64> {
+    let mut command = Command::new(program::built("ng-train")?);
+    command.args(["bench", "--threads", "1", "--json", "--repeats", "1", "--text-tokens", "64"]);
+    command.args(["--size", SIZE, "--model"]).arg(model).args(flags);
+    let report: Value = serde_json::from_str(&program::run(&mut command)?.stdout)?;
+    let gb = report["rows"][0]["training_gb"].as_f64().context("no training_gb in the report")?;
+    Ok(1e3 * gb)
+}
