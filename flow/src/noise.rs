@@ -10,8 +10,6 @@ pub struct Noise {
     key: [u32; 2],
 }
 
-/// Numbers a counter gives.
-pub const BLOCK: usize = 4;
 const ROUNDS: usize = 10;
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
@@ -24,18 +22,14 @@ impl Noise {
 
     /// The first `n` standard normals of `stream`.
     pub fn normal(self, stream: u64, n: usize) -> Vec<f32> {
-        let mut values = vec![0.0; n];
-        self.fill_normal(stream, 0, &mut values);
-        values
-    }
-
-    /// Standard normals of `stream` from number 4·`block` on, so that parts can be drawn side by side.
-    pub fn fill_normal(self, stream: u64, block: u64, values: &mut [f32]) {
-        for (block, four) in (block..).zip(values.chunks_mut(BLOCK)) {
+        let mut values = Vec::with_capacity(n.next_multiple_of(4));
+        for block in 0..n.div_ceil(4) as u64 {
             let [a, b, c, d] = self.words(stream, block);
-            let ([a, b], [c, d]) = (box_muller(a, b), box_muller(c, d));
-            four.copy_from_slice(&[a, b, c, d][..four.len()]);
+            values.extend(box_muller(a, b));
+            values.extend(box_muller(c, d));
         }
+        values.truncate(n);
+        values
     }
 
     /// The first `n` numbers of `stream`, uniform in (0, 1).

@@ -1,13 +1,12 @@
 //! Random weights: for a network that has none yet, and whole checkpoints of any published size.
 
 use std::fs;
-use std::num::NonZero;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
 use flow::checkpoint::{Entry, write_sharded};
 use flow::known;
-use flow::noise::{BLOCK, Noise};
+use flow::noise::Noise;
 use flow::pipeline::{Component, Pipeline};
 use flow::staged::Staged;
 use flow::tokens::MAX_TEXT_TOKENS;
@@ -32,8 +31,8 @@ pub struct Options<'a> {
     pub max_shard_bytes: usize,
 }
 
-/// Fewer than these are not worth a thread.
-const MIN_BLOCKS: usize = 1 << 14;
+/// Numbers drawn for one tensor; a larger one repeats them, so that billions are quickly there.
+const MAX_DRAWN: usize = 1 << 20;
 
 /// A tokenizer of letters, for models whose own needs a download.
 const STAND_IN: [known::File; 6] = [
@@ -159,20 +158,9 @@ pub(crate) fn value(noise: Noise, stream: u64, name: &str, shape: &[usize]) -> V
     } else {
         1.0 / (fan_in as f32).sqrt()
     };
-    let mut values = vec![0.0; n];
-    let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
-    let blocks = n.div_ceil(BLOCK).div_ceil(threads).max(MIN_BLOCKS);
-    std::thread::scope(|scope| {
-        for (part, values) in (0..).zip(values.chunks_mut(blocks * BLOCK)) {
-            scope.spawn(move || {
-                noise.fill_normal(stream, part * blocks as u64, values);
-                for value in values {
-                    *value *= std;
-                }
-            });
-        }
-    });
-    values
+    let drawn: Vec<f32> =
+        noise.normal(stream, n.min(MAX_DRAWN)).into_iter().map(|x| x * std).collect();
+    drawn.iter().copied().cycle().take(n).collect()
 }
 
 #[cfg(test)]
