@@ -19,6 +19,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::{ChatConfig, ServerConfig};
+
 /// One reward of a run. Unknown keys are refused, those of [`RewardKind`] included.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct RewardConfig {
@@ -74,6 +76,16 @@ pub enum RewardKind {
         /// Which number of the first output is the score.
         #[serde(default)]
         index: usize,
+    },
+    /// Scores of a server of one's own: [`super::server`].
+    Server(ServerConfig),
+    /// The number that a vision-language model gives the image: [`super::chat`].
+    Chat(ChatConfig),
+    /// Share of the group's other images that the image beats, 0 to 1: [`super::pairwise`].
+    Pairwise {
+        /// Who compares two images: a `chat` model that sees both, or the higher score of another
+        /// kind.
+        judge: Box<RewardKind>,
     },
     /// The same value for every image: a control that must not train anything.
     Constant { value: f64 },
