@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use flow::prompts::{self, Prompt, from_json};
-use parquet::file::metadata::ParquetMetaData;
+use parquet::file::metadata::{ParquetMetaData, RowGroupMetaData};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
 use parquet::schema::types::Type;
@@ -63,7 +63,7 @@ fn columns(file: &ParquetMetaData) -> Result<Type> {
         [prompt].into_iter().chain(MORE.iter().filter_map(find)).cloned().collect();
     let n_rows = file.file_metadata().num_rows();
     ensure!(n_rows <= MAX_ROWS, "{n_rows} rows, a prompt file has at most {MAX_ROWS}");
-    let parts = file.row_groups().iter().flat_map(|group| group.columns());
+    let parts = file.row_groups().iter().flat_map(RowGroupMetaData::columns);
     let read = parts.filter(|part| {
         columns.iter().any(|column| {
             part.column_path().parts().first().is_some_and(|name| name == column.name())

@@ -219,7 +219,9 @@ impl Rewards {
 
 fn open(kind: &RewardKind, threads: usize) -> Result<Box<dyn Reward>> {
     Ok(match kind {
-        RewardKind::Ocr { model, measure } => Box::new(Ocr::open(model, *measure, threads)?),
+        RewardKind::Ocr { model, characters, measure } => {
+            Box::new(Ocr::open(model, characters.as_deref(), *measure, threads)?)
+        }
         RewardKind::Jpeg { quality, prefer } => {
             ensure!((1..=100).contains(quality), "`quality` is {quality}, it goes from 1 to 100");
             Box::new(Jpeg { quality: *quality, prefer: *prefer })

@@ -10,7 +10,7 @@ use flow::prompts::Prompt;
 /// Who decides about a pair.
 enum Judge {
     /// A vision-language model that sees both images.
-    Chat(Chat),
+    Chat(Box<Chat>),
     /// Another reward: the higher score wins.
     Scorer(Box<dyn Reward>),
 }
@@ -24,7 +24,7 @@ pub(super) struct Pairwise {
 impl Pairwise {
     pub(super) fn open(judge: &RewardKind, threads: usize) -> Result<Self> {
         let judge = match judge {
-            RewardKind::Chat(config) => Judge::Chat(Chat::open(config)?),
+            RewardKind::Chat(config) => Judge::Chat(Box::new(Chat::open(config)?)),
             RewardKind::Pairwise { .. } => {
                 bail!("the `judge` of a pairwise reward is another kind")
             }

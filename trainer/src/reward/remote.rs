@@ -198,6 +198,9 @@ impl Remote {
             ureq::Error::BodyExceedsLimit(_) => {
                 anyhow!("the answer is longer than {MAX_ANSWER} bytes")
             }
+            ureq::Error::Io(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                anyhow!("{error}: is it https:// that the server speaks?")
+            }
             ureq::Error::Io(error) => anyhow!(error),
             other => anyhow!(other),
         }
