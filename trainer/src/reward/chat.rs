@@ -18,12 +18,9 @@ use flow::prompts::Prompt;
 
 /// Questions that ship, by name.
 const JUDGES: [(&str, &str); 3] = [
-    ("unified-reward", include_str!("../../presets/judges/unified-reward.toml")),
-    (
-        "unified-reward-alignment",
-        include_str!("../../presets/judges/unified-reward-alignment.toml"),
-    ),
-    ("better-image", include_str!("../../presets/judges/better-image.toml")),
+    ("unified-reward", include_str!("../../judges/unified-reward.toml")),
+    ("unified-reward-alignment", include_str!("../../judges/unified-reward-alignment.toml")),
+    ("better-image", include_str!("../../judges/better-image.toml")),
 ];
 
 /// Which model, what it is asked, and where in the answer the verdict stands.
@@ -54,7 +51,7 @@ fn default_max_tokens() -> u32 {
     4096
 }
 
-/// A file of `presets/judges`.
+/// A file of `trainer/judges`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Judge {

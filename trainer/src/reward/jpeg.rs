@@ -1,7 +1,8 @@
 //! JPEG size in kB: the (in)compressibility rewards of DDPO (Black et al. 2023, section 5).
 //!
 //! As there, a file is baseline JPEG of quality 95 with halved chroma (4:2:0) and the standard's own
-//! Huffman tables, which is what Pillow writes.
+//! Huffman tables, which is what Pillow writes (sides that are no multiples of 16 cost a little more
+//! here).
 
 use anyhow::{Context, Result, bail};
 use image::RgbImage;
@@ -72,14 +73,16 @@ mod tests {
         let sizes = std::fs::read(fixtures.join("sizes.json")).unwrap();
         let sizes: BTreeMap<String, BTreeMap<u8, f64>> = serde_json::from_slice(&sizes).unwrap();
         assert_eq!(sizes.len(), 3);
+        let mut off = 0.0;
         for (name, sizes) in sizes {
             let image = image::open(fixtures.join(format!("{name}.png"))).unwrap().into_rgb8();
             for (quality, expected) in sizes {
                 let size = size_kb(&image, quality).unwrap();
                 println!("{name} at {quality}: {size} kB, Pillow {expected}");
-                assert!((size / expected - 1.0).abs() < 0.01, "{name} at {quality}: {size}");
+                off = f64::max(off, (size / expected - 1.0).abs());
             }
         }
+        assert!(off < 0.01, "{off}");
     }
 
     #[test]
