@@ -82,7 +82,7 @@ mod tests {
                 off = f64::max(off, (size / expected - 1.0).abs());
             }
         }
-        assert!(off < 0.01, "{off}");
+        assert!(off < 0.002, "{off}");
     }
 
     #[test]
