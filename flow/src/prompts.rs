@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::checkpoint::CheckpointError;
 
@@ -33,12 +33,15 @@ pub struct Prompt {
     /// The colour the image should show; when absent, the first colour word of `text`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub colour: Option<String>,
+    /// All that the prompt's object says in its file, for a reward server.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub fields: Map<String, Value>,
 }
 
 impl Prompt {
     /// A prompt of text alone.
     pub fn new(text: impl Into<String>) -> Self {
-        Self { text: text.into(), target: None, colour: None }
+        Self { text: text.into(), ..Self::default() }
     }
 
     /// The words to be rendered: `target`, or what stands between the first pair of double quotes.
@@ -69,7 +72,7 @@ impl Prompt {
 /// - `.jsonl`: one object or string a line
 ///
 /// An object has `prompt`, `text` or `caption`, and may have `target` and `colour` (or `color`);
-/// its other fields are ignored.
+/// its other fields are for reward servers.
 ///
 /// # Errors
 /// One line naming the file and the line (or list entry) that is empty, too long, not UTF-8 or not
@@ -108,6 +111,33 @@ pub fn check(text: &str) -> Result<(), String> {
         Some(c) => Err(format!("the prompt holds the control character {c:?}; remove it")),
         None => Ok(()),
     }
+}
+
+/// A prompt from a string, or from an object as [`read`] describes it.
+///
+/// # Errors
+/// Says what is wrong with it.
+pub fn from_json(value: &Value) -> Result<Prompt, String> {
+    let text = match value {
+        Value::String(text) => text,
+        Value::Object(fields) => {
+            let text = ["prompt", "text", "caption"].iter().find_map(|key| fields.get(*key));
+            match text {
+                Some(Value::String(text)) => text,
+                Some(_) => return Err("the prompt is not a string".into()),
+                None => return Err("no field `prompt`, `text` or `caption`".into()),
+            }
+        }
+        _ => return Err("expected a string or an object with `prompt`".into()),
+    };
+    let field = |keys: &[&str]| match keys.iter().find_map(|key| value.get(*key)) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) if !text.trim().is_empty() => Ok(Some(text.trim().to_owned())),
+        Some(_) => Err(format!("`{}` is not a string with something in it", keys[0])),
+    };
+    let (target, colour) = (field(&["target"])?, field(&["colour", "color"])?);
+    let fields = value.as_object().cloned().unwrap_or_default();
+    checked(Prompt { text: text.trim().to_owned(), target, colour, fields })
 }
 
 fn utf8(bytes: &[u8]) -> Parsed<&str> {
@@ -156,28 +186,6 @@ fn numbered_lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
     text.lines().enumerate().map(|(at, line)| (at + 1, line)).filter(|(_, l)| !l.trim().is_empty())
 }
 
-fn from_json(value: &Value) -> Parsed<Prompt> {
-    let text = match value {
-        Value::String(text) => text,
-        Value::Object(fields) => {
-            let text = ["prompt", "text", "caption"].iter().find_map(|key| fields.get(*key));
-            match text {
-                Some(Value::String(text)) => text,
-                Some(_) => return Err("the prompt is not a string".into()),
-                None => return Err("no field `prompt`, `text` or `caption`".into()),
-            }
-        }
-        _ => return Err("expected a string or an object with `prompt`".into()),
-    };
-    let field = |keys: &[&str]| match keys.iter().find_map(|key| value.get(*key)) {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::String(text)) if !text.trim().is_empty() => Ok(Some(text.trim().to_owned())),
-        Some(_) => Err(format!("`{}` is not a string with something in it", keys[0])),
-    };
-    let (target, colour) = (field(&["target"])?, field(&["colour", "color"])?);
-    checked(Prompt { text: text.trim().to_owned(), target, colour })
-}
-
 /// A prompt of a file must also say something.
 fn checked(prompt: Prompt) -> Parsed<Prompt> {
     if prompt.text.is_empty() {
@@ -219,12 +227,14 @@ mod tests {
         let text = read_as("p.txt", "\u{feff}a cat\r\n\n  red \"HAT\"  \n").unwrap();
         assert_eq!(text, [Prompt::new("a cat"), Prompt::new("red \"HAT\"")]);
         let list = read_as("p.json", "[\"a cat\", {\"text\": \"a dog\", \"id\": 3}]").unwrap();
-        assert_eq!(list, [Prompt::new("a cat"), Prompt::new("a dog")]);
+        assert_eq!(list[0], Prompt::new("a cat"));
+        assert_eq!((&*list[1].text, list[1].fields["id"].as_i64()), ("a dog", Some(3)));
         let lines = "{\"prompt\":\"x\",\"target\":\"HI\",\"color\":\"red\",\"tag\":{}}\n\n\"y\"\n{\"caption\":\"z\",\"target\":null}";
         let lines = read_as("p.jsonl", lines).unwrap();
         assert_eq!(lines[0].target.as_deref(), Some("HI"));
         assert_eq!(lines[0].colour.as_deref(), Some("red"));
-        assert_eq!(lines[1..], [Prompt::new("y"), Prompt::new("z")]);
+        assert_eq!(lines[1], Prompt::new("y"));
+        assert_eq!((&*lines[2].text, &lines[2].target), ("z", &None));
     }
 
     #[test]

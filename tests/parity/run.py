@@ -5,7 +5,8 @@
 For each model: `ng-train reference` against diffusers, `ng-export` against onnx, onnxruntime and
 Optimum, images from equal noise. Then an iteration of `ng-train align`: its last update
 recomputed, its checkpoint loaded by diffusers, images of that checkpoint compared like those of the
-model. Every script runs even after one failed; the exit code is 1 if any did.
+model. The embedded model is also scored by the example reward server. Every script runs even after
+one failed; the exit code is 1 if any did.
 """
 
 import argparse
@@ -79,6 +80,8 @@ class Comparisons:
             self.images(model, out / "export", out / "images-tiled", TILED, "--tiled", "--steps", 1)
             optimum = Path(sys.prefix).parent / "optimum"
             self.script("ort_pipeline.py", out / "export", out / "images", extra_path=optimum)
+        if name == "signs":
+            self.script("server.py", model, "--programs", self.programs, "--out", out / "server")
         self.alignment(model, out / "run", size)
         self.adapters(model, out / "lora", size)
 

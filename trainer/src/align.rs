@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use flow::checkpoint::MAX_SHARD_BYTES;
 use flow::latents::LatentSize;
 use flow::models::transformer::GUIDANCE;
-use flow::prompts::{self, Prompt};
+use flow::prompts::Prompt;
 use flow::schedule::{Schedule, Shift};
 use flow::solver::{self, DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS, Solver, Step};
 use serde::{Deserialize, Serialize};
@@ -25,6 +25,7 @@ use crate::optimizer::{AdamW, OptimizerConfig};
 use crate::order::Order;
 use crate::parameters::Storage;
 use crate::progress::Progress;
+use crate::prompts;
 use crate::report::Report;
 use crate::reward::{RewardConfig, Rewards};
 use crate::seeds::{Use, family};
@@ -39,7 +40,7 @@ pub struct AlignConfig {
     pub model: PathBuf,
     /// Folder for checkpoints, metrics and pictures.
     pub output: PathBuf,
-    /// Training prompts: `.txt`, `.json` or `.jsonl`.
+    /// Training prompts: `.txt`, `.json`, `.jsonl` or `.parquet`.
     pub prompts: PathBuf,
     /// Prompts of the sample sheets; the first few are drawn.
     pub sheet_prompts: PathBuf,
@@ -327,7 +328,7 @@ impl Run<'_> {
         let total = self.config.iterations;
         let progress = Progress::new("align", total, start);
         for iteration in start..total {
-            let line = self.once(iteration, iteration == start)?;
+            let line = self.once(iteration, iteration == start, &progress)?;
             progress.advance(&line);
             let done = iteration + 1;
             let stop = interrupt::asked() && done < total;
@@ -345,7 +346,7 @@ impl Run<'_> {
         self.publish()
     }
 
-    fn once(&mut self, iteration: usize, is_first: bool) -> Result<String> {
+    fn once(&mut self, iteration: usize, is_first: bool, progress: &Progress) -> Result<String> {
         let started = Instant::now();
         let n = self.config.prompts_per_iteration;
         let first = (iteration * n) as u64;
@@ -361,6 +362,9 @@ impl Run<'_> {
             first,
         )
         .with_context(|| format!("iteration {}", iteration + 1))?;
+        for fault in experience.faults(self.config) {
+            progress.say(&format!("warning: iteration {}: {fault}", iteration + 1));
+        }
         let mut recorder = self
             .options
             .record_update

@@ -57,7 +57,7 @@ pub enum Command {
         /// Pipeline folders, the first being the one to compare with
         #[arg(long = "model", required = true, value_name = "DIR")]
         models: Vec<PathBuf>,
-        /// Prompt file: .txt, .json or .jsonl
+        /// Prompt file: .txt, .json, .jsonl or .parquet
         #[arg(long, value_name = "FILE")]
         prompts: PathBuf,
         /// Image i starts from the noise of seed + i
@@ -86,7 +86,7 @@ pub enum Command {
         /// Pipeline folder
         #[arg(long, value_name = "DIR", required_unless_present = "import")]
         model: Option<PathBuf>,
-        /// Prompt file: .txt, .json or .jsonl
+        /// Prompt file: .txt, .json, .jsonl or .parquet
         #[arg(long, value_name = "FILE", required_unless_present = "import")]
         prompts: Option<PathBuf>,
         /// Take over embeddings that DanceGRPO made: its videos2caption.json

@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use flow::checkpoint::{View, Weights, write_tensors};
 use flow::pipeline::{Component, read_json};
-use flow::prompts;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use tch::{Kind, Tensor};
@@ -22,6 +21,7 @@ use crate::model::{Loading, Model};
 use crate::parameters;
 use crate::pickle;
 use crate::progress::Progress;
+use crate::prompts;
 
 /// Prompts encoded in one pass over T5, and stored in one file.
 const PROMPTS_A_FILE: usize = 64;

@@ -12,10 +12,11 @@ use crate::align::AlignConfig;
 use crate::device::Compute;
 use crate::model::{Loading, Model};
 use crate::picture;
+use crate::prompts;
 use crate::report::sample;
 use crate::reward::{RewardConfig, Rewards};
 use crate::sheet::{self, Cell, Row};
-use flow::prompts::{self, Prompt};
+use flow::prompts::Prompt;
 
 /// What to compare.
 pub struct Options<'a> {

@@ -12,7 +12,7 @@ use crate::advantage::{Advantages, Scored};
 use crate::align::AlignConfig;
 use crate::engine::Condition;
 use crate::model::Model;
-use crate::reward::{Rewards, Scores};
+use crate::reward::{RewardConfig, Rewards, Scores};
 use crate::rollout::{self, Trajectory};
 use crate::seeds::{Use, family};
 use flow::prompts::Prompt;
@@ -31,6 +31,25 @@ pub(crate) struct Experience {
     pub(crate) advantages: Vec<Advantages>,
     /// Seconds of rollout, decoding and rewards.
     pub(crate) seconds: [f64; 3],
+}
+
+impl Experience {
+    /// What failed while the groups were scored, a line a reward that did not end the run.
+    pub(crate) fn faults(&self, config: &AlignConfig) -> Vec<String> {
+        let n_groups = self.scores.len();
+        let line = |(index, reward): (usize, &RewardConfig)| {
+            let outcomes = || self.scores.iter().map(move |scores| &scores.outcomes[index]);
+            let last = outcomes().filter_map(|outcome| outcome.error.as_deref()).next_back()?;
+            let n_failures: u32 = outcomes().map(|outcome| outcome.failures).sum();
+            let n_without = outcomes().filter(|outcome| outcome.scores.is_none()).count();
+            let name = &reward.name;
+            Some(format!(
+                "reward {name:?}: failed attempts: {n_failures}, groups that go without it: \
+                 {n_without} of {n_groups}; the last failure: {last}"
+            ))
+        };
+        config.rewards.iter().enumerate().filter_map(line).collect()
+    }
 }
 
 /// Rolls out a group for each prompt, decodes and scores it.

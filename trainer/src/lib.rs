@@ -35,6 +35,7 @@ pub mod plan;
 pub mod plot;
 pub mod pretrain;
 mod progress;
+mod prompts;
 mod reference;
 mod report;
 pub mod reward;

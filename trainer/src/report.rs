@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use flow::latents::LatentSize;
-use flow::prompts;
 use flow::solver::Step;
 use image::RgbImage;
 
@@ -14,6 +13,7 @@ use crate::metrics::{self, Metrics};
 use crate::model::Model;
 use crate::picture;
 use crate::plot::{self, Series};
+use crate::prompts;
 use crate::sheet::{self, Cell};
 use crate::state::Position;
 use crate::update::Outcome;

@@ -4,9 +4,11 @@
 //! over rewards, not the rewards themselves (METHOD section 2), so scales need not match.
 //!
 //! A reward that fails (an error, a list of the wrong length, a number that is not finite) is
-//! tried again after a pause that doubles. If it keeps failing, it ends the run when it is
-//! required; else the group's sum goes without it. A failure never becomes a score.
+//! tried again after a pause that doubles, unless the fault is known to last. If it keeps failing,
+//! it ends the run when it is required; else the group's sum goes without it. A failure never
+//! becomes a score.
 
+mod chat;
 mod colour;
 mod config;
 mod constant;
@@ -14,25 +16,32 @@ mod ctc;
 mod jpeg;
 mod ocr;
 mod onnx;
+mod pairwise;
 mod pool;
+mod remote;
+mod server;
 mod text;
 
 use std::{
     collections::HashSet,
-    thread,
+    fmt, thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
 use image::RgbImage;
 
+use self::{chat::Chat, pairwise::Pairwise, server::Server};
 pub use self::{
+    chat::ChatConfig,
     colour::ColourMatch,
     config::{JpegSize, Measure, RewardConfig, RewardKind},
     constant::Constant,
     jpeg::Jpeg,
     ocr::{LOG_PROB_FLOOR, Ocr, Verdict},
     onnx::{ImageModel, ImageModelConfig},
+    remote::Endpoint,
+    server::ServerConfig,
     text::{exact, similarity},
 };
 use flow::prompts::Prompt;
@@ -48,7 +57,25 @@ pub trait Reward: Send + Sync {
     fn check(&self, _prompt: &Prompt) -> Result<()> {
         Ok(())
     }
+
+    /// Whether [`Reward::score`] wants a whole group in one call: because it compares the images,
+    /// which are then those of equal prompts in a row, or because it divides the work itself.
+    fn wants_groups(&self) -> bool {
+        false
+    }
 }
+
+/// Why a reward failed, where it would fail again.
+#[derive(Debug)]
+struct Lasting(String);
+
+impl fmt::Display for Lasting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Lasting {}
 
 /// The rewards of a run.
 pub struct Rewards {
@@ -157,44 +184,44 @@ impl Rewards {
     fn outcome(&self, entry: &Entry, prompts: &[&Prompt], images: &[&RgbImage]) -> Result<Outcome> {
         let start = Instant::now();
         let mut pause = self.first_pause;
-        let mut last_error = None;
-        for attempt in 0..=entry.retries {
-            match score_in_parallel(&*entry.reward, prompts, images, self.threads) {
-                Ok(scores) => {
-                    return Ok(Outcome {
-                        scores: Some(scores),
-                        failures: attempt,
-                        retries: attempt,
-                        seconds: start.elapsed().as_secs_f64(),
-                        error: last_error.map(|error| format!("{error:#}")),
-                    });
+        let threads = if entry.reward.wants_groups() { 1 } else { self.threads };
+        let mut last_error: Option<anyhow::Error> = None;
+        let mut failures = 0;
+        let scores = loop {
+            match score_in_parallel(&*entry.reward, prompts, images, threads) {
+                Ok(scores) => break Some(scores),
+                Err(error) => {
+                    failures += 1;
+                    if failures > entry.retries || error.is::<Lasting>() {
+                        if entry.required {
+                            let name = &entry.name;
+                            let what = format!("reward {name:?} failed, attempts: {failures}");
+                            return Err(error.context(what));
+                        }
+                        last_error = Some(error);
+                        break None;
+                    }
+                    last_error = Some(error);
                 }
-                Err(error) => last_error = Some(error),
             }
-            if attempt < entry.retries {
-                thread::sleep(pause);
-                pause = (pause * 2).min(LONGEST_PAUSE);
-            }
-        }
-        let attempts = entry.retries + 1;
-        let error = last_error.unwrap_or_else(|| anyhow!("no attempt was made"));
-        if entry.required {
-            let name = &entry.name;
-            return Err(error.context(format!("reward {name:?} failed, attempts: {attempts}")));
-        }
+            thread::sleep(pause);
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        };
         Ok(Outcome {
-            scores: None,
-            failures: attempts,
-            retries: entry.retries,
+            retries: if scores.is_some() { failures } else { failures - 1 },
+            scores,
+            failures,
             seconds: start.elapsed().as_secs_f64(),
-            error: Some(format!("{error:#}")),
+            error: last_error.map(|error| format!("{error:#}")),
         })
     }
 }
 
 fn open(kind: &RewardKind, threads: usize) -> Result<Box<dyn Reward>> {
     Ok(match kind {
-        RewardKind::Ocr { model, measure } => Box::new(Ocr::open(model, *measure, threads)?),
+        RewardKind::Ocr { model, characters, measure } => {
+            Box::new(Ocr::open(model, characters.as_deref(), *measure, threads)?)
+        }
         RewardKind::Jpeg { quality, prefer } => {
             ensure!((1..=100).contains(quality), "`quality` is {quality}, it goes from 1 to 100");
             Box::new(Jpeg { quality: *quality, prefer: *prefer })
@@ -209,6 +236,11 @@ fn open(kind: &RewardKind, threads: usize) -> Result<Box<dyn Reward>> {
                 index: *index,
             };
             Box::new(ImageModel::open(config, threads)?)
+        }
+        RewardKind::Server(config) => Box::new(Server::open(config)?),
+        RewardKind::Chat(config) => Box::new(Chat::open(config)?),
+        RewardKind::Pairwise { judge } => {
+            Box::new(Pairwise::open(judge, threads).context("the `judge`")?)
         }
         RewardKind::Constant { value } => {
             ensure!(value.is_finite(), "`value` is not finite");
@@ -256,5 +288,7 @@ fn checked(reward: &dyn Reward, prompts: &[&Prompt], images: &[&RgbImage]) -> Re
     Ok(scores)
 }
 
+#[cfg(test)]
+mod loopback;
 #[cfg(test)]
 mod tests;

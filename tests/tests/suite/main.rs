@@ -6,5 +6,6 @@ mod determinism;
 mod errors;
 mod parity;
 mod record;
+mod server;
 mod tidy;
 mod tokens;

@@ -286,9 +286,8 @@ mod tests {
     #[test]
     fn prompts_without_a_known_colour_are_refused() {
         let prompt = |colour: Option<&str>| Prompt {
-            text: "the word \"sun\"".into(),
-            target: None,
             colour: colour.map(Into::into),
+            ..Prompt::new("the word \"sun\"")
         };
         assert!(ColourMatch.check(&prompt(Some("Red"))).is_ok());
         let unknown = ColourMatch.check(&prompt(Some("blurple"))).unwrap_err().to_string();

@@ -19,6 +19,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::{ChatConfig, ServerConfig};
+
 /// One reward of a run. Unknown keys are refused, those of [`RewardKind`] included.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct RewardConfig {
@@ -47,12 +49,17 @@ pub struct RewardConfig {
 pub enum RewardKind {
     /// How well the image reads as the prompt's target text: [`super::Ocr`].
     Ocr {
-        /// PP-OCR recognition model, `.onnx`.
+        /// Recognition model, `.onnx`: an image [N, 3, H, W] of one line of text to probabilities
+        /// [N, frames, classes], blank first, as PP-OCR's models and those trained like them.
         model: PathBuf,
+        /// Characters of the classes after the blank, one a line, where the model's metadata has no
+        /// `character`: PaddleOCR's dictionary file.
+        #[serde(default)]
+        characters: Option<PathBuf>,
         #[serde(default)]
         measure: Measure,
     },
-    /// Size of the image as a JPEG file, in kB.
+    /// Size of the image as a JPEG file, in kB: DDPO's compressibility and incompressibility.
     Jpeg {
         /// JPEG quality, 1 to 100.
         #[serde(default = "default_quality")]
@@ -74,6 +81,16 @@ pub enum RewardKind {
         /// Which number of the first output is the score.
         #[serde(default)]
         index: usize,
+    },
+    /// Scores of a server of one's own: [`super::server`].
+    Server(ServerConfig),
+    /// The number that a vision-language model gives the image: [`super::chat`].
+    Chat(ChatConfig),
+    /// Share of the group's other images that the image beats, 0 to 1: [`super::pairwise`].
+    Pairwise {
+        /// Who compares two images: a `chat` model that sees both, or the higher score of another
+        /// kind.
+        judge: Box<RewardKind>,
     },
     /// The same value for every image: a control that must not train anything.
     Constant { value: f64 },
@@ -115,7 +132,7 @@ fn default_retries() -> u32 {
 }
 
 fn default_quality() -> u8 {
-    85
+    95
 }
 
 #[cfg(test)]
@@ -135,7 +152,7 @@ mod tests {
         let colour = parse("kind = 'colour'\nname = 'c'\nweight = 0.5\nrequired = false").unwrap();
         assert!(!colour.required);
         let jpeg = parse("kind = 'jpeg'\nname = 'j'\nweight = 1\nprefer = 'small'").unwrap();
-        let RewardKind::Jpeg { quality: 85, prefer: JpegSize::Small } = jpeg.kind else {
+        let RewardKind::Jpeg { quality: 95, prefer: JpegSize::Small } = jpeg.kind else {
             panic!("{jpeg:?}");
         };
         let written = toml::to_string(&jpeg).unwrap();

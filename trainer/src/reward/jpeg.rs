@@ -1,10 +1,12 @@
 //! JPEG size in kB: the (in)compressibility rewards of DDPO (Black et al. 2023, section 5).
 //!
-//! The absolute size depends on the encoder; it is the one of the `image` crate (baseline, no
-//! chroma subsampling). Only differences within a group matter to training.
+//! As there, a file is baseline JPEG of quality 95 with halved chroma (4:2:0) and the standard's own
+//! Huffman tables, which is what Pillow writes (sides that are no multiples of 16 cost a little more
+//! here).
 
-use anyhow::{Context, Result};
-use image::{RgbImage, codecs::jpeg::JpegEncoder};
+use anyhow::{Context, Result, bail};
+use image::RgbImage;
+use jpeg_encoder::{ChromaSubsamplingMethod, ColorType, Encoder, SamplingFactor};
 
 use super::{JpegSize, Reward};
 use flow::prompts::Prompt;
@@ -32,15 +34,25 @@ impl Reward for Jpeg {
 }
 
 fn size_kb(image: &RgbImage, quality: u8) -> Result<f64> {
+    let (width, height) = image.dimensions();
+    let sides = [width, height].map(u16::try_from);
+    let [Ok(width), Ok(height)] = sides else {
+        bail!("an image of {width}x{height} pixels is too large for JPEG");
+    };
     let mut file = Vec::new();
-    JpegEncoder::new_with_quality(&mut file, quality)
-        .encode_image(image)
+    let mut encoder = Encoder::new(&mut file, quality);
+    encoder.set_sampling_factor(SamplingFactor::F_2_2);
+    encoder.set_chroma_subsampling_method(ChromaSubsamplingMethod::Average);
+    encoder
+        .encode(image, width, height, ColorType::Rgb)
         .context("cannot encode an image as JPEG")?;
     Ok(file.len() as f64 / 1000.0)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{collections::BTreeMap, path::Path};
+
     use image::Rgb;
 
     use super::*;
@@ -53,6 +65,24 @@ mod tests {
             let level = (state >> 16) as i32 % (2 * amplitude + 1) - amplitude;
             Rgb([(128 + level) as u8; 3])
         })
+    }
+
+    #[test]
+    fn sizes_are_those_of_pillow() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/reward/fixtures/jpeg");
+        let sizes = std::fs::read(fixtures.join("sizes.json")).unwrap();
+        let sizes: BTreeMap<String, BTreeMap<u8, f64>> = serde_json::from_slice(&sizes).unwrap();
+        assert_eq!(sizes.len(), 3);
+        let mut off = 0.0;
+        for (name, sizes) in sizes {
+            let image = image::open(fixtures.join(format!("{name}.png"))).unwrap().into_rgb8();
+            for (quality, expected) in sizes {
+                let size = size_kb(&image, quality).unwrap();
+                println!("{name} at {quality}: {size} kB, Pillow {expected}");
+                off = f64::max(off, (size / expected - 1.0).abs());
+            }
+        }
+        assert!(off < 0.002, "{off}");
     }
 
     #[test]

@@ -1,8 +1,10 @@
-//! Text accuracy under a PP-OCR recognition model (PP-OCRv4 to v6, as `rapidocr` ships them).
+//! Text accuracy under a recognition model in the form of PP-OCR's (v4 to v6 as `rapidocr` ships them,
+//! with their characters in the metadata, or any other with a file of characters).
 //!
 //! The whole image is one line of text; there is no detector. Preprocessing is that of
 //! `rapidocr/ch_ppocr_rec/main.py`, without its padding to 320 pixels (padding changes no reading
-//! of short words and costs three times the time): height 48, width ⌈48·w/h⌉, bilinear, channels
+//! of short words and costs three times the time): the height H that the model is made for (48 where
+//! it leaves it open), width ⌈H·w/h⌉, bilinear, channels
 //! blue, green, red, values (x/255 − 0.5)/0.5. The model returns one softmax row for every 8
 //! pixels of width, so a square image spells at most 6 characters.
 //!
@@ -11,7 +13,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use image::{
     RgbImage,
     imageops::{self, FilterType},
@@ -30,14 +32,17 @@ use flow::prompts::Prompt;
 /// to 0 for a hopeless image, and the reward must stay finite.
 pub const LOG_PROB_FLOOR: f64 = -20.0;
 
-const HEIGHT: u32 = 48;
-/// Wider images (in pixels at height 48) are refused rather than allocated for.
+const DEFAULT_HEIGHT: u32 = 48;
+/// Largest accepted file of characters, in bytes.
+const MAX_CHARACTERS: u64 = 4 << 20;
+/// Wider images (in pixels at the model's height) are refused rather than allocated for.
 const MAX_WIDTH: u32 = 8192;
 
 /// Reads images, and scores the readings against [`Prompt::target_text`].
 pub struct Ocr {
     pool: Pool,
     alphabet: Alphabet,
+    height: u32,
     measure: Measure,
 }
 
@@ -54,17 +59,25 @@ pub struct Verdict {
 }
 
 impl Ocr {
-    /// Opens a recognition model for up to `threads` workers.
+    /// Opens a recognition model for up to `threads` workers. The classes after the blank are the
+    /// lines of the file `characters` or else of `character` in the model's metadata; a space may
+    /// follow them.
     ///
     /// # Errors
-    /// The file is not an ONNX model, or not one with an image input [N, 3, 48, W] and a
-    /// `character` list in its metadata.
-    pub fn open(model: &Path, measure: Measure, threads: usize) -> Result<Self> {
+    /// The file is not an ONNX model, or not one with an image input [N, 3, H, W] and as many classes
+    /// as characters.
+    pub fn open(
+        model: &Path,
+        characters: Option<&Path>,
+        measure: Measure,
+        threads: usize,
+    ) -> Result<Self> {
         let pool = Pool::open(model, threads)?;
-        let alphabet = pool
-            .with(alphabet)
-            .with_context(|| format!("{} is not a PP-OCR recognition model", model.display()))?;
-        Ok(Self { pool, alphabet, measure })
+        let characters = characters.map(read_characters).transpose()?;
+        let (alphabet, height) = pool
+            .with(|session| Ok((alphabet(session, characters)?, height(session)?)))
+            .with_context(|| format!("{} does not recognise text", model.display()))?;
+        Ok(Self { pool, alphabet, height, measure })
     }
 
     /// What the image reads as, with the model's own case and spaces.
@@ -98,13 +111,18 @@ impl Ocr {
 
     /// Class probabilities of every frame, f32 [1, `n_frames`, `n_classes`].
     fn run(&self, image: &RgbImage) -> Result<Tensor> {
-        let line = line(image)?;
+        let line = line(image, self.height)?;
         self.pool.with(|session| {
             let (input, output) =
                 (session.inputs()[0].name.clone(), session.outputs()[0].name.clone());
             let rows = session.run(&[(&input, &line)], &[&output])?.swap_remove(0);
             let fits = matches!(rows.shape[..], [1, _, classes] if classes == self.alphabet.len());
             ensure!(fits && rows.as_f32().is_ok(), "the OCR model returned shape {:?}", rows.shape);
+            let first: f32 = rows.as_f32()?.iter().take(self.alphabet.len()).sum();
+            ensure!(
+                (first - 1.0).abs() < 0.01,
+                "the OCR model returned no probabilities: a frame adds up to {first}"
+            );
             Ok(rows)
         })
     }
@@ -137,17 +155,40 @@ fn target(prompt: &Prompt) -> Result<&str> {
     })
 }
 
-/// The classes, from the metadata: one character a line, blank before and a space after them.
-fn alphabet(session: &mut Model) -> Result<Alphabet> {
+fn read_characters(path: &Path) -> Result<String> {
+    let name = || path.display().to_string();
+    let size = std::fs::metadata(path).with_context(name)?.len();
+    ensure!(size <= MAX_CHARACTERS, "{}: {size} bytes, at most {MAX_CHARACTERS}", name());
+    let text = std::fs::read_to_string(path).with_context(name)?;
+    Ok(text.strip_suffix('\n').unwrap_or(&text).replace('\r', ""))
+}
+
+/// The height an image is scaled to.
+fn height(session: &Model) -> Result<u32> {
     let inputs = session.inputs();
+    let [_, channels, height, _] = inputs.first().map_or(&[][..], |port| &port.shape) else {
+        bail!("it should have one input [N, 3, H, W]");
+    };
     ensure!(
-        inputs.len() == 1 && inputs[0].shape.len() == 4,
-        "it should have one input [N, 3, {HEIGHT}, W]"
+        inputs.len() == 1 && channels.is_none_or(|n| n == 3),
+        "it should have one input [N, 3, H, W]"
     );
-    let characters = session.metadata("character").context("no `character` in its metadata")?;
-    let characters = characters.split('\n').chain([" "]).map(str::to_owned);
-    let alphabet = Alphabet::new(characters);
+    let height = height.unwrap_or(DEFAULT_HEIGHT as usize);
+    ensure!((8..=512).contains(&height), "its images are {height} pixels high: 8 to 512");
+    Ok(height as u32)
+}
+
+/// The classes: blank, then the characters, then a space if there is a class for it.
+fn alphabet(session: &Model, characters: Option<String>) -> Result<Alphabet> {
+    let characters = characters
+        .or_else(|| session.metadata("character"))
+        .context("no `character` in its metadata: give `characters`, a file with one a line")?;
+    let mut characters: Vec<&str> = characters.split('\n').collect();
     let n_classes = session.outputs().first().and_then(|port| *port.shape.last()?);
+    if n_classes != Some(characters.len() + 1) {
+        characters.push(" ");
+    }
+    let alphabet = Alphabet::new(characters.into_iter().map(str::to_owned));
     if let Some(n_classes) = n_classes {
         ensure!(
             n_classes == alphabet.len(),
@@ -158,19 +199,19 @@ fn alphabet(session: &mut Model) -> Result<Alphabet> {
     Ok(alphabet)
 }
 
-/// The image as the model takes it: f32 [1, 3, 48, W], blue first, in -1 to 1.
-fn line(image: &RgbImage) -> Result<Tensor> {
+/// The image as the model takes it: f32 [1, 3, H, W], blue first, in -1 to 1.
+fn line(image: &RgbImage, line_height: u32) -> Result<Tensor> {
     let (width, height) = image.dimensions();
     ensure!(width > 0 && height > 0, "the image is empty");
-    let width = (u64::from(width) * u64::from(HEIGHT)).div_ceil(u64::from(height));
+    let width = (u64::from(width) * u64::from(line_height)).div_ceil(u64::from(height));
     let width = u32::try_from(width).ok().filter(|width| *width <= MAX_WIDTH);
     let width = width.with_context(|| {
-        format!("the image is more than {MAX_WIDTH} pixels wide at a height of {HEIGHT}")
+        format!("the image is more than {MAX_WIDTH} pixels wide at a height of {line_height}")
     })?;
-    let resized = imageops::resize(image, width, HEIGHT, FilterType::Triangle);
+    let resized = imageops::resize(image, width, line_height, FilterType::Triangle);
     let channel = |c: usize| resized.pixels().map(move |pixel| f32::from(pixel.0[c]) / 127.5 - 1.0);
     let data = channel(2).chain(channel(1)).chain(channel(0)).collect();
-    Tensor::f32([1, 3, HEIGHT as usize, width as usize], data)
+    Tensor::f32([1, 3, line_height as usize, width as usize], data)
 }
 
 #[cfg(test)]
@@ -184,13 +225,47 @@ mod tests {
 
     /// The models `make runtime` installs.
     fn open(name: &str) -> Ocr {
+        Ocr::open(&path(name), None, Measure::LogProb, 2).unwrap()
+    }
+
+    fn path(name: &str) -> PathBuf {
         let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let path: PathBuf = here
-            .ancestors()
+        here.ancestors()
             .map(|folder| folder.join(".runtime/models").join(name))
             .find(|path| path.is_file())
-            .unwrap_or_else(|| panic!("{name} is not installed: run `make runtime`"));
-        Ocr::open(&path, Measure::LogProb, 2).unwrap()
+            .unwrap_or_else(|| panic!("{name} is not installed: run `make runtime`"))
+    }
+
+    #[test]
+    fn characters_come_from_a_file_where_one_is_given() {
+        let model = path("ocr-v6.onnx");
+        let characters =
+            Pool::open(&model, 1).unwrap().with(|model| Ok(model.metadata("character"))).unwrap();
+        let characters = characters.unwrap();
+        let home = tempfile::tempdir().unwrap();
+        let file = home.path().join("dictionary.txt");
+        let open = |text: &str| {
+            std::fs::write(&file, text).unwrap();
+            Ocr::open(&model, Some(&file), Measure::LogProb, 1)
+        };
+        // The letters a and A exchanged: what was read as one is now read as the other.
+        let exchanged: Vec<&str> = characters
+            .split('\n')
+            .map(|c| match c {
+                "A" => "a",
+                "a" => "A",
+                other => other,
+            })
+            .collect();
+        let image = sign("CAT", 14.0, Rgb([22, 22, 24]));
+        let ocr = open(&(exchanged.join("\r\n") + "\n")).unwrap();
+        assert_eq!(ocr.read(&image).unwrap(), "CaT");
+        let error = format!("{:#}", open("A\nB\n").err().unwrap());
+        assert!(error.contains("classes for 4 characters"), "{error}");
+        let other =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("src/reward/fixtures/channel_means.onnx");
+        let error = Ocr::open(&other, None, Measure::LogProb, 1).err().unwrap();
+        assert!(format!("{error:#}").contains("give `characters`"), "{error:#}");
     }
 
     fn sign(text: &str, size: f32, ink: Rgb<u8>) -> RgbImage {

@@ -144,7 +144,11 @@ fn bad_configurations_are_refused() {
     assert!(error(&[heavy]).contains("weight"));
     let jpeg = RewardKind::Jpeg { quality: 0, prefer: JpegSize::Small };
     assert!(error(&[config("size", jpeg)]).contains("`quality` is 0"));
-    let ocr = RewardKind::Ocr { model: "absent.onnx".into(), measure: Measure::LogProb };
+    let ocr = RewardKind::Ocr {
+        model: "absent.onnx".into(),
+        characters: None,
+        measure: Measure::LogProb,
+    };
     let absent = error(&[config("spelling", ocr)]);
     assert!(absent.contains("\"spelling\"") && absent.contains("absent.onnx"), "{absent}");
     let rewards = Rewards::open(&[colour()], 1).unwrap();
