@@ -93,11 +93,16 @@ pub fn run(cli: &Cli) -> Result<()> {
             }
             _ => unreachable!("the command line asks for one or the other"),
         },
-        Command::Convert { from, to } => {
-            pickle::convert(from, to)?;
-            println!("{}", to.display());
-            Ok(())
+        Command::Plan { .. } | Command::Bench { .. } => measure(&cli.command, compute),
+        Command::Convert { .. } | Command::Init { .. } | Command::Signs { .. } => {
+            make(&cli.command)
         }
+    }
+}
+
+/// What a model costs, counted or measured.
+fn measure(command: &Command, compute: device::Compute) -> Result<()> {
+    match command {
         Command::Plan { model, text_tokens, lora_rank, utilisation, source } => {
             let config = config::read(&of(source), &config::ALIGN_PRESETS, &source.settings)?;
             plan::run(&plan::Options {
@@ -121,6 +126,18 @@ pub fn run(cli: &Cli) -> Result<()> {
                 compute,
             })
         }
+        _ => unreachable!("called for these"),
+    }
+}
+
+/// Files for other commands.
+fn make(command: &Command) -> Result<()> {
+    match command {
+        Command::Convert { from, to } => {
+            pickle::convert(from, to)?;
+            println!("{}", to.display());
+            Ok(())
+        }
         Command::Init { like, out, seed, zero, shard_gb } => init::run(&init::Options {
             like,
             out,
@@ -132,6 +149,7 @@ pub fn run(cli: &Cli) -> Result<()> {
             let config = signs::SignsConfig { n_images: *n, ..signs::SignsConfig::default() };
             signs::write(out, &config).with_context(|| format!("cannot write {}", out.display()))
         }
+        _ => unreachable!("called for these"),
     }
 }
 
