@@ -10,8 +10,8 @@ use benches::{program, table};
 use serde_json::{Value, json};
 
 const DEPTHS: [usize; 4] = [4, 8, 16, 32];
-/// Pixels; 1,024 tokens of the embedded model.
-const SIZE: &str = "256x256";
+/// Pixels; 4,096 tokens of the embedded model.
+const SIZE: &str = "512x512";
 
 fn main() -> Result<()> {
     let home = tempfile::tempdir().context("cannot make a folder for the models")?;
@@ -33,8 +33,11 @@ fn main() -> Result<()> {
 
 /// The model's configs with a transformer of `depth` blocks.
 fn deepened(folder: &Path, depth: usize) -> Result<()> {
+    let model = program::root().join(program::model());
+    fs::create_dir_all(folder)?;
+    fs::copy(model.join("model_index.json"), folder.join("model_index.json"))?;
     for part in ["transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"] {
-        let source = program::root().join(program::model()).join(part);
+        let source = model.join(part);
         fs::create_dir_all(folder.join(part))?;
         for entry in fs::read_dir(&source).with_context(|| source.display().to_string())? {
             let path = entry?.path();
@@ -52,7 +55,20 @@ fn deepened(folder: &Path, depth: usize) -> Result<()> {
 
 fn training_mb(model: &Path, flags: &[&str]) -> Result<f64> {
     let mut command = Command::new(program::built("ng-train")?);
-    command.args(["bench", "--threads", "1", "--json", "--repeats", "1", "--text-tokens", "64"]);
+    // Freed memory goes back at once; kept in a heap, it has holes between what stays.
+    command.envs(["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"].map(|name| (name, "131072")));
+    command.args([
+        "bench",
+        "--threads",
+        "1",
+        "--json",
+        "--repeats",
+        "1",
+        "--text-tokens",
+        "64",
+        "--lora-rank",
+        "4",
+    ]);
     command.args(["--size", SIZE, "--model"]).arg(model).args(flags);
     let report: Value = serde_json::from_str(&program::run(&mut command)?.stdout)?;
     let gb = report["rows"][0]["training_gb"].as_f64().context("no training_gb in the report")?;
