@@ -70,3 +70,6 @@ impl Reward for NetworkReward {
         scores.into_iter().map(|score| score.recv().map_err(|_| gone())?).collect()
     }
 }
+
+#[cfg(test)]
+mod tests;
