@@ -70,6 +70,18 @@ pub enum Command {
         #[command(flatten)]
         source: SourceArgs,
     },
+    /// Score images that exist; prints one JSON line an image
+    Score {
+        /// PNG or JPEG files
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<PathBuf>,
+        /// What all of them should show
+        #[arg(long, value_name = "TEXT")]
+        prompt: String,
+        /// Rewards and judges come from it
+        #[command(flatten)]
+        source: SourceArgs,
+    },
     /// Sample images from a checkpoint through libtorch
     Sample(SampleArgs),
     /// Write reference.safetensors into a pipeline folder, for `ng-export --verify`

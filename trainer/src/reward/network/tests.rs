@@ -1,6 +1,7 @@
 //! Tiny networks against the packages that define the scores; see `fixtures/networks/make.py`.
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -127,7 +128,7 @@ fn image_reward() -> tempfile::TempDir {
 fn open(kind: &str, settings: &[(&str, PathBuf)]) -> Result<Rewards> {
     let mut table = format!("name = 'a'\nweight = 1\nretries = 0\nkind = '{kind}'\n");
     for (key, path) in settings {
-        table += &format!("{key} = '{}'\n", path.display());
+        writeln!(table, "{key} = '{}'", path.display())?;
     }
     let config: RewardConfig = toml::from_str(&table)?;
     Rewards::open(&[config], 2, Device::Cpu)
