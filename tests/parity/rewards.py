@@ -26,7 +26,7 @@ SHAPES = {"square": (512, 512), "wide": (701, 400), "tall": (333, 768), "tiny": 
 
 
 def fixtures():
-    """`make.py` of the fixtures: how to import packages that cannot simply be imported."""
+    """`make.py` of the fixtures: it draws parameters, and imports what cannot simply be imported."""
     path = ROOT / "trainer/src/reward/fixtures/networks/make.py"
     spec = importlib.util.spec_from_file_location("make", path)
     module = importlib.util.module_from_spec(spec)
@@ -68,14 +68,6 @@ class Comparison:
             self.report.absolute(f"{kind}, prompt {index}", ours, theirs, LIMIT)
 
 
-def wake(model):
-    """Moves every parameter: fresh biases are 0 and gains 1, which would hide a forgotten one."""
-    for parameter in model.parameters():
-        if parameter.ndim:
-            parameter.data += 0.02 * torch.randn_like(parameter)
-    return model.eval()
-
-
 def hpsv2(comparison, make, architecture):
     img_score = make.import_hpsv2(comparison.out)
     from hpsv2.src.open_clip import create_model_and_transforms
@@ -84,7 +76,7 @@ def hpsv2(comparison, make, architecture):
     model, _, prepare = create_model_and_transforms(
         architecture, light_augmentation=True, output_dict=True)
     weights = comparison.out / "HPS.pt"
-    torch.save({"epoch": 3, "state_dict": wake(model).state_dict()}, weights)
+    torch.save({"epoch": 3, "state_dict": make.draw(model).state_dict()}, weights)
     config = weights.with_name("open_clip_config.json")
     config.unlink(missing_ok=True)
     if architecture != "ViT-H-14":
@@ -95,13 +87,13 @@ def hpsv2(comparison, make, architecture):
     weights.unlink()
 
 
-def open_clip(comparison):
+def open_clip(comparison, make):
     import open_clip
 
     name = "ViT-B-32-quickgelu"
     model, _, prepare = open_clip.create_model_and_transforms(name)
     weights = comparison.out / "open_clip_pytorch_model.bin"
-    torch.save(wake(model).state_dict(), weights)
+    torch.save(make.draw(model).state_dict(), weights)
     config = {"model_cfg": open_clip.get_model_config(name)}
     weights.with_name("open_clip_config.json").write_text(json.dumps(config))
     tokenize = open_clip.get_tokenizer(name)
@@ -114,11 +106,11 @@ def open_clip(comparison):
     comparison.compare("clip", {"weights": weights, "tokenizer": CLIP_TOKENIZER}, score)
 
 
-def pickscore(comparison):
+def pickscore(comparison, make):
     """As on PickScore's page; with Pillow, as the transformers of its day did."""
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-    model = wake(CLIPModel(CLIPConfig()))
+    model = make.draw(CLIPModel(CLIPConfig()))
     model.save_pretrained(comparison.out)
     tokenizer = CLIPTokenizer.from_pretrained(CLIP_TOKENIZER)
     processor = CLIPImageProcessorPil()
@@ -149,7 +141,7 @@ def image_reward(comparison, make):
     config.write_text(json.dumps(make.MED | {
         "hidden_size": 768, "intermediate_size": 3072, "max_position_embeddings": 512,
         "num_attention_heads": 12, "num_hidden_layers": 12, "vocab_size": 30524}))
-    model = wake(ImageReward(config))
+    model = make.draw(ImageReward(config))
     weights = comparison.out / "ImageReward.pt"
     torch.save(model.state_dict(), weights)
     score = lambda image, prompt: model.score(prompt, image)
@@ -157,7 +149,7 @@ def image_reward(comparison, make):
     weights.unlink()
 
 
-def aesthetic(comparison):
+def aesthetic(comparison, make):
     """The head of the predictor on OpenAI's ViT-L/14, prepared by OpenAI's package."""
     from clip.clip import _transform
     from ImageReward.models.AestheticScore import MLP
@@ -166,9 +158,9 @@ def aesthetic(comparison):
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
               "num_attention_heads": 16, "patch_size": 14}
     text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-    model = wake(CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=768)))
+    model = make.draw(CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=768)))
     model.save_pretrained(comparison.out)
-    head = wake(MLP(768))
+    head = make.draw(MLP(768))
     weights = comparison.out / "linearMSE.pth"
     torch.save(head.state_dict(), weights)
     prepare = _transform(224)
@@ -188,16 +180,15 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vit-h", action="store_true", help="hpsv2's own size: 4 GB, minutes")
     args = parser.parse_args()
-    torch.manual_seed(0)
     comparison, make = Comparison(args.part, args.programs, args.out), fixtures()
     with torch.no_grad():
         if args.part == "clip":
             hpsv2(comparison, make, "ViT-H-14" if args.vit_h else "ViT-B-32")
-            open_clip(comparison)
-            pickscore(comparison)
+            open_clip(comparison, make)
+            pickscore(comparison, make)
         else:
             image_reward(comparison, make)
-            aesthetic(comparison)
+            aesthetic(comparison, make)
     comparison.report.finish()
 
 

@@ -6,10 +6,10 @@ use anyhow::Result;
 use flow::models::aesthetic::score;
 use flow::ops::ParamPath;
 use flow::ops::shapes::Shapes;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::clip::Clip;
-use super::network::{Network, NetworkReward};
+use super::network::{Network, NetworkReward, compute};
 use super::preparation::Fit;
 use crate::parameters::{Parameters, Storage};
 use crate::pickle;
@@ -31,8 +31,7 @@ impl Aesthetic {
             score(&shapes, &ParamPath::root(), &vec![1, clip.width()], clip.width());
             let (manifest, weights) = (shapes.manifest(), pickle::weights(&weights)?);
             weights.check(&manifest, &[])?;
-            let head =
-                Parameters::load(&[manifest], weights, device, Kind::Float, Storage::Frozen)?;
+            let head = Parameters::load(&[manifest], weights, compute(device), Storage::Frozen)?;
             Ok((clip.preparation(Fit::Crop), Self { clip, head }))
         })
     }

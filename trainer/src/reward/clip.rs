@@ -11,7 +11,7 @@ use flow::pipeline::read_json;
 use flow::tokens::{Truncated, plain};
 use tch::{Device, Kind, Tensor};
 
-use super::network::{Network, NetworkReward};
+use super::network::{Network, NetworkReward, compute};
 use super::preparation::{Fit, Preparation};
 use crate::parameters::{self, Parameters, Storage};
 use crate::pickle;
@@ -67,15 +67,10 @@ impl ClipScore {
             weights.display(),
             text.vocab_size
         );
-        let fit = match package {
-            Package::Hpsv2 => Fit::Pad,
-            Package::Transformers => Fit::CropDown,
-            Package::OfWeights => file.fit,
-        };
-        let plain = match package {
-            Package::Hpsv2 => true,
-            Package::Transformers => false,
-            Package::OfWeights => file.naming == Naming::OpenClip,
+        let (fit, plain) = match package {
+            Package::Hpsv2 => (Fit::Pad, true),
+            Package::Transformers => (Fit::CropDown, false),
+            Package::OfWeights => (file.fit, file.naming == Naming::OpenClip),
         };
         let text = file.load(&file.config.text_manifest(), device)?;
         let clip = file.image_tower(device)?;
@@ -188,13 +183,7 @@ impl ClipFile {
                 Part::Transposed => flat.reshape([shape[1] as i64, shape[0] as i64]).tr(),
             })
         };
-        Parameters::build(
-            std::slice::from_ref(manifest),
-            device,
-            Kind::Float,
-            Storage::Frozen,
-            value,
-        )
+        Parameters::build(std::slice::from_ref(manifest), compute(device), Storage::Frozen, value)
     }
 }
 

@@ -7,9 +7,9 @@ use flow::models::blip::BlipVisionConfig;
 use flow::models::image_reward::{ImageRewardConfig, MAX_TOKENS};
 use flow::pipeline::read_json;
 use flow::tokens::Truncated;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
-use super::network::{Network, NetworkReward};
+use super::network::{Network, NetworkReward, compute};
 use super::preparation::{Fit, Preparation};
 use crate::parameters::{Parameters, Storage};
 use crate::pickle;
@@ -50,8 +50,7 @@ impl ImageReward {
         // Files also hold projections of BLIP's training.
         let others: Vec<&str> = weights.names().collect();
         weights.check(&manifest, &others)?;
-        let parameters =
-            Parameters::load(&[manifest], weights, device, Kind::Float, Storage::Frozen)?;
+        let parameters = Parameters::load(&[manifest], weights, compute(device), Storage::Frozen)?;
         let preparation = Preparation { fit: Fit::Crop, side: config.vision.image_size };
         Ok((preparation, Self { config, parameters, tokenizer, device }))
     }

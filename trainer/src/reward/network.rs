@@ -1,15 +1,21 @@
 //! Rewards that are networks on libtorch.
 
 use std::sync::mpsc::{self, Sender};
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use flow::prompts::Prompt;
 use image::RgbImage;
-use tch::{Tensor, no_grad};
+use tch::{Device, Kind, Tensor, no_grad};
 
 use super::Reward;
 use super::preparation::Preparation;
+use crate::device::Compute;
+
+/// Scores are computed in f32, whatever the run computes in.
+pub(super) fn compute(device: Device) -> Compute {
+    Compute { device, kind: Kind::Float }
+}
 
 /// A network that scores one image at a time, so that a score does not depend on its company.
 pub(super) trait Network {
@@ -20,7 +26,9 @@ pub(super) trait Network {
 /// A [`Network`] on a thread of its own, where its tensors stay; callers prepare images meanwhile.
 pub(super) struct NetworkReward {
     preparation: Preparation,
-    requests: Sender<Request>,
+    /// Taken when the thread is to end.
+    requests: Option<Sender<Request>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 struct Request {
@@ -39,7 +47,7 @@ impl NetworkReward {
     ) -> Result<Self> {
         let (requests, queue) = mpsc::channel::<Request>();
         let (opened, result) = mpsc::channel();
-        thread::Builder::new().name("reward network".into()).spawn(move || {
+        let thread = thread::Builder::new().name("reward network".into()).spawn(move || {
             let (preparation, mut network) = match load() {
                 Ok(loaded) => loaded,
                 Err(error) => return drop(opened.send(Err(error))),
@@ -51,7 +59,15 @@ impl NetworkReward {
             }
         })?;
         let preparation = result.recv().context("the network's thread ended while it loaded")??;
-        Ok(Self { preparation, requests })
+        Ok(Self { preparation, requests: Some(requests), thread: Some(thread) })
+    }
+}
+
+impl Drop for NetworkReward {
+    /// Tensors must be gone before libtorch is.
+    fn drop(&mut self) {
+        self.requests = None;
+        let _ = self.thread.take().map(JoinHandle::join);
     }
 }
 
@@ -63,7 +79,7 @@ impl Reward for NetworkReward {
             let (answer, score) = mpsc::channel();
             let pixels = self.preparation.pixels(image);
             let request = Request { prompt: prompt.text.clone(), pixels, answer };
-            self.requests.send(request).map_err(|_| gone())?;
+            self.requests.as_ref().and_then(|to| to.send(request).ok()).ok_or_else(gone)?;
             Ok(score)
         };
         let scores = prompts.iter().zip(images).map(ask).collect::<Result<Vec<_>>>()?;
