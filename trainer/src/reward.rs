@@ -270,7 +270,7 @@ fn open(kind: &RewardKind, threads: usize, device: Device) -> Result<Box<dyn Rew
         RewardKind::Server(config) => Box::new(Server::open(config)?),
         RewardKind::Chat(config) => Box::new(Chat::open(config)?),
         RewardKind::Pairwise { judge } => {
-            Box::new(Pairwise::open(judge, threads).context("the `judge`")?)
+            Box::new(Pairwise::open(judge, threads, device).context("the `judge`")?)
         }
         RewardKind::Constant { value } => {
             ensure!(value.is_finite(), "`value` is not finite");
