@@ -4,13 +4,14 @@ use super::super::{
     pairwise::Pairwise,
 };
 use super::*;
+use tch::Device;
 
 const OWN: &str = "prompt = 'How much {prompt}?'\npattern = 'Score: (\\S+)'";
 
 fn reward(url: &str, more: &str) -> Result<Box<dyn Reward>> {
     let table =
         format!("kind = 'chat'\nname = 'judge'\nweight = 1\nurl = '{url}'\nmodel = 'm'\n{more}");
-    super::super::open(&toml::from_str::<RewardConfig>(&table)?.kind, 1)
+    super::super::open(&toml::from_str::<RewardConfig>(&table)?.kind, 1, Device::Cpu)
 }
 
 fn says(text: &str) -> Reply {
@@ -105,7 +106,7 @@ fn settings_that_cannot_work_are_refused() {
 
 fn pairwise(judge: &str) -> Result<Box<dyn Reward>> {
     let table = format!("kind = 'pairwise'\nname = 'p'\nweight = 1\njudge = {{ {judge} }}");
-    super::super::open(&toml::from_str::<RewardConfig>(&table)?.kind, 2)
+    super::super::open(&toml::from_str::<RewardConfig>(&table)?.kind, 2, Device::Cpu)
 }
 
 fn chat_at(url: &str) -> String {

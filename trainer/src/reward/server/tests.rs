@@ -6,6 +6,7 @@ use super::super::{
 };
 use super::*;
 use std::{thread, time::Duration};
+use tch::Device;
 
 fn rewards(url: &str, more: &str) -> Rewards {
     let table =
