@@ -55,6 +55,7 @@ $(LIGHT): setup/light.sh setup/libtorch.sh setup/requirements-light.txt
 	./setup/light.sh $(RUNTIME)
 	@touch $@
 
-$(PARITY): $(LIGHT) setup/parity.sh setup/requirements-parity.txt setup/requirements-optimum.txt
+$(PARITY): $(LIGHT) setup/parity.sh setup/requirements-parity.txt setup/requirements-optimum.txt \
+           setup/requirements-rewards.txt setup/requirements-image-reward.txt
 	./setup/parity.sh $(RUNTIME)
 	@touch $@

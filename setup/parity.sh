@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Adds the Python references of `make parity` (diffusers, transformers, the whole of torch) to the
 # environment that light.sh made in the folder $1, checks that the shared parts stayed as they were,
-# and puts Optimum with the older packages that it needs into a folder beside it.
+# and puts Optimum and the packages that define rewards, with what they need, into folders beside it.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 runtime=$(cd "$1" && pwd)
@@ -21,8 +21,11 @@ while IFS= read -r line; do
   }
 done < "$here/requirements-light.txt"
 
-rm -rf "$runtime/optimum" "$runtime/optimum.part"
-"$runtime/venv/bin/python" -m pip install --disable-pip-version-check --quiet --no-deps \
-  --only-binary :all: --target "$runtime/optimum.part" \
-  --requirement "$here/requirements-optimum.txt"
-mv "$runtime/optimum.part" "$runtime/optimum"
+# Packages beside the environment: what each needs differs from what the others need.
+for name in optimum rewards image-reward; do
+  rm -rf "$runtime/$name" "$runtime/$name.part"
+  "$runtime/venv/bin/python" -m pip install --disable-pip-version-check --quiet --no-deps \
+    --only-binary :all: --target "$runtime/$name.part" \
+    --requirement "$here/requirements-$name.txt"
+  mv "$runtime/$name.part" "$runtime/$name"
+done

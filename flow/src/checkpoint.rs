@@ -43,7 +43,7 @@ pub enum CheckpointError {
     Misfit {
         /// Folder of the weights.
         path: PathBuf,
-        /// Every missing, unexpected and mis-shaped tensor.
+        /// Missing, unexpected and mis-shaped tensors.
         list: String,
     },
 }
@@ -65,6 +65,8 @@ type Result<T> = std::result::Result<T, CheckpointError>;
 
 /// Extensions of files that PyTorch pickles.
 const PICKLES: [&str; 4] = ["bin", "pt", "pth", "ckpt"];
+/// Misfits named in one message.
+const MAX_MISFITS: usize = 12;
 /// Largest header and index read into memory.
 const MAX_INDEX_BYTES: u64 = 100 << 20;
 
@@ -280,7 +282,8 @@ impl Weights {
     /// Compares names, shapes and types with what the network uses; `ignored` names may be present.
     ///
     /// # Errors
-    /// One message that lists every missing, unexpected, mis-shaped and mis-typed tensor.
+    /// One message that lists what is missing, unexpected, mis-shaped or mis-typed, if that is much the
+    /// first of it.
     pub fn check(&self, manifest: &Manifest, ignored: &[&str]) -> Result<()> {
         let mut list = Vec::new();
         for (name, shape) in manifest.entries() {
@@ -302,6 +305,11 @@ impl Weights {
         );
         if list.is_empty() {
             return Ok(());
+        }
+        if list.len() > MAX_MISFITS {
+            let n_more = list.len() - MAX_MISFITS;
+            list.truncate(MAX_MISFITS);
+            list.push(format!("and {n_more} more"));
         }
         Err(CheckpointError::Misfit { path: self.path.clone(), list: list.join("; ") })
     }

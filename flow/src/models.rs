@@ -1,9 +1,13 @@
-//! The networks of a FLUX pipeline over [`Ops`](crate::ops::Ops), one architecture a file.
+//! The networks over [`Ops`](crate::ops::Ops), one architecture a file: those of a FLUX pipeline, and
+//! those that rewards are made of.
 //!
 //! Each config deserialises from the component's `config.json` as diffusers and transformers write it,
 //! refuses what it does not support, and bounds every size before anything is allocated.
 
+pub mod aesthetic;
+pub mod blip;
 pub mod clip;
+pub mod image_reward;
 pub mod t5;
 pub mod transformer;
 pub mod vae;
@@ -44,6 +48,19 @@ fn size(field: &'static str, value: usize) -> Result<(), ConfigError> {
 
 fn count(field: &'static str, value: usize) -> Result<(), ConfigError> {
     within(field, value, MAX_COUNT, "a count from 1 to 4096")
+}
+
+fn heads(width: usize, heads: usize) -> Result<(), ConfigError> {
+    size("hidden_size", width)?;
+    count("num_attention_heads", heads)?;
+    if width.is_multiple_of(heads) {
+        return Ok(());
+    }
+    Err(ConfigError::Invalid {
+        field: "num_attention_heads",
+        value: heads.to_string(),
+        expected: "a divisor of hidden_size",
+    })
 }
 
 fn within(

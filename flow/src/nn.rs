@@ -1,6 +1,6 @@
 //! Layers that several networks share.
 
-use crate::ops::{Dim, Ops, ParamPath, Rope};
+use crate::ops::{Conv, Dim, Ops, ParamPath, Rope};
 
 /// Query, key and value heads `[B, H, S, D]`.
 pub struct Heads<T> {
@@ -33,6 +33,39 @@ pub fn split_heads<O: Ops>(ops: &O, x: &O::Tensor, heads: usize, width: usize) -
 pub fn merge_heads<O: Ops>(ops: &O, x: &O::Tensor, heads: usize, width: usize) -> O::Tensor {
     let x = ops.permute(x, &[0, 2, 1, 3]);
     ops.reshape(&x, &[Dim::Keep, Dim::Keep, Dim::Is(heads * width)])
+}
+
+/// Tokens `[B, 1 + N, D]` of images `[B, 3, S, S]`: the class token, then one token a square patch with
+/// side `patch`, row by row. `class` holds D numbers; `conv` is the path of the convolution.
+pub fn patch_tokens<O: Ops>(
+    ops: &O,
+    conv: &ParamPath,
+    class: &O::Tensor,
+    pixels: &O::Tensor,
+    Patches { patch, width, bias }: Patches,
+) -> O::Tensor {
+    let shape = Conv { c_in: 3, c_out: width, kernel: patch, stride: patch, padding: [0; 4], bias };
+    let x = ops.conv2d(conv, pixels, shape);
+    let x = ops.reshape(&x, &[Dim::Keep, Dim::Keep, Dim::Infer]);
+    let class = ops.reshape(class, &[Dim::Is(1), Dim::Is(width)]);
+    let class = ops.gather(&class, &ops.unsqueeze(&first_rows(ops, pixels), 1));
+    ops.concat(&[&class, &ops.permute(&x, &[0, 2, 1])], 1)
+}
+
+/// How images become tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct Patches {
+    /// Side of a patch in pixels.
+    pub patch: usize,
+    /// Width of a token.
+    pub width: usize,
+    /// Whether the convolution adds a bias.
+    pub bias: bool,
+}
+
+/// The integer 0 for each entry of the first axis of `x`: `[B]`.
+pub fn first_rows<O: Ops>(ops: &O, x: &O::Tensor) -> O::Tensor {
+    ops.clamp(&ops.positions(x, 0), 0, 0)
 }
 
 /// Applies the rotation to queries and keys.

@@ -54,6 +54,8 @@ pub struct Conv {
     pub stride: usize,
     /// Zero padding: top, left, bottom, right.
     pub padding: [usize; 4],
+    /// Whether a bias is added.
+    pub bias: bool,
 }
 
 /// Rotation tables of interleaved rotary embedding.
@@ -114,7 +116,8 @@ pub trait Ops {
         n_out: usize,
         bias: bool,
     ) -> Self::Tensor;
-    /// Convolution of `[B, C, H, W]`; `path.weight` is `[c_out, c_in, k, k]`, `path.bias` is `[c_out]`.
+    /// Convolution of `[B, C, H, W]`; `path.weight` is `[c_out, c_in, k, k]`, `path.bias`, where there is
+    /// one, `[c_out]`.
     fn conv2d(&self, path: &ParamPath, x: &Self::Tensor, conv: Conv) -> Self::Tensor;
     /// Rows of `table` `[n, …]` at the integer `ids`: shape of `ids` followed by `…`.
     fn gather(&self, table: &Self::Tensor, ids: &Self::Tensor) -> Self::Tensor;

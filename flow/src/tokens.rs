@@ -25,8 +25,11 @@ pub struct PromptIds {
     pub t5: Vec<i64>,
 }
 
+/// One tokenizer: the ids of a text with its special tokens, cut to a length and not padded.
+pub struct Truncated(Tokenizer);
+
 struct Padded {
-    tokenizer: Tokenizer,
+    tokenizer: Truncated,
     length: usize,
     pad: u32,
 }
@@ -83,27 +86,84 @@ impl Tokenizers {
     }
 }
 
-impl Padded {
-    fn new(
-        mut tokenizer: Tokenizer,
-        length: usize,
-        pad: u32,
-        dir: &Path,
-    ) -> Result<Self, CheckpointError> {
+impl Truncated {
+    /// CLIP's in `dir`: `tokenizer.json`, or `vocab.json` and `merges.txt`.
+    ///
+    /// # Errors
+    /// When a file is missing or no tokenizer.
+    pub fn clip(dir: &Path, length: usize) -> Result<Self, CheckpointError> {
+        Self::new(clip_tokenizer(dir)?, length, dir)
+    }
+
+    /// The one in `dir/tokenizer.json`.
+    ///
+    /// # Errors
+    /// When the file is missing or no tokenizer.
+    pub fn open(dir: &Path, length: usize) -> Result<Self, CheckpointError> {
+        Self::new(from_json(dir)?, length, dir)
+    }
+
+    fn new(mut tokenizer: Tokenizer, length: usize, dir: &Path) -> Result<Self, CheckpointError> {
         let truncation = TruncationParams { max_length: length, ..TruncationParams::default() };
         tokenizer
             .with_truncation(Some(truncation))
             .map_err(|error| CheckpointError::malformed(dir, error))?;
         tokenizer.with_padding(None);
-        Ok(Self { tokenizer, length, pad })
+        Ok(Self(tokenizer))
+    }
+
+    /// Ids of `text`.
+    ///
+    /// # Errors
+    /// When the tokenizer cannot encode it.
+    pub fn encode(&self, text: &str) -> Result<Vec<i64>, tokenizers::Error> {
+        let encoding = self.0.encode(text, true)?;
+        Ok(encoding.get_ids().iter().map(|&id| i64::from(id)).collect())
+    }
+
+    /// Ids are below this.
+    pub fn n_ids(&self) -> usize {
+        self.0.get_vocab_size(true)
+    }
+}
+
+impl Padded {
+    fn new(
+        tokenizer: Tokenizer,
+        length: usize,
+        pad: u32,
+        dir: &Path,
+    ) -> Result<Self, CheckpointError> {
+        Ok(Self { tokenizer: Truncated::new(tokenizer, length, dir)?, length, pad })
     }
 
     fn encode(&self, prompt: &str) -> Result<Vec<i64>, tokenizers::Error> {
-        let encoding = self.tokenizer.encode(prompt, true)?;
-        let mut ids: Vec<i64> = encoding.get_ids().iter().map(|&id| i64::from(id)).collect();
+        let mut ids = self.tokenizer.encode(prompt)?;
         ids.resize(self.length, i64::from(self.pad));
         Ok(ids)
     }
+}
+
+/// `text` with HTML's entities and typographic quotes as plain characters, which open_clip's tokenizer
+/// does first. It also repairs text that was once decoded wrongly; that is left out.
+pub fn plain(text: &str) -> String {
+    let entities = [
+        ("&lt;", "<"),
+        ("&gt;", ">"),
+        ("&quot;", "\""),
+        ("&#39;", "'"),
+        ("&nbsp;", " "),
+        ("&amp;", "&"),
+    ];
+    // Twice, as the source does: an ampersand may have been escaped once more.
+    let text =
+        entities.repeat(2).iter().fold(text.to_owned(), |text, (from, to)| text.replace(from, to));
+    let quote = |c| match c {
+        '\u{2bc}' | '\u{2018}'..='\u{201b}' => '\'',
+        '\u{201c}'..='\u{201f}' => '"',
+        other => other,
+    };
+    text.chars().map(quote).collect()
 }
 
 fn config(dir: &Path) -> Result<TokenizerConfig, CheckpointError> {
@@ -188,4 +248,14 @@ fn clip_stages(tokenizer: &mut Tokenizer) -> Result<(), tokenizers::Error> {
         tokenizers::AddedToken::from(end, true),
     ])?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::plain;
+
+    #[test]
+    fn quotes_and_entities_become_plain() {
+        assert_eq!(plain("“don’t” &amp;quot; &lt;b&gt; R&amp;B"), "\"don't\" \" <b> R&B");
+    }
 }

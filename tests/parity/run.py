@@ -5,8 +5,9 @@
 For each model: `ng-train reference` against diffusers, `ng-export` against onnx, onnxruntime and
 Optimum, images from equal noise. Then an iteration of `ng-train align`: its last update
 recomputed, its checkpoint loaded by diffusers, images of that checkpoint compared like those of the
-model. The embedded model is also scored by the example reward server. Every script runs even after
-one failed; the exit code is 1 if any did.
+model. The embedded model is also scored by the example reward server. At last, the networks of rewards
+against the packages that define them. Every script runs even after one failed; the exit code is 1 if
+any did.
 """
 
 import argparse
@@ -113,6 +114,14 @@ class Comparisons:
                 "ng-export", model, "--lora", aligned, "--out", export, "--verify"):
             self.images(model, export, run / "images", size, "--lora", aligned)
 
+    def rewards(self, out):
+        """Networks of rewards against the packages that define them."""
+        runtime = Path(sys.prefix).parent
+        newest, older = runtime / "rewards", runtime / "image-reward"
+        for part, packages in (("clip", [newest]), ("image-reward", [older, newest])):
+            self.script("rewards.py", part, "--programs", self.programs, "--out", out / part,
+                        extra_path=os.pathsep.join(str(folder) for folder in packages))
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -128,6 +137,7 @@ def main():
     for source in args.models:
         name = source.parent.name if source.name == "pipeline" else source.name
         comparisons.model(source, name, args.out / name)
+    comparisons.rewards(args.out / "rewards")
     if comparisons.failed:
         sys.exit("error: these comparisons failed:\n  " + "\n  ".join(comparisons.failed))
     print("\nall comparisons passed")

@@ -279,7 +279,7 @@ pub fn run(config: &AlignConfig, options: &Options) -> Result<()> {
         config.output.display()
     );
     let train_prompts = prompts::read(&config.prompts)?;
-    let rewards = Rewards::open(&config.rewards, options.threads)?;
+    let rewards = Rewards::open(&config.rewards, options.threads, options.compute.device)?;
     rewards.check(&train_prompts)?;
     let model = config.load(options.compute)?;
     let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);

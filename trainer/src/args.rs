@@ -70,6 +70,22 @@ pub enum Command {
         #[command(flatten)]
         source: SourceArgs,
     },
+    /// Score images that exist; prints one JSON line an image
+    ///
+    /// Scales, higher being better: hpsv2, pickscore and clip are cosines, about 0.2 to 0.4, 0.18 to 0.24
+    /// and 0.1 to 0.4; image-reward is about -2.5 to 2.5, aesthetic 1 to 10, jpeg in kB, colour 0 to 1.
+    /// The README has the files and how each prepares images.
+    Score {
+        /// PNG or JPEG files
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<PathBuf>,
+        /// What all of them should show
+        #[arg(long, value_name = "TEXT")]
+        prompt: String,
+        /// Rewards and judges come from it
+        #[command(flatten)]
+        source: SourceArgs,
+    },
     /// Sample images from a checkpoint through libtorch
     Sample(SampleArgs),
     /// Write reference.safetensors into a pipeline folder, for `ng-export --verify`

@@ -72,9 +72,10 @@ impl Ops for Eager<'_> {
         let even = top == bottom && left == right;
         let padded = (!even).then(|| x.constant_pad_nd([left, right, top, bottom]));
         let stride = conv.stride as i64;
+        let bias = conv.bias.then(|| self.named(&path.at("bias")));
         Rc::new(padded.as_ref().unwrap_or(x).conv2d(
             &self.named(&path.at("weight")),
-            Some(&*self.named(&path.at("bias"))),
+            bias.as_deref(),
             [stride; 2],
             if even { [top, left] } else { [0; 2] },
             [1; 2],

@@ -54,7 +54,7 @@ const SHEET_ROWS: usize = 24;
 pub fn run(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
     let prompts = prompts::read(options.prompts)?;
     let metrics: Vec<RewardConfig> = config.rewards.iter().chain(&config.judges).cloned().collect();
-    let rewards = Rewards::open(&metrics, options.threads)?;
+    let rewards = Rewards::open(&metrics, options.threads, options.compute.device)?;
     rewards.check(&prompts)?;
     let mut columns = Vec::new();
     let mut pictures = Vec::new();

@@ -42,6 +42,7 @@ pub mod reward;
 mod rollout;
 pub mod sample;
 mod save;
+pub mod score;
 mod seeds;
 pub mod sheet;
 pub mod signs;
@@ -77,6 +78,11 @@ pub fn run(cli: &Cli) -> Result<()> {
             let config = config::read(&of(source), &config::ALIGN_PRESETS, &source.settings)?;
             let options = eval::Options { models, prompts, seed: *seed, out, threads, compute };
             eval::run(&config, &options)
+        }
+        Command::Score { images, prompt, source } => {
+            let config = config::read(&of(source), &config::ALIGN_PRESETS, &source.settings)?;
+            let device = compute.device;
+            score::run(&config, &score::Options { images, prompt, threads, device })
         }
         Command::Sample(args) => sample::run(&sample_options(args, compute)),
         Command::Reference { model } => {

@@ -8,16 +8,22 @@
 //! it ends the run when it is required; else the group's sum goes without it. A failure never
 //! becomes a score.
 
+mod aesthetic;
+mod bicubic;
 mod chat;
+mod clip;
 mod colour;
 mod config;
 mod constant;
 mod ctc;
+mod image_reward;
 mod jpeg;
+mod network;
 mod ocr;
 mod onnx;
 mod pairwise;
 mod pool;
+mod preparation;
 mod remote;
 mod server;
 mod text;
@@ -30,8 +36,16 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, ensure};
 use image::RgbImage;
+use tch::Device;
 
-use self::{chat::Chat, pairwise::Pairwise, server::Server};
+use self::{
+    aesthetic::Aesthetic,
+    chat::Chat,
+    clip::{ClipScore, Package},
+    image_reward::ImageReward,
+    pairwise::Pairwise,
+    server::Server,
+};
 pub use self::{
     chat::ChatConfig,
     colour::ColourMatch,
@@ -116,11 +130,12 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 impl Rewards {
-    /// Opens every reward, each for up to `threads` worker threads that use one core each.
+    /// Opens every reward, each for up to `threads` worker threads that use one core each; networks on
+    /// libtorch live on `device`.
     ///
     /// # Errors
     /// There is no reward, two have one name, a setting is out of range, or a model does not open.
-    pub fn open(configs: &[RewardConfig], threads: usize) -> Result<Self> {
+    pub fn open(configs: &[RewardConfig], threads: usize, device: Device) -> Result<Self> {
         let mut names = HashSet::new();
         let entries = configs
             .iter()
@@ -128,7 +143,7 @@ impl Rewards {
                 let name = &config.name;
                 ensure!(names.insert(name), "two rewards are named {name:?}");
                 ensure!(config.weight.is_finite(), "weight of reward {name:?} is not finite");
-                let reward = open(&config.kind, threads)
+                let reward = open(&config.kind, threads, device)
                     .with_context(|| format!("cannot open reward {name:?}"))?;
                 Ok(Entry {
                     name: name.clone(),
@@ -217,10 +232,25 @@ impl Rewards {
     }
 }
 
-fn open(kind: &RewardKind, threads: usize) -> Result<Box<dyn Reward>> {
+fn open(kind: &RewardKind, threads: usize, device: Device) -> Result<Box<dyn Reward>> {
     Ok(match kind {
         RewardKind::Ocr { model, characters, measure } => {
             Box::new(Ocr::open(model, characters.as_deref(), *measure, threads)?)
+        }
+        RewardKind::Hpsv2 { weights, tokenizer } => {
+            Box::new(ClipScore::open(Package::Hpsv2, weights, tokenizer, device)?)
+        }
+        RewardKind::Pickscore { weights, tokenizer } => {
+            Box::new(ClipScore::open(Package::Transformers, weights, tokenizer, device)?)
+        }
+        RewardKind::Clip { weights, tokenizer } => {
+            Box::new(ClipScore::open(Package::OfWeights, weights, tokenizer, device)?)
+        }
+        RewardKind::ImageReward { weights, tokenizer } => {
+            Box::new(ImageReward::open(weights, tokenizer, device)?)
+        }
+        RewardKind::Aesthetic { weights, clip } => {
+            Box::new(Aesthetic::open(weights, clip, device)?)
         }
         RewardKind::Jpeg { quality, prefer } => {
             ensure!((1..=100).contains(quality), "`quality` is {quality}, it goes from 1 to 100");
@@ -240,7 +270,7 @@ fn open(kind: &RewardKind, threads: usize) -> Result<Box<dyn Reward>> {
         RewardKind::Server(config) => Box::new(Server::open(config)?),
         RewardKind::Chat(config) => Box::new(Chat::open(config)?),
         RewardKind::Pairwise { judge } => {
-            Box::new(Pairwise::open(judge, threads).context("the `judge`")?)
+            Box::new(Pairwise::open(judge, threads, device).context("the `judge`")?)
         }
         RewardKind::Constant { value } => {
             ensure!(value.is_finite(), "`value` is not finite");

@@ -85,15 +85,17 @@ impl Ops for Builder {
     }
 
     fn conv2d(&self, path: &ParamPath, x: &Value, conv: Conv) -> Value {
-        let Conv { c_in, c_out, kernel, stride, padding } = conv;
-        let weight = self.param(&path.at("weight"), &[c_out, c_in, kernel, kernel]);
-        let bias = self.param(&path.at("bias"), &[c_out]);
+        let Conv { c_in, c_out, kernel, stride, padding, bias } = conv;
+        let mut inputs = vec![*x, self.param(&path.at("weight"), &[c_out, c_in, kernel, kernel])];
+        if bias {
+            inputs.push(self.param(&path.at("bias"), &[c_out]));
+        }
         let attributes = vec![
             Attribute::ints("kernel_shape", [kernel; 2]),
             Attribute::ints("strides", [stride; 2]),
             Attribute::ints("pads", padding),
         ];
-        self.node_at(path.as_str(), "Conv", &[*x, weight, bias], attributes)
+        self.node_at(path.as_str(), "Conv", &inputs, attributes)
     }
 
     fn gather(&self, table: &Value, ids: &Value) -> Value {

@@ -243,23 +243,27 @@ fn convolution_pads_each_side_on_its_own() -> Result<()> {
     let weight = wide(&case.weight("conv.weight", 2, &[c_out, c_in, 3, 3]));
     let bias = wide(&case.weight("conv.bias", 3, &[c_out]));
     let input = case.floats(&x);
-    let conv = Conv { c_in, c_out, kernel: 3, stride: 2, padding: [0, 0, 1, 1] };
-    let y = case.builder.conv2d(&path("conv"), &input, conv);
+    let conv = Conv { c_in, c_out, kernel: 3, stride: 2, padding: [0, 0, 1, 1], bias: true };
+    let outputs = [conv, Conv { bias: false, ..conv }]
+        .map(|conv| case.builder.conv2d(&path("conv"), &input, conv));
     let x = wide(&x.1);
-    let mut expected = Vec::new();
+    let (mut expected, mut unbiased) = (Vec::new(), Vec::new());
     for out in 0..c_out {
         for (row, column) in [(0, 0), (0, 2), (2, 0), (2, 2)] {
-            let mut sum = bias[out];
+            let mut sum = 0.0;
             for (i, w) in weight[out * c_in * 9..][..c_in * 9].iter().enumerate() {
                 let (channel, y, x_at) = (i / 9, row + i % 9 / 3, column + i % 3);
                 if y < n && x_at < n {
                     sum += w * x[(channel * n + y) * n + x_at];
                 }
             }
-            expected.push(sum);
+            expected.push(sum + bias[out]);
+            unbiased.push(sum);
         }
     }
-    assert_close(&case.run(&[y])?[0], &[1, c_out, 2, 2], &expected);
+    let results = case.run(&outputs)?;
+    assert_close(&results[0], &[1, c_out, 2, 2], &expected);
+    assert_close(&results[1], &[1, c_out, 2, 2], &unbiased);
     Ok(())
 }
 

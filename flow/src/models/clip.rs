@@ -1,15 +1,20 @@
-//! The CLIP text encoder.
+//! CLIP: the text encoder here, the image encoder and both together in [`vision`], the other naming of
+//! its parameters in [`naming`].
 //!
 //! Source: `CLIPTextModel` of transformers; `B` batch, `L` tokens, `D` width.
 
 use serde::Deserialize;
 
-use super::{ConfigError, count, only, size};
+use super::{ConfigError, count, heads, only, size};
 use crate::nn;
 use crate::ops::{Gelu, Mask, Ops, ParamPath};
 
-/// `text_encoder/config.json`.
+pub mod naming;
+pub mod vision;
+
+/// `text_encoder/config.json`; what is left out is as in ViT-B/32.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
+#[serde(default)]
 pub struct ClipTextConfig {
     /// Rows of the token table.
     pub vocab_size: usize,
@@ -26,18 +31,25 @@ pub struct ClipTextConfig {
     /// `quick_gelu` or `gelu`.
     pub hidden_act: String,
     /// Constant of the layer normalisation.
-    #[serde(default = "default_eps")]
     pub layer_norm_eps: f64,
     /// The pooled vector is the state at the first such token.
-    #[serde(default = "default_eos")]
     pub eos_token_id: i64,
 }
 
-fn default_eps() -> f64 {
-    1e-5
-}
-fn default_eos() -> i64 {
-    49407
+impl Default for ClipTextConfig {
+    fn default() -> Self {
+        Self {
+            vocab_size: 49408,
+            hidden_size: 512,
+            intermediate_size: 2048,
+            num_hidden_layers: 12,
+            num_attention_heads: 8,
+            max_position_embeddings: 77,
+            hidden_act: "quick_gelu".into(),
+            layer_norm_eps: 1e-5,
+            eos_token_id: 49407,
+        }
+    }
 }
 
 /// Old configs carry this wrong id; transformers then pools at the highest id instead.
@@ -56,19 +68,8 @@ impl ClipTextConfig {
     /// When a size is absurd, the heads do not divide the width or the activation is another.
     pub fn validate(&self) -> Result<(), ConfigError> {
         size("vocab_size", self.vocab_size)?;
-        size("hidden_size", self.hidden_size)?;
-        size("intermediate_size", self.intermediate_size)?;
-        count("num_hidden_layers", self.num_hidden_layers)?;
-        count("num_attention_heads", self.num_attention_heads)?;
         size("max_position_embeddings", self.max_position_embeddings)?;
-        if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
-            return Err(ConfigError::Invalid {
-                field: "num_attention_heads",
-                value: self.num_attention_heads.to_string(),
-                expected: "a divisor of hidden_size",
-            });
-        }
-        only("hidden_act", &self.hidden_act, &["quick_gelu", "gelu"], "quick_gelu or gelu")
+        self.encoder().validate()
     }
 
     /// Token states and pooled vector of integer `input_ids` `[B, L]`, L ≤ `max_position_embeddings`.
@@ -84,10 +85,8 @@ impl ClipTextConfig {
             self.max_position_embeddings,
             d,
         );
-        let mut x = ops.add(&tokens, &positions);
-        for index in 0..self.num_hidden_layers {
-            x = self.block(ops, &root.at("encoder.layers").at(index), &x);
-        }
+        let x = ops.add(&tokens, &positions);
+        let x = self.encoder().forward(ops, &root.at("encoder.layers"), x, &Mask::Causal);
         let x = ops.layer_norm(&x, d, Some(&root.at("final_layer_norm")), self.layer_norm_eps);
         let end = if self.eos_token_id == LEGACY_EOS {
             ops.argmax(input_ids)
@@ -97,7 +96,57 @@ impl ClipTextConfig {
         Encoded { pooler_output: ops.select_rows(&x, &end), last_hidden_state: x }
     }
 
-    fn block<O: Ops>(&self, ops: &O, path: &ParamPath, x: &O::Tensor) -> O::Tensor {
+    fn encoder(&self) -> Encoder<'_> {
+        Encoder {
+            hidden_size: self.hidden_size,
+            intermediate_size: self.intermediate_size,
+            num_hidden_layers: self.num_hidden_layers,
+            num_attention_heads: self.num_attention_heads,
+            hidden_act: &self.hidden_act,
+            layer_norm_eps: self.layer_norm_eps,
+        }
+    }
+}
+
+/// The transformer that text and image towers share.
+struct Encoder<'a> {
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    hidden_act: &'a str,
+    layer_norm_eps: f64,
+}
+
+impl Encoder<'_> {
+    fn validate(&self) -> Result<(), ConfigError> {
+        size("intermediate_size", self.intermediate_size)?;
+        count("num_hidden_layers", self.num_hidden_layers)?;
+        heads(self.hidden_size, self.num_attention_heads)?;
+        only("hidden_act", self.hidden_act, &["quick_gelu", "gelu"], "quick_gelu or gelu")
+    }
+
+    /// All blocks on `x` `[B, L, D]`.
+    fn forward<O: Ops>(
+        &self,
+        ops: &O,
+        path: &ParamPath,
+        mut x: O::Tensor,
+        mask: &Mask<'_, O::Tensor>,
+    ) -> O::Tensor {
+        for index in 0..self.num_hidden_layers {
+            x = self.block(ops, &path.at(index), &x, mask);
+        }
+        x
+    }
+
+    fn block<O: Ops>(
+        &self,
+        ops: &O,
+        path: &ParamPath,
+        x: &O::Tensor,
+        mask: &Mask<'_, O::Tensor>,
+    ) -> O::Tensor {
         let (d, heads, eps) = (self.hidden_size, self.num_attention_heads, self.layer_norm_eps);
         let head = d / heads;
         let attn = path.at("self_attn");
@@ -106,7 +155,7 @@ impl ClipTextConfig {
             nn::split_heads(ops, &ops.linear(&attn.at(name), &h, d, d, true), heads, head)
         };
         let (q, k, v) = (project("q_proj"), project("k_proj"), project("v_proj"));
-        let h = ops.attention(&q, &k, &v, 1.0 / (head as f64).sqrt(), Mask::Causal);
+        let h = ops.attention(&q, &k, &v, 1.0 / (head as f64).sqrt(), mask.clone());
         let h = nn::merge_heads(ops, &h, heads, head);
         let x = ops.add(x, &ops.linear(&attn.at("out_proj"), &h, d, d, true));
 

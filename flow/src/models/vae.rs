@@ -254,9 +254,9 @@ impl VaeConfig {
 }
 
 fn same(c_in: usize, c_out: usize) -> Conv {
-    Conv { c_in, c_out, kernel: 3, stride: 1, padding: [1; 4] }
+    Conv { c_in, c_out, kernel: 3, stride: 1, padding: [1; 4], bias: true }
 }
 
 fn pointwise(c_in: usize, c_out: usize) -> Conv {
-    Conv { c_in, c_out, kernel: 1, stride: 1, padding: [0; 4] }
+    Conv { c_in, c_out, kernel: 1, stride: 1, padding: [0; 4], bias: true }
 }

@@ -148,7 +148,9 @@ impl Ops for Shapes {
         let &[b, c, h, w] = x.as_slice() else { panic!("{path} takes [B, C, H, W], got {x:?}") };
         assert_eq!(c, conv.c_in, "{path} takes {} channels", conv.c_in);
         self.param(&path.at("weight"), &[conv.c_out, conv.c_in, conv.kernel, conv.kernel]);
-        self.param(&path.at("bias"), &[conv.c_out]);
+        if conv.bias {
+            self.param(&path.at("bias"), &[conv.c_out]);
+        }
         let [top, left, bottom, right] = conv.padding;
         let side = |n: usize, pad: usize| (n + pad - conv.kernel) / conv.stride + 1;
         let shape = vec![b, conv.c_out, side(h, top + bottom), side(w, left + right)];

@@ -47,6 +47,47 @@ pub struct RewardConfig {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum RewardKind {
+    /// Human Preference Score 2.1 (or 2.0): the raw cosine, −1 to 1, about 0.2 to 0.4. Images are
+    /// resized in floats until they fit and padded black, as the package hpsv2 does.
+    Hpsv2 {
+        /// `HPS_v2.1_compressed.pt`, CLIP ViT-H/14 in open_clip's names. Another architecture needs
+        /// `open_clip_config.json` beside it.
+        weights: PathBuf,
+        /// Folder of CLIP's tokenizer: `tokenizer.json`, or `vocab.json` and `merges.txt`.
+        tokenizer: PathBuf,
+    },
+    /// PickScore: the cosine, −1 to 1, about 0.18 to 0.24; the logit of its paper is 100 times this.
+    /// Images are resized by Pillow and cropped, as the CLIPProcessor of transformers does.
+    Pickscore {
+        /// `model.safetensors` of PickScore_v1, `config.json` beside it.
+        weights: PathBuf,
+        /// Folder of CLIP's tokenizer, as above.
+        tokenizer: PathBuf,
+    },
+    /// CLIP score: the cosine, −1 to 1, of any CLIP ViT. Images and prompts are prepared by
+    /// transformers' rules or open_clip's, after the names of its tensors.
+    Clip {
+        /// Weights with `config.json` (transformers) or `open_clip_config.json` beside them.
+        weights: PathBuf,
+        /// Folder of CLIP's tokenizer, as above.
+        tokenizer: PathBuf,
+    },
+    /// ImageReward: the raw reward, about −2.5 to 2.5. Images are resized by Pillow and cropped.
+    #[serde(rename = "image-reward")]
+    ImageReward {
+        /// `ImageReward.pt`, `med_config.json` beside it.
+        weights: PathBuf,
+        /// Folder of bert-base-uncased's `tokenizer.json`.
+        tokenizer: PathBuf,
+    },
+    /// LAION's aesthetic predictor, about 1 to 10; the prompt is not looked at. Images are resized by
+    /// Pillow and cropped.
+    Aesthetic {
+        /// `sac+logos+ava1-l14-linearMSE.pth`.
+        weights: PathBuf,
+        /// Weights of OpenAI's CLIP ViT-L/14 with `config.json` or `open_clip_config.json` beside them.
+        clip: PathBuf,
+    },
     /// How well the image reads as the prompt's target text: [`super::Ocr`].
     Ocr {
         /// Recognition model, `.onnx`: an image [N, 3, H, W] of one line of text to probabilities
@@ -165,7 +206,7 @@ mod tests {
             ("kind = 'colour'\nname = 'c'\nweight = 1\nretry = 3", "retry"),
             ("kind = 'jpeg'\nname = 'j'\nweight = 1\nprefer = 'small'\nqualty = 3", "qualty"),
             ("kind = 'jpeg'\nname = 'j'\nweight = 1\nprefer = 'tiny'", "tiny"),
-            ("kind = 'clip'\nname = 'j'\nweight = 1", "clip"),
+            ("kind = 'clap'\nname = 'j'\nweight = 1", "clap"),
             ("kind = 'colour'\nname = 'c'", "weight"),
             ("name = 'c'\nweight = 1", "kind"),
         ];

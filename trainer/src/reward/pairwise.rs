@@ -3,6 +3,7 @@
 
 use anyhow::{Result, bail};
 use image::RgbImage;
+use tch::Device;
 
 use super::{Lasting, Reward, RewardKind, chat::Chat, open, score_in_parallel};
 use flow::prompts::Prompt;
@@ -22,13 +23,13 @@ pub(super) struct Pairwise {
 }
 
 impl Pairwise {
-    pub(super) fn open(judge: &RewardKind, threads: usize) -> Result<Self> {
+    pub(super) fn open(judge: &RewardKind, threads: usize, device: Device) -> Result<Self> {
         let judge = match judge {
             RewardKind::Chat(config) => Judge::Chat(Box::new(Chat::open(config)?)),
             RewardKind::Pairwise { .. } => {
                 bail!("the `judge` of a pairwise reward is another kind")
             }
-            other => Judge::Scorer(open(other, threads)?),
+            other => Judge::Scorer(open(other, threads, device)?),
         };
         Ok(Self { judge, threads })
     }

@@ -133,7 +133,7 @@ fn bad_configurations_are_refused() {
         retries: 0,
         kind,
     };
-    let error = |configs: &[RewardConfig]| match Rewards::open(configs, 1) {
+    let error = |configs: &[RewardConfig]| match Rewards::open(configs, 1, Device::Cpu) {
         Ok(_) => panic!("{configs:?} was accepted"),
         Err(error) => format!("{error:#}"),
     };
@@ -151,7 +151,7 @@ fn bad_configurations_are_refused() {
     };
     let absent = error(&[config("spelling", ocr)]);
     assert!(absent.contains("\"spelling\"") && absent.contains("absent.onnx"), "{absent}");
-    let rewards = Rewards::open(&[colour()], 1).unwrap();
+    let rewards = Rewards::open(&[colour()], 1, Device::Cpu).unwrap();
     let refused = format!("{:#}", rewards.check(&[Prompt::new("\"SUN\"")]).unwrap_err());
     assert!(refused.contains("reward \"colour\"") && refused.contains("no colour"), "{refused}");
     let weights: Vec<_> = rewards.weights().collect();

@@ -4,13 +4,14 @@ use super::super::{
     pairwise::Pairwise,
 };
 use super::*;
+use tch::Device;
 
 const OWN: &str = "prompt = 'How much {prompt}?'\npattern = 'Score: (\\S+)'";
 
 fn reward(url: &str, more: &str) -> Result<Box<dyn Reward>> {
     let table =
         format!("kind = 'chat'\nname = 'judge'\nweight = 1\nurl = '{url}'\nmodel = 'm'\n{more}");
-    super::super::open(&toml::from_str::<RewardConfig>(&table)?.kind, 1)
+    super::super::open(&toml::from_str::<RewardConfig>(&table)?.kind, 1, Device::Cpu)
 }
 
 fn says(text: &str) -> Reply {
@@ -105,7 +106,7 @@ fn settings_that_cannot_work_are_refused() {
 
 fn pairwise(judge: &str) -> Result<Box<dyn Reward>> {
     let table = format!("kind = 'pairwise'\nname = 'p'\nweight = 1\njudge = {{ {judge} }}");
-    super::super::open(&toml::from_str::<RewardConfig>(&table)?.kind, 2)
+    super::super::open(&toml::from_str::<RewardConfig>(&table)?.kind, 2, Device::Cpu)
 }
 
 fn chat_at(url: &str) -> String {
@@ -149,7 +150,7 @@ fn win_rates_by_the_scores_of_another_reward() {
     let rates = jpeg.score(&[&Prompt::new("a"); 3], &pictures).unwrap();
     assert_eq!(rates, [0.25, 1.0, 0.25]);
     let nested = RewardKind::Pairwise { judge: Box::new(RewardKind::Colour {}) };
-    assert!(Pairwise::open(&nested, 1).is_err());
+    assert!(Pairwise::open(&nested, 1, Device::Cpu).is_err());
     assert!(pairwise("kind = 'colour'").unwrap().check(&Prompt::new("no ink")).is_err());
 }
 
@@ -164,7 +165,7 @@ fn a_failed_pair_is_no_tie() {
         chat_at(&server.url())
     );
     let config: RewardConfig = toml::from_str(&table).unwrap();
-    let rewards = Rewards::open(&[config], 1).unwrap();
+    let rewards = Rewards::open(&[config], 1, Device::Cpu).unwrap();
     let pictures = images(4);
     let prompt = Prompt::new("a");
     let scores = rewards.score(&[&prompt; 4], &pictures.iter().collect::<Vec<_>>()).unwrap();

@@ -6,12 +6,13 @@ use super::super::{
 };
 use super::*;
 use std::{thread, time::Duration};
+use tch::Device;
 
 fn rewards(url: &str, more: &str) -> Rewards {
     let table =
         format!("kind = 'server'\nname = 'own'\nweight = 1\ntimeout = 0.3\nurl = '{url}'\n{more}");
     let config: RewardConfig = toml::from_str(&table).unwrap();
-    let mut rewards = Rewards::open(&[config], 2).unwrap();
+    let mut rewards = Rewards::open(&[config], 2, Device::Cpu).unwrap();
     rewards.first_pause = Duration::from_millis(1);
     rewards
 }
@@ -155,7 +156,7 @@ fn settings_that_cannot_work_are_refused() {
         let table = format!("kind = 'server'\nname = 'own'\nweight = 1\n{more}");
         match toml::from_str::<RewardConfig>(&table) {
             Err(error) => error.to_string(),
-            Ok(config) => match Rewards::open(&[config], 1) {
+            Ok(config) => match Rewards::open(&[config], 1, Device::Cpu) {
                 Err(error) => format!("{error:#}"),
                 Ok(_) => panic!("{more} was accepted"),
             },
