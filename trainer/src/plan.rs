@@ -7,6 +7,7 @@ use flow::latents::LatentSize;
 use flow::ops::shapes::{Manifest, Shapes};
 use flow::pipeline::{Component, Pipeline};
 
+use crate::algorithm;
 use crate::align::AlignConfig;
 use crate::engine::segments;
 use crate::lora::LoraConfig;
@@ -60,7 +61,7 @@ struct Plan {
     /// Numbers one image keeps for backward: in one block, and as inputs of all blocks.
     in_block: f64,
     block_inputs: f64,
-    /// Forward passes an image in the rollout; forward and backward passes in the updates.
+    /// Passes an image: forward alone; forward and backward.
     nfe: [f64; 2],
     /// Images an iteration.
     images: f64,
@@ -74,7 +75,7 @@ impl Plan {
         config.validate()?;
         let [width, height] = config.rollout.size.unwrap_or([pipeline.default_size(); 2]);
         let size = pipeline.latent_size(width, height)?;
-        let n_calls = config.rollout.plan(&pipeline.scheduler, &size)?.len() as f64;
+        let nfe = algorithm::nfe(config, config.rollout.shift(&pipeline.scheduler, &size))?;
         let shapes = Shapes::new();
         pipeline.dry_velocity(&shapes, 1, size.tokens(), text_tokens);
         let segments = segments(&pipeline.transformer);
@@ -83,7 +84,6 @@ impl Plan {
         let tokens = (size.tokens() + text_tokens) as f64;
         let lora = LoraConfig { rank: options.lora_rank, ..LoraConfig::default() };
         let group = config.group_size as f64;
-        let trained = config.anchors as f64 * config.n_train_steps() as f64;
         Ok(Self {
             components: Component::ALL.map(|c| (c, elements(c))).to_vec(),
             transformer: elements(Component::Transformer),
@@ -93,9 +93,9 @@ impl Plan {
             n_blocks: network.n_blocks() as f64,
             in_block: shapes.kept() / network.n_blocks() as f64,
             block_inputs: tokens * network.width() as f64 * network.n_blocks() as f64,
-            nfe: [n_calls, trained / group],
+            nfe,
             images: config.prompts_per_iteration as f64 * group,
-            trajectory: (2.0 * n_calls + 1.0) * size.len() as f64,
+            trajectory: (2.0 * nfe[0] + 1.0) * size.len() as f64,
             size,
         })
     }
