@@ -5,6 +5,8 @@
 //! publish, which everything a preset says itself goes before.
 
 pub mod branch;
+#[cfg(test)]
+mod cases;
 mod copies;
 pub mod neighbor;
 pub mod nft;

@@ -231,7 +231,7 @@ impl AlignConfig {
     }
 
     /// The model, ready to train.
-    fn load(&self, compute: Compute) -> Result<Model> {
+    pub(crate) fn load(&self, compute: Compute) -> Result<Model> {
         let storage = match (&self.lora, self.stream) {
             (None, _) => Storage::Trainable,
             (Some(_), false) => Storage::Frozen,

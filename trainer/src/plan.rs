@@ -214,12 +214,34 @@ mod tests {
         (config, plan)
     }
 
+    /// Paper Table 3, and what the others' settings come to.
     #[test]
     fn passes_are_those_of_the_papers_table_3() {
         let (_, plan) = plan();
-        assert_eq!(plan.nfe[0], 8.0);
-        assert!((plan.nfe[1] - 4.0 * 4.0 / 12.0).abs() < 1e-12);
         assert_eq!(plan.images, 384.0);
+        let shift = flow::schedule::Shift::Factor(3.0);
+        let ddim = ["rollout.solver=euler", "rollout.steps=25", "anchors=12", "train_steps=4"];
+        let many = ["rollout.steps=16", "train_steps=9"];
+        let cases: [(&str, &[&str], [f64; 2]); 9] = [
+            ("dance-grpo", &[], [25.0, 14.0]),
+            ("neighbor", &ddim, [25.0, 4.0]),
+            ("neighbor", &many, [16.0, 3.0]),
+            ("neighbor", &[], [8.0, 4.0 / 3.0]),
+            ("flow-grpo", &[], [6.0, 5.0]),
+            ("mix-grpo", &["iterations=25"], [25.0, 4.0]),
+            ("mix-grpo-flash-star", &[], [7.0, 4.0]),
+            // Printed as 20 and 13.68: all steps of a leaf, those it shares included.
+            ("branch-grpo", &[], [203.0 / 16.0, 202.0 / 16.0]),
+            ("diffusion-nft", &[], [10.0 + 2.0 * 9.0, 9.0]),
+        ];
+        for (preset, settings, expected) in cases {
+            let settings: Vec<String> = settings.iter().map(|&s| s.to_owned()).collect();
+            let config = read(&Source::Preset(preset), &ALIGN_PRESETS, &settings).unwrap();
+            let found = algorithm::nfe(&config, shift).unwrap();
+            for (found, expected) in found.iter().zip(expected) {
+                assert!((found - expected).abs() < 1e-9, "{preset}: {found} {expected}");
+            }
+        }
     }
 
     #[test]

@@ -195,3 +195,97 @@ impl Recorder {
         Ok(write_tensors(&self.path, &entries, &[("config", self.config.clone())])?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use flow::prompts::Prompt;
+
+    use super::*;
+    use crate::algorithm::{self, ALGORITHMS, Method};
+    use crate::config::{ALIGN_PRESETS, Source, read};
+    use crate::device::Compute;
+    use crate::experience::{Sources, gather};
+    use crate::reward::Rewards;
+
+    const SETTINGS: [&str; 7] = [
+        "rewards=[{name = 'jpeg', kind = 'jpeg', prefer = 'small', weight = 1.0}]",
+        "group_size=4",
+        "updates=1",
+        "rollout.steps=5",
+        "rollout.size=[32, 32]",
+        "optimizer.learning_rate=1e-5",
+        "optimizer.eps=1e-12",
+    ];
+
+    fn config(more: &[&str]) -> AlignConfig {
+        let model =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/tiny-flux/pipeline");
+        let model = format!("model={}", model.display());
+        let settings: Vec<String> =
+            [&SETTINGS[..], more, &[&model]].concat().iter().map(|&s| s.to_owned()).collect();
+        let config: AlignConfig =
+            read(&Source::Preset("signs"), &ALIGN_PRESETS, &settings).unwrap();
+        config.validate().unwrap();
+        config
+    }
+
+    /// How far the present weights have gone where `items` want them: the sum of A·log ρ, or J where there
+    /// are no ratios.
+    fn progress(
+        algorithm: &dyn Algorithm,
+        model: &Model,
+        experience: &Experience,
+        items: &[Item],
+    ) -> f64 {
+        let groups: Vec<i64> = items.iter().map(|item| item.group as i64).collect();
+        let condition = experience.condition.rows(&Tensor::from_slice(&groups));
+        let batch = algorithm.batch(model, experience, items, &condition);
+        let v = model.engine.velocity(&batch.x_in, &batch.t_in, &condition);
+        let objective = (batch.objective)(&v);
+        let wanted = match objective.ratio {
+            Some(Ratio { log_ratio, advantages, .. }) => log_ratio * advantages,
+            None => objective.value,
+        };
+        wanted.sum(Kind::Double).double_value(&[])
+    }
+
+    /// After an update, what the objective wants has become more probable.
+    #[test]
+    fn every_algorithm_climbs() {
+        let prompt = Prompt::new("red \"CAT\"");
+        let others: [&[&str]; 3] = [
+            &["algorithm=dance-grpo", "sde.truncate=true", "anchors=2"],
+            &["algorithm=flow-grpo", "sde.guard=true", "sde.kl=0.01"],
+            &["algorithm=branch-grpo", "branch.fusion=probability", "branch.prune_width=extremes"],
+        ];
+        let named = ALGORITHMS.map(|(name, ..)| format!("algorithm={name}"));
+        let named: Vec<[&str; 1]> = named.iter().map(|name| [&**name]).collect();
+        for settings in named.iter().map(|name| &name[..]).chain(others) {
+            let config = config(settings);
+            let model = config.load(Compute::CPU).unwrap();
+            let size = model.latent_size(config.rollout.size).unwrap();
+            let shift = config.rollout.shift(&model.pipeline.scheduler, &size);
+            let mut algorithm = algorithm::open(&config, shift);
+            algorithm.begin(model.engine.trained());
+            let rewards = Rewards::open(&config.rewards, 1).unwrap();
+            let sources = Sources { config: &config, model: &model, rewards: &rewards, size };
+            let rollout = algorithm.rollout(0).unwrap();
+            let n_trained = algorithm.n_trained(&rollout);
+            let experience = gather(&sources, rollout, &[&prompt], 0).unwrap();
+            let items = algorithm.updates(&experience).concat();
+            assert_eq!(items.len(), n_trained, "{settings:?}");
+            let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
+            let before = progress(&*algorithm, &model, &experience, &items);
+            let outcome =
+                run(&config, &*algorithm, &model, &mut optimizer, &experience, None).unwrap();
+            let after = progress(&*algorithm, &model, &experience, &items);
+            assert_eq!((outcome.n_updates, outcome.n_passes), (1, items.len()), "{settings:?}");
+            assert!(after > before, "{settings:?}: {before:e} {after:e}");
+            let has_ratio = config.method() != Method::Nft;
+            assert_eq!(outcome.log_ratio_first.is_some(), has_ratio, "{settings:?}");
+            if has_ratio {
+                assert!(before.abs() < 1e-3 * after, "{settings:?}: {before:e} {after:e}");
+            }
+        }
+    }
+}

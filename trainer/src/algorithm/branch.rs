@@ -330,3 +330,77 @@ impl Algorithm for Branch<'_> {
         self.policy.begin(trained);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::advantage::AdvantageConfig;
+    use crate::algorithm::cases::cases;
+    use crate::config::{ALIGN_PRESETS, Source, read};
+
+    #[test]
+    fn rewards_fuse_from_leaves_to_root_and_depths_compare() {
+        for case in cases().tree {
+            let edges: Vec<Option<Vec<f64>>> = case
+                .log_probs
+                .iter()
+                .map(|edges| edges.clone().filter(|_| case.weighted))
+                .collect();
+            let found = fuse(&case.leaves, &case.arrivals, &edges);
+            let compare: AdvantageConfig = toml::from_str("rescale = false").unwrap();
+            for ((found, fused), advantages) in found.iter().zip(&case.fused).zip(&case.advantages)
+            {
+                let scored = Scored { weight: 1.0, std_floor: 1e-6, scores: found };
+                let values = compare.of_group(found.len(), &[scored]).values;
+                assert_eq!((found.len(), values.len()), (fused.len(), advantages.len()));
+                let pairs = found.iter().zip(fused).chain(values.iter().zip(advantages));
+                for (found, expected) in pairs {
+                    assert!((found - expected).abs() < 1e-12, "{found} {expected}");
+                }
+            }
+        }
+    }
+
+    fn config(settings: &[&str]) -> AlignConfig {
+        let settings: Vec<String> = settings.iter().map(|&s| s.to_owned()).collect();
+        read(&Source::Preset("branch-grpo"), &ALIGN_PRESETS, &settings).unwrap()
+    }
+
+    /// A tree of the preset's shape whose leaf i has advantage i.
+    fn advantages(branch: &Branch<'_>) -> Vec<Advantages> {
+        let widths = branch.rollout(0).unwrap().widths(16);
+        let values = |&n: &usize| (0..n).map(|node| node as f64 * 16.0 / n as f64).collect();
+        widths[1..].iter().map(|n| Advantages { values: values(n), is_flat: false }).collect()
+    }
+
+    #[test]
+    fn every_edge_trains_unless_its_depth_is_pruned() {
+        let whole = config(&[]);
+        let branch = Branch::new(&whole, Shift::Factor(3.0));
+        assert_eq!(branch.splits, [0, 3, 6, 9]);
+        // 2 nodes three times, 4, 8, and 16 ten times; the step to the image does not train.
+        assert_eq!(branch.edges(&advantages(&branch), 0).len(), 3 * (2 + 4 + 8) + 16 * 10);
+        let deep = config(&["branch.prune_depths=[15,16,17]"]);
+        let branch = Branch::new(&deep, Shift::Factor(3.0));
+        assert_eq!(branch.pruned(29), [15, 16, 17]);
+        assert_eq!(branch.pruned(60), [13, 14, 15]);
+        assert_eq!(branch.pruned(100_000), [9, 10, 11]);
+        assert_eq!(branch.edges(&advantages(&branch), 0).len(), 202 - 3 * 16);
+    }
+
+    #[test]
+    fn width_is_pruned_after_the_last_split() {
+        let late = |width: &str| {
+            let config = config(&[width]);
+            let branch = Branch::new(&config, Shift::Factor(3.0));
+            let edges = branch.edges(&advantages(&branch), 0);
+            edges.into_iter().filter(|edge| edge.step > 9).collect::<Vec<Edge>>()
+        };
+        assert_eq!(late("branch.prune_width=all").len(), 9 * 16);
+        let best = late("branch.prune_width=best");
+        assert!((0..16).all(|leaf| best.iter().filter(|edge| edge.child == leaf).count() == 4));
+        let extremes = late("branch.prune_width=extremes");
+        assert_eq!(extremes.len(), 72);
+        assert!(extremes.iter().all(|edge| !(4..12).contains(&edge.child)));
+    }
+}

@@ -252,3 +252,34 @@ impl NftConfig {
         Objective { value: value.detach(), gradient: v.grad(), ratio: None, means }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::algorithm::cases::{cases, check, latents, vector};
+
+    #[test]
+    fn the_contrast_is_that_of_the_paper() {
+        for case in cases().nft {
+            let contrast = Contrast {
+                x0: latents(&case.x0),
+                x_t: latents(&case.x_t),
+                t: vector(&case.t),
+                v_old: latents(&case.v_old),
+                v_reference: Some(latents(&case.v_reference)),
+                advantages: vector(&case.advantages),
+            };
+            let found = case.settings.objective(&contrast, &latents(&case.v));
+            check(&found, &case.value, &case.gradient, &format!("mix {}", case.settings.mix));
+            assert!(found.ratio.is_none());
+        }
+    }
+
+    #[test]
+    fn the_old_policy_lags_more_the_longer_a_run_is() {
+        let pick = NftConfig::default();
+        assert_eq!([0, 100, 499, 2000].map(|n| pick.decay(n)), [0.0, 0.1, 0.499, 0.5]);
+        let ocr = NftConfig { decay_rate: 0.0075, decay_from: 75, decay_max: 0.999, ..pick };
+        assert_eq!([10, 75, 175, 9000].map(|n| ocr.decay(n)), [0.0, 0.0, 0.75, 0.999]);
+    }
+}

@@ -307,3 +307,50 @@ impl SdeConfig {
         Objective { value: value.detach(), gradient: v.grad(), ratio, means }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::algorithm::cases::{SdeCase, cases, check, difference, latents, vector};
+
+    fn transitions(case: &SdeCase) -> Transitions {
+        let step = |(&t, &t_next): (&f64, &f64)| {
+            case.settings.noise.step(case.settings.level, t, t_next, case.t_second)
+        };
+        Transitions {
+            x_in: latents(&case.x_in),
+            v_old: latents(&case.v_old),
+            x_next: latents(&case.x_next),
+            steps: case.t.iter().zip(&case.t_next).map(step).collect(),
+            advantages: vector(&case.advantages),
+            v_reference: (case.settings.kl > 0.0).then(|| latents(&case.v_reference)),
+        }
+    }
+
+    fn log_ratio(objective: &Objective) -> Tensor {
+        objective.ratio.as_ref().unwrap().log_ratio.shallow_clone()
+    }
+
+    #[test]
+    fn objectives_are_those_of_the_papers() {
+        for case in cases().sde {
+            let found = case.settings.objective(&transitions(&case), &latents(&case.v));
+            let of_ratio = difference(&log_ratio(&found), &case.log_ratio);
+            assert!(of_ratio < 1e-5, "{:?}: {of_ratio:.1e}", case.settings);
+            check(&found, &case.value, &case.gradient, &format!("{:?}", case.settings.noise));
+        }
+    }
+
+    #[test]
+    fn the_ratio_is_one_at_the_old_velocity_and_rises_with_the_objective() {
+        for case in cases().sde.iter().filter(|case| case.settings.kl == 0.0) {
+            let (transitions, v_old) = (transitions(case), latents(&case.v_old));
+            let at_old = case.settings.objective(&transitions, &v_old);
+            assert_eq!(log_ratio(&at_old).abs().max().double_value(&[]), 0.0);
+            let ahead = &v_old + &at_old.gradient * 1e-3;
+            let moved = log_ratio(&case.settings.objective(&transitions, &ahead));
+            let with_advantage = moved * vector(&case.advantages);
+            assert!(with_advantage.min().double_value(&[]) > 0.0, "{:?}", case.settings);
+        }
+    }
+}

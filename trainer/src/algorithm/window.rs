@@ -131,3 +131,35 @@ impl WindowConfig {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::algorithm::cases::cases;
+
+    #[test]
+    fn windows_move_as_published() {
+        for case in cases().windows {
+            let end = case.n_steps - 2;
+            for (iteration, &start) in case.starts.iter().enumerate() {
+                let expected = start..(start + case.settings.size).min(end);
+                let found = case.settings.at(iteration, case.n_steps, 0);
+                assert_eq!(found, expected, "{:?}, {iteration}", case.settings.strategy);
+            }
+        }
+    }
+
+    #[test]
+    fn random_windows_cover_their_share_and_follow_from_the_seed() {
+        let fast: WindowConfig =
+            toml::from_str("strategy = 'random'\nsize = 3\nwithin = 0.5").unwrap();
+        let starts = |seed| (0..200).map(|i| fast.at(i, 10, seed).start).collect::<Vec<usize>>();
+        let found = starts(1);
+        for start in 0..3 {
+            assert!(found.iter().filter(|&&found| found == start).count() > 40);
+        }
+        assert!(found.iter().all(|&start| start < 3));
+        assert_eq!(found, starts(1));
+        assert_ne!(found, starts(2));
+    }
+}
