@@ -110,7 +110,7 @@ pub(crate) struct Objective {
 /// Ratios of new to old probabilities.
 pub(crate) struct Ratio {
     /// log ρ, of any shape.
-    pub(crate) log_ratio: Tensor,
+    pub(crate) log: Tensor,
     /// Advantages, of the same shape.
     pub(crate) advantages: Tensor,
     /// Half-width ε of the clip.

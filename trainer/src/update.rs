@@ -99,14 +99,14 @@ impl Statistics {
         for &(name, value) in &objective.means {
             put(name, value);
         }
-        let Some(Ratio { log_ratio, advantages, clip }) = &objective.ratio else { return };
+        let Some(Ratio { log, advantages, clip }) = &objective.ratio else { return };
         // Those that the clip silences.
-        let ratio = log_ratio.exp();
+        let ratio = log.exp();
         let high = ratio.gt(1.0 + clip).logical_and(&advantages.gt(0.0));
         let low = ratio.lt(1.0 - clip).logical_and(&advantages.lt(0.0));
         put("policy/clip_fraction_high", mean(&high));
         put("policy/clip_fraction_low", mean(&low));
-        let largest = log_ratio.abs().max().double_value(&[]);
+        let largest = log.abs().max().double_value(&[]);
         self.log_ratio_max = Some(self.log_ratio_max.unwrap_or(0.0).max(largest));
         self.clip = *clip;
     }
@@ -174,7 +174,7 @@ impl Recorder {
             ("gradient", objective.gradient.shallow_clone()),
         ]);
         if let Some(ratio) = &objective.ratio {
-            self.tensors.push(("log_rho", ratio.log_ratio.shallow_clone()));
+            self.tensors.push(("log_rho", ratio.log.shallow_clone()));
         }
     }
 
@@ -243,7 +243,7 @@ mod tests {
         let v = model.engine.velocity(&batch.x_in, &batch.t_in, &condition);
         let objective = (batch.objective)(&v);
         let wanted = match objective.ratio {
-            Some(Ratio { log_ratio, advantages, .. }) => log_ratio * advantages,
+            Some(Ratio { log, advantages, .. }) => log * advantages,
             None => objective.value,
         };
         wanted.sum(Kind::Double).double_value(&[])

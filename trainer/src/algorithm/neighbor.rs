@@ -251,11 +251,11 @@ impl NeighborConfig {
         let mean = |x: Tensor| x.to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
         let policy = log_policy.exp();
         let entropy = (&policy * &log_policy).sum_dim_intlist(dims, false, Kind::Double);
-        let (log_ratio, advantages) = (log_ratio.detach(), advantages.shallow_clone());
+        let (log, advantages) = (log_ratio.detach(), advantages.shallow_clone());
         Objective {
             value: value.detach(),
             gradient: v.grad(),
-            ratio: Some(Ratio { log_ratio, advantages, clip: self.clip }),
+            ratio: Some(Ratio { log, advantages, clip: self.clip }),
             means: vec![
                 // Staying on the anchor is what is most probable.
                 ("policy/p_anchor", mean(policy.amax(dims, false))),
@@ -299,7 +299,7 @@ mod tests {
     }
 
     fn log_ratio(objective: &Objective) -> Tensor {
-        objective.ratio.as_ref().unwrap().log_ratio.shallow_clone()
+        objective.ratio.as_ref().unwrap().log.shallow_clone()
     }
 
     fn largest(x: &Tensor) -> f64 {

@@ -246,7 +246,7 @@ impl NftConfig {
         if let Some(v_reference) = v_reference {
             let divergence = mean((&v - v_reference).square());
             means.push(("policy/kl", scalar(divergence.detach())));
-            value = value - divergence * self.kl;
+            value -= divergence * self.kl;
         }
         value.mean(Kind::Float).backward();
         Objective { value: value.detach(), gradient: v.grad(), ratio: None, means }

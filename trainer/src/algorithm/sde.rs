@@ -287,7 +287,7 @@ impl SdeConfig {
         };
         let mut value = Ratio::clipped(&log_ratio, advantages, self.clip);
         if self.guard {
-            value = value / column(&|step| step.t - step.t_next);
+            value /= column(&|step| step.t - step.t_next);
         }
         let mut means = Vec::new();
         if let Some(v_reference) = v_reference {
@@ -298,12 +298,12 @@ impl SdeConfig {
             let away = mean(((&v - v_reference) * &of_v).square());
             let divergence = away / column(&|step| 2.0 * g_square(step));
             means.push(("policy/kl", divergence.mean(Kind::Double).double_value(&[])));
-            value = value - divergence * self.kl;
+            value -= divergence * self.kl;
         }
         value.mean(Kind::Float).backward();
-        let log_ratio = log_ratio.detach();
+        let log = log_ratio.detach();
         let advantages = advantages.shallow_clone();
-        let ratio = Some(Ratio { log_ratio, advantages, clip: self.clip });
+        let ratio = Some(Ratio { log, advantages, clip: self.clip });
         Objective { value: value.detach(), gradient: v.grad(), ratio, means }
     }
 }
@@ -328,7 +328,7 @@ mod tests {
     }
 
     fn log_ratio(objective: &Objective) -> Tensor {
-        objective.ratio.as_ref().unwrap().log_ratio.shallow_clone()
+        objective.ratio.as_ref().unwrap().log.shallow_clone()
     }
 
     #[test]
