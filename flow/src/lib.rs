@@ -21,6 +21,7 @@ pub mod path;
 pub mod pipeline;
 pub mod prompts;
 pub mod schedule;
+pub mod sde;
 pub mod solver;
 pub mod staged;
 pub mod tiles;

@@ -42,7 +42,21 @@ impl Schedule {
     /// # Errors
     /// When `n` is not within 1…1000 or the shift is not positive.
     pub fn new(n: usize, shift: Shift) -> Result<Self, ScheduleError> {
-        if !(1..=1000).contains(&n) {
+        Self::with_short_end(n, shift, n, 0)
+    }
+
+    /// The first `kept` times of [`Schedule::new`], then `rest` steps to 0 in place of the others,
+    /// as even in linear time as those were.
+    ///
+    /// # Errors
+    /// As [`Schedule::new`], and when no step would be left to reach 0.
+    pub fn with_short_end(
+        n: usize,
+        shift: Shift,
+        kept: usize,
+        rest: usize,
+    ) -> Result<Self, ScheduleError> {
+        if !(1..=1000).contains(&n) || kept > n || (kept < n && rest == 0) {
             return Err(ScheduleError::Steps(n));
         }
         let factor = match shift {
@@ -53,7 +67,9 @@ impl Schedule {
             return Err(ScheduleError::Shift(factor));
         }
         let bend = |sigma: f64| factor * sigma / (1.0 + (factor - 1.0) * sigma);
-        let mut times: Vec<f64> = (0..n).map(|i| bend((n - i) as f64 / n as f64)).collect();
+        let mut times: Vec<f64> = (0..kept).map(|i| bend((n - i) as f64 / n as f64)).collect();
+        let left = (n - kept) as f64 / n as f64;
+        times.extend((0..rest).map(|i| bend(left * (rest - i) as f64 / rest as f64)));
         times.push(0.0);
         Ok(Self(times))
     }
@@ -181,6 +197,18 @@ mod tests {
         assert!(Schedule::new(1001, Shift::Factor(1.0)).is_err());
         assert!(Schedule::new(4, Shift::Factor(0.0)).is_err());
         assert!(Schedule::new(4, Shift::Mu(f64::NAN)).is_err());
+    }
+
+    #[test]
+    fn a_short_end_keeps_the_beginning_and_reaches_zero() {
+        let (long, shift) = (Schedule::new(25, Shift::Factor(3.0)).unwrap(), Shift::Factor(3.0));
+        let short = Schedule::with_short_end(25, shift, 4, 3).unwrap();
+        assert_eq!(short.times()[..4], long.times()[..4]);
+        assert_eq!((short.n_steps(), short.times()[7]), (7, 0.0));
+        for (kept, of_long) in [(4, 4), (5, 11), (6, 18)] {
+            assert!((short.times()[kept] - long.times()[of_long]).abs() < 1e-12);
+        }
+        assert!(Schedule::with_short_end(25, shift, 4, 0).is_err());
     }
 
     proptest! {

@@ -40,7 +40,8 @@ impl Solver {
 }
 
 /// One network call and the update that follows it:
-/// `x ← x·x_t + v·v_t + v_prev·v_{prev} + x0_prev·x0_{prev}`, where `prev` is the call before.
+/// `x ← x·x_t + v·v_t + v_prev·v_{prev} + x0_prev·x0_{prev} + noise·N(0, I)`, where `prev` is the call
+/// before.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Step {
     /// Time at which the network is called.
@@ -55,6 +56,8 @@ pub struct Step {
     pub v_prev: f64,
     /// Coefficient of the data prediction of the previous call.
     pub x0_prev: f64,
+    /// Standard deviation of the noise that [`crate::sde`] adds; 0 in every other plan.
+    pub noise: f64,
 }
 
 /// What a step leaves to the next.
@@ -80,7 +83,7 @@ pub enum Term {
 }
 
 impl Step {
-    /// The terms with a coefficient other than zero.
+    /// The terms with a coefficient other than zero, noise left out.
     pub fn terms(&self) -> impl Iterator<Item = (Term, f64)> {
         [
             (Term::X, self.x),
@@ -92,7 +95,7 @@ impl Step {
         .filter(|&(_, coefficient)| coefficient != 0.0)
     }
 
-    /// The next state, and the history for the step after. All buffers are equally long; a step that
+    /// The next state without noise, and the history for the step after. All buffers are equally long; a step that
     /// uses history must get one.
     pub fn apply(
         &self,
@@ -159,11 +162,12 @@ fn heun(t: f64, t_next: f64) -> Vec<Step> {
 ///
 /// The first step, the step after a start at t = 1 and the step to t = 0 are of first order (c = 0).
 /// Source: `DPMSolverMultistepScheduler` (midpoint, flow sigmas) of diffusers 0.42.
-fn dpmpp_2m(t_prev: Option<f64>, t: f64, t_next: f64) -> Step {
+pub(crate) fn dpmpp_2m(t_prev: Option<f64>, t: f64, t_next: f64) -> Step {
     let (r, c) = dpmpp_2m_ratio(t_prev, t, t_next);
     let [of_x, of_v] = path::x0_from_v(t);
     let fresh = (1.0 - r) * (1.0 + c);
-    Step { t, t_next, x: r + fresh * of_x, v: fresh * of_v, v_prev: 0.0, x0_prev: -(1.0 - r) * c }
+    let (x, v, x0_prev) = (r + fresh * of_x, fresh * of_v, -(1.0 - r) * c);
+    Step { t, t_next, x, v, x0_prev, ..Step::default() }
 }
 
 fn dpmpp_2m_ratio(t_prev: Option<f64>, t: f64, t_next: f64) -> (f64, f64) {

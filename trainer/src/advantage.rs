@@ -9,6 +9,10 @@ pub struct AdvantageConfig {
     /// p of the quasi-norm, in (0, 2]: below 2, groups without a clear winner weigh less (Eq. 11).
     #[serde(default = "quasi_norm")]
     pub quasi_norm: f64,
+    /// Whether the sum over rewards is divided by that norm; without, it is Eq. 3's, as the methods have
+    /// it that Neighbor GRPO is compared with.
+    #[serde(default = "rescale")]
+    pub rescale: bool,
     /// Advantages are limited to ± this and re-centred; absent, they are not.
     #[serde(default)]
     pub limit: Option<f64>,
@@ -17,9 +21,12 @@ pub struct AdvantageConfig {
 fn quasi_norm() -> f64 {
     0.8
 }
+fn rescale() -> bool {
+    true
+}
 impl Default for AdvantageConfig {
     fn default() -> Self {
-        Self { quasi_norm: quasi_norm(), limit: None }
+        Self { quasi_norm: quasi_norm(), rescale: rescale(), limit: None }
     }
 }
 
@@ -46,7 +53,8 @@ pub struct Advantages {
 impl AdvantageConfig {
     /// Each reward is standardised within the group, then the *advantages* are added with their
     /// weights, and the sum is divided once by its p-norm and multiplied by √G, so that p = 2 gives
-    /// Eq. 3 of a single reward up to the form of its standard deviation.
+    /// Eq. 3 of a single reward up to the form of its standard deviation. Without `rescale` the sum
+    /// stays as it is.
     ///
     /// A reward that failed is simply not among `rewards`.
     pub fn of_group(&self, group_size: usize, rewards: &[Scored<'_>]) -> Advantages {
@@ -61,7 +69,7 @@ impl AdvantageConfig {
         if norm == 0.0 {
             return Advantages { values: sum, is_flat: true };
         }
-        let scale = (group_size as f64).sqrt() / norm;
+        let scale = if self.rescale { (group_size as f64).sqrt() / norm } else { 1.0 };
         let mut values: Vec<f64> = sum.iter().map(|a| a * scale).collect();
         if let Some(limit) = self.limit {
             for a in &mut values {
@@ -146,6 +154,17 @@ mod tests {
         let one = config(2.0).of_group(3, &[scored(1.0, &a), scored(1.0, &b)]);
         assert_eq!(one, config(2.0).of_group(3, &[scored(1.0, &a), scored(1.0, &thousand)]));
         assert_ne!(one, config(2.0).of_group(3, &[scored(1.0, &a), scored(2.0, &b)]));
+    }
+
+    #[test]
+    fn without_rescaling_advantages_of_rewards_add_up() {
+        let (a, b) = ([0.0, 1.0, 2.0], [3.0, 0.0, 3.0]);
+        let plain = AdvantageConfig { rescale: false, ..AdvantageConfig::default() };
+        let found = plain.of_group(3, &[scored(1.0, &a), scored(0.5, &b)]).values;
+        let third = 1.0 / 3.0f64.sqrt();
+        for (found, expected) in found.iter().zip([-1.0 + 0.5 * third, -third, 1.0 + 0.5 * third]) {
+            assert!((found - expected).abs() < 1e-12, "{found} {expected}");
+        }
     }
 
     #[test]

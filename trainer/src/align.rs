@@ -1,4 +1,4 @@
-//! Aligning a model by Neighbor GRPO: roll out, reward, advantage, update, log, save.
+//! Aligning a model: roll out, reward, advantage, update, log, save.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -8,19 +8,23 @@ use flow::checkpoint::MAX_SHARD_BYTES;
 use flow::latents::LatentSize;
 use flow::models::transformer::GUIDANCE;
 use flow::prompts::Prompt;
-use flow::schedule::{Schedule, Shift};
+use flow::schedule::{Schedule, SchedulerConfig, Shift};
 use flow::solver::{self, DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS, Solver, Step};
 use serde::{Deserialize, Serialize};
 
 use crate::advantage::AdvantageConfig;
+use crate::algorithm::branch::BranchConfig;
+use crate::algorithm::neighbor::{Distance, NeighborConfig};
+use crate::algorithm::nft::NftConfig;
+use crate::algorithm::sde::SdeConfig;
+use crate::algorithm::{self, Algorithm, Method};
 use crate::device::Compute;
 use crate::embeddings::Embeddings;
 use crate::engine::segments;
-use crate::experience::{self, Experience};
+use crate::experience::{self, Experience, Sources};
 use crate::interrupt;
 use crate::lora::{Adapters, LoraConfig};
 use crate::model::{Loading, Model};
-use crate::neighbor::NeighborConfig;
 use crate::optimizer::{AdamW, OptimizerConfig};
 use crate::order::Order;
 use crate::parameters::Storage;
@@ -47,6 +51,9 @@ pub struct AlignConfig {
     /// Everything random follows from it.
     #[serde(default)]
     pub seed: u64,
+    /// One of [`algorithm::ALGORITHMS`]: what learns, with its published settings.
+    #[serde(default = "neighbor")]
+    pub algorithm: String,
     /// Iterations of the whole run.
     pub iterations: usize,
     /// Prompts, each with its group, an iteration.
@@ -54,15 +61,17 @@ pub struct AlignConfig {
     /// Members of a group, G.
     #[serde(default = "group_size")]
     pub group_size: usize,
-    /// Strength σ of the perturbation of the initial noise, in (0, 1] (Eq. 7).
+    /// Strength σ of the perturbation of the initial noise, in (0, 1] (Eq. 7); Neighbor GRPO's alone.
     #[serde(default = "sigma")]
     pub sigma: f64,
-    /// Anchors of a group, B.
-    #[serde(default = "anchors")]
-    pub anchors: usize,
-    /// Optimiser steps an iteration, a divisor of B; B of them is Algorithm 1.
-    pub updates: usize,
-    /// Trained transitions of an anchor, K; without it, the fraction below.
+    /// Members of a group that train, B: 4 anchors of Neighbor GRPO, everybody of the others. Where an
+    /// SDE method trains fewer, they are the best and the worst.
+    #[serde(default)]
+    pub anchors: Option<usize>,
+    /// Optimiser steps an iteration; B of them is Algorithm 1.
+    #[serde(default)]
+    pub updates: Option<usize>,
+    /// Trained transitions of a member, K; without it, the fraction below.
     #[serde(default)]
     pub train_steps: Option<usize>,
     /// K as a fraction of all transitions but the last.
@@ -80,9 +89,18 @@ pub struct AlignConfig {
     pub stream: bool,
     /// How trajectories are solved.
     pub rollout: RolloutConfig,
-    /// The surrogate policy.
+    /// The surrogate policy of Neighbor GRPO.
     #[serde(default)]
     pub neighbor: NeighborConfig,
+    /// The stochastic steps of DanceGRPO, Flow-GRPO, MixGRPO and BranchGRPO.
+    #[serde(default)]
+    pub sde: SdeConfig,
+    /// The tree of BranchGRPO.
+    #[serde(default)]
+    pub branch: BranchConfig,
+    /// The contrast of DiffusionNFT.
+    #[serde(default)]
+    pub nft: NftConfig,
     /// From rewards to advantages.
     #[serde(default)]
     pub advantage: AdvantageConfig,
@@ -128,14 +146,17 @@ pub struct RolloutConfig {
     pub batch: usize,
 }
 
+/// Anchors of Neighbor GRPO (paper Table 1).
+const ANCHORS: usize = 4;
+
+fn neighbor() -> String {
+    "neighbor".to_owned()
+}
 fn group_size() -> usize {
     12
 }
 fn sigma() -> f64 {
     0.3
-}
-fn anchors() -> usize {
-    4
 }
 fn timestep_fraction() -> f64 {
     0.6
@@ -160,22 +181,45 @@ fn rollout_batch() -> usize {
 }
 
 impl RolloutConfig {
-    /// The table of steps for images of `size` under `scheduler`.
-    pub(crate) fn plan(
-        &self,
-        scheduler: &flow::schedule::SchedulerConfig,
-        size: &LatentSize,
-    ) -> Result<Vec<Step>> {
-        let shift = self.shift.map_or_else(|| scheduler.shift(size.tokens()), Shift::Factor);
+    /// How the time grid is bent for images of `size` under `scheduler`.
+    pub(crate) fn shift(&self, scheduler: &SchedulerConfig, size: &LatentSize) -> Shift {
+        self.shift.map_or_else(|| scheduler.shift(size.tokens()), Shift::Factor)
+    }
+
+    /// The solver's table of steps, on a grid bent by `shift`.
+    pub(crate) fn steps(&self, shift: Shift) -> Result<Vec<Step>> {
         let Some(solver) = Solver::by_name(&self.solver) else {
             let known: Vec<&str> = SOLVERS.iter().map(|(name, _)| *name).collect();
             bail!("unknown solver {:?}: {} are possible", self.solver, known.join(", "));
         };
         Ok(solver::plan(solver, &Schedule::new(self.steps, shift)?))
     }
+
+    /// The table of steps for images of `size` under `scheduler`.
+    pub(crate) fn plan(&self, scheduler: &SchedulerConfig, size: &LatentSize) -> Result<Vec<Step>> {
+        self.steps(self.shift(scheduler, size))
+    }
 }
 
 impl AlignConfig {
+    /// What [`AlignConfig::algorithm`] does; [`AlignConfig::validate`] has seen that it exists.
+    pub(crate) fn method(&self) -> Method {
+        algorithm::named(&self.algorithm).map_or(Method::Neighbor, |(method, _)| method)
+    }
+
+    /// B.
+    pub(crate) fn n_anchors(&self) -> usize {
+        self.anchors.unwrap_or(match self.method() {
+            Method::Neighbor => ANCHORS,
+            Method::Sde | Method::Branch | Method::Nft => self.group_size,
+        })
+    }
+
+    /// Optimiser steps an iteration.
+    pub(crate) fn n_updates(&self) -> usize {
+        self.updates.unwrap_or_else(|| self.n_anchors())
+    }
+
     /// K.
     pub(crate) fn n_train_steps(&self) -> usize {
         let possible = self.rollout.steps - 1;
@@ -187,7 +231,7 @@ impl AlignConfig {
     }
 
     /// The model, ready to train.
-    fn load(&self, compute: Compute) -> Result<Model> {
+    pub(crate) fn load(&self, compute: Compute) -> Result<Model> {
         let storage = match (&self.lora, self.stream) {
             (None, _) => Storage::Trainable,
             (Some(_), false) => Storage::Frozen,
@@ -215,32 +259,31 @@ impl AlignConfig {
         ensure!(self.iterations > 0, "iterations = 0: nothing to do");
         ensure!(self.prompts_per_iteration > 0, "prompts_per_iteration must be at least 1");
         ensure!(self.group_size >= 2, "group_size = {}: at least 2", self.group_size);
-        ensure!(self.sigma > 0.0 && self.sigma <= 1.0, "sigma = {}: in (0, 1]", self.sigma);
-        ensure!(
-            (1..=self.group_size).contains(&self.anchors),
-            "anchors = {}: from 1 to group_size = {}",
-            self.anchors,
-            self.group_size
-        );
-        ensure!(
-            self.updates > 0 && self.anchors.is_multiple_of(self.updates),
-            "updates = {} must divide anchors = {}",
-            self.updates,
-            self.anchors
-        );
         ensure!(self.rollout.steps >= 2, "rollout.steps = {}: at least 2", self.rollout.steps);
         ensure!(self.rollout.batch > 0, "rollout.batch must be at least 1");
         let (k, possible) = (self.n_train_steps(), self.rollout.steps - 1);
         ensure!((1..=possible).contains(&k), "train_steps = {k}: from 1 to {possible}");
         let p = self.advantage.quasi_norm;
         ensure!(p > 0.0 && p <= 2.0, "advantage.quasi_norm = {p}: in (0, 2]");
-        ensure!(self.neighbor.tau > 0.0, "neighbor.tau = {}: above 0", self.neighbor.tau);
-        let clip = self.neighbor.clip;
-        ensure!(clip > 0.0 && clip < 1.0, "neighbor.clip = {clip}: in (0, 1)");
         ensure!(self.shard_gb > 0.0, "shard_gb = {}: above 0", self.shard_gb);
         ensure!(self.save_every > 0, "save_every must be at least 1");
         ensure!(!self.rewards.is_empty(), "no [[rewards]]: at least one is needed");
-        Ok(())
+        let (b, n) = (self.n_anchors(), self.n_updates());
+        ensure!(
+            (1..=self.group_size).contains(&b),
+            "anchors = {b}: from 1 to group_size = {}",
+            self.group_size
+        );
+        ensure!((1..=b).contains(&n), "updates = {n}: from 1 to anchors = {b}");
+        match algorithm::named(&self.algorithm)?.0 {
+            Method::Neighbor => self.neighbor.validate(self),
+            Method::Sde => self.sde.validate(self.rollout.steps),
+            Method::Branch => {
+                self.sde.validate(self.rollout.steps)?;
+                self.branch.validate(self)
+            }
+            Method::Nft => self.nft.validate(),
+        }
     }
 }
 
@@ -282,10 +325,14 @@ pub fn run(config: &AlignConfig, options: &Options) -> Result<()> {
     let rewards = Rewards::open(&config.rewards, options.threads, options.compute.device)?;
     rewards.check(&train_prompts)?;
     let model = config.load(options.compute)?;
+    let size = model.latent_size(config.rollout.size)?;
+    let shift = config.rollout.shift(&model.pipeline.scheduler, &size);
+    let mut algorithm = algorithm::open(config, shift);
+    algorithm.begin(model.engine.trained());
     let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
     let mut start = 0;
     if let Some(position) = &found {
-        state::restore(position, config, &mut optimizer, &model)?;
+        state::restore(position, config, &mut optimizer, &model, algorithm.behaviour())?;
         start = position.iteration;
         let total = config.iterations;
         ensure!(
@@ -293,8 +340,13 @@ pub fn run(config: &AlignConfig, options: &Options) -> Result<()> {
             "all {total} iterations are done: raise iterations to go on"
         );
     }
-    let size = model.latent_size(config.rollout.size)?;
-    let plan = config.rollout.plan(&model.pipeline.scheduler, &size)?;
+    if config.method() == Method::Neighbor && config.neighbor.distance == Distance::Sum {
+        eprintln!(
+            "warning: neighbor.distance = \"sum\": only the first update of an iteration carries a \
+             signal, later ones are clipped"
+        );
+    }
+    let plan = config.rollout.steps(shift)?;
     let mut run = Run {
         config,
         options,
@@ -302,10 +354,10 @@ pub fn run(config: &AlignConfig, options: &Options) -> Result<()> {
         order: Order::new(train_prompts.len(), config.seed),
         prompts: train_prompts,
         rewards,
+        algorithm,
         model,
         optimizer,
         size,
-        plan,
     };
     run.iterate(start)
 }
@@ -316,10 +368,10 @@ struct Run<'a> {
     prompts: Vec<Prompt>,
     order: Order,
     rewards: Rewards,
+    algorithm: Box<dyn Algorithm + 'a>,
     model: Model,
     optimizer: AdamW,
     size: LatentSize,
-    plan: Vec<Step>,
     report: Report,
 }
 
@@ -348,22 +400,10 @@ impl Run<'_> {
 
     fn once(&mut self, iteration: usize, is_first: bool, progress: &Progress) -> Result<String> {
         let started = Instant::now();
-        let n = self.config.prompts_per_iteration;
-        let first = (iteration * n) as u64;
-        let picked: Vec<&Prompt> =
-            (0..n as u64).map(|i| &self.prompts[self.order.at(first + i)]).collect();
-        let experience: Experience = experience::gather(
-            self.config,
-            &self.model,
-            &self.rewards,
-            &self.plan,
-            &self.size,
-            &picked,
-            first,
-        )
-        .with_context(|| format!("iteration {}", iteration + 1))?;
+        let numbered = || format!("iteration {}", iteration + 1);
+        let experience = self.gather(iteration).with_context(numbered)?;
         for fault in experience.faults(self.config) {
-            progress.say(&format!("warning: iteration {}: {fault}", iteration + 1));
+            progress.say(&format!("warning: {}: {fault}", numbered()));
         }
         let mut recorder = self
             .options
@@ -373,13 +413,14 @@ impl Run<'_> {
             .map(|path| Recorder::new(path, self.config));
         let outcome = update::run(
             self.config,
+            &*self.algorithm,
             &self.model,
             &mut self.optimizer,
             &experience,
-            iteration,
             recorder.as_mut(),
         )
-        .with_context(|| format!("iteration {}", iteration + 1))?;
+        .with_context(numbered)?;
+        self.algorithm.finish(self.model.engine.trained(), self.optimizer.n_steps());
         if let Some(recorder) = recorder {
             recorder.write()?;
         }
@@ -387,9 +428,28 @@ impl Run<'_> {
         self.report.log(iteration + 1, self.config, &experience, &outcome, seconds)
     }
 
+    fn gather(&mut self, iteration: usize) -> Result<Experience> {
+        let n = self.config.prompts_per_iteration;
+        let first = (iteration * n) as u64;
+        let picked: Vec<&Prompt> =
+            (0..n as u64).map(|i| &self.prompts[self.order.at(first + i)]).collect();
+        let Self { config, model, rewards, size, .. } = self;
+        let sources = Sources { config, model, rewards, size: *size };
+        let rollout = self.algorithm.rollout(iteration)?;
+        let (behaviour, trained) = (self.algorithm.behaviour(), model.engine.trained());
+        if let Some(copies) = behaviour {
+            copies.exchange(trained);
+        }
+        let experience = experience::gather(&sources, rollout, &picked, iteration);
+        if let Some(copies) = behaviour {
+            copies.exchange(trained);
+        }
+        experience
+    }
+
     fn save(&mut self, done: usize) -> Result<()> {
         let config = self.config;
-        state::save(config, done, &self.model, &self.optimizer)
+        state::save(config, done, &self.model, &self.optimizer, self.algorithm.behaviour())
             .with_context(|| format!("cannot save after iteration {done}"))
     }
 

@@ -1,4 +1,7 @@
 //! Run configurations: a preset or a TOML file, single settings replaced by `--set key=value`.
+//!
+//! A configuration may name another preset as its `base` and say only what differs. An `algorithm` brings
+//! its published settings, which go behind all that is said.
 
 use std::path::Path;
 
@@ -6,12 +9,41 @@ use anyhow::{Context, Result, anyhow, bail};
 use flow::checkpoint::read_bounded;
 use serde::de::DeserializeOwned;
 
+use crate::algorithm;
 use crate::usage::Usage;
 
+macro_rules! presets {
+    ($($name:literal),* $(,)?) => {
+        [$(($name, include_str!(concat!("../presets/", $name, ".toml")))),*]
+    };
+}
+
 /// Presets of `ng-train align`.
-pub const ALIGN_PRESETS: [(&str, &str); 2] = [
-    ("neighbor", include_str!("../presets/neighbor.toml")),
-    ("signs", include_str!("../presets/signs.toml")),
+pub const ALIGN_PRESETS: [(&str, &str); 24] = presets![
+    "neighbor",
+    "neighbor-paper-literal",
+    "neighbor-sde-matched",
+    "neighbor-ar-copo",
+    "dance-grpo",
+    "flow-grpo",
+    "flow-grpo-fast",
+    "mix-grpo",
+    "mix-grpo-flash",
+    "mix-grpo-flash-star",
+    "branch-grpo",
+    "diffusion-nft",
+    "signs",
+    "signs-paper-literal",
+    "signs-sde-matched",
+    "signs-ar-copo",
+    "signs-dance-grpo",
+    "signs-flow-grpo",
+    "signs-flow-grpo-fast",
+    "signs-mix-grpo",
+    "signs-mix-grpo-flash",
+    "signs-mix-grpo-flash-star",
+    "signs-branch-grpo",
+    "signs-diffusion-nft",
 ];
 /// Presets of `ng-train pretrain`.
 pub const PRETRAIN_PRESETS: [(&str, &str); 1] =
@@ -37,37 +69,75 @@ pub fn read<T: DeserializeOwned>(
     settings: &[String],
 ) -> Result<T> {
     let (name, text) = match source {
-        Source::Preset(name) => {
-            let found = presets.iter().find(|(known, _)| known == name);
-            let Some((_, text)) = found else {
-                let known: Vec<&str> = presets.iter().map(|(known, _)| *known).collect();
-                bail!(Usage(format!("unknown preset {name:?}: there is {}", known.join(", "))));
-            };
-            (format!("preset {name}"), (*text).to_owned())
-        }
+        Source::Preset(name) => (format!("preset {name}"), preset(name, presets)?.to_owned()),
         Source::File(path) => {
             let text = String::from_utf8(read_bounded(path)?)
                 .with_context(|| format!("{}: not UTF-8", path.display()))?;
             (path.display().to_string(), text)
         }
     };
-    let mut table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
-        let before = error.span().map_or("", |span| &text[..span.start]);
-        let line = before.matches('\n').count() + 1;
-        anyhow!("{name}, line {line}: {}", error.message().replace('\n', ", "))
-    })?;
+    let own = with_bases(parse(&name, &text)?, &name, presets)?;
+    let mut table = own.clone();
     for setting in settings {
         apply(&mut table, setting)?;
     }
-    let whole = toml::to_string(&table).context("the settings are no TOML")?;
-    toml::from_str(&whole).map_err(|error| {
-        let message = format!("{name}: {}", error.message());
+    whole(table, &name).map_err(|error| match whole::<T>(own, &name) {
         // Where the file alone reads, a setting is at fault.
-        if toml::from_str::<T>(&text).is_ok() {
-            anyhow!(Usage(format!("--set for {message}")))
-        } else {
-            anyhow!(message)
+        Ok(_) => anyhow!(Usage(format!("--set for {error}"))),
+        Err(_) => error,
+    })
+}
+
+/// The configuration of `table` and of the algorithm it names.
+fn whole<T: DeserializeOwned>(table: toml::Table, name: &str) -> Result<T> {
+    let table = match table.get("algorithm").and_then(toml::Value::as_str) {
+        Some(algorithm) => {
+            let found = algorithm::named(algorithm).with_context(|| name.to_owned());
+            merged(parse(algorithm, found.map_err(|error| anyhow!("{error:#}"))?.1)?, table)
         }
+        None => table,
+    };
+    let text = toml::to_string(&table).context("the settings are no TOML")?;
+    toml::from_str(&text).map_err(|error| anyhow!("{name}: {}", error.message()))
+}
+
+/// `table` on top of the presets that it is based on.
+fn with_bases(mut table: toml::Table, name: &str, presets: &[(&str, &str)]) -> Result<toml::Table> {
+    for _ in 0..=presets.len() {
+        let Some(base) = table.remove("base") else { return Ok(table) };
+        let base = base.as_str().with_context(|| format!("{name}: base is no name of a preset"))?;
+        table = merged(parse(base, preset(base, presets)?)?, table);
+    }
+    bail!("{name}: its bases go round in a circle")
+}
+
+/// `over` in front of `under`, table by table.
+fn merged(mut under: toml::Table, over: toml::Table) -> toml::Table {
+    for (key, value) in over {
+        let value = match (under.remove(&key), value) {
+            (Some(toml::Value::Table(under)), toml::Value::Table(over)) => {
+                toml::Value::Table(merged(under, over))
+            }
+            (_, value) => value,
+        };
+        under.insert(key, value);
+    }
+    under
+}
+
+fn preset<'a>(name: &str, presets: &[(&str, &'a str)]) -> Result<&'a str> {
+    let found = presets.iter().find(|(known, _)| *known == name);
+    found.map(|&(_, text)| text).ok_or_else(|| {
+        let known: Vec<&str> = presets.iter().map(|(known, _)| *known).collect();
+        anyhow!(Usage(format!("unknown preset {name:?}: there is {}", known.join(", "))))
+    })
+}
+
+fn parse(name: &str, text: &str) -> Result<toml::Table> {
+    text.parse().map_err(|error: toml::de::Error| {
+        let before = error.span().map_or("", |span| &text[..span.start]);
+        let line = before.matches('\n').count() + 1;
+        anyhow!("{name}, line {line}: {}", error.message().replace('\n', ", "))
     })
 }
 
@@ -123,12 +193,47 @@ mod tests {
     #[test]
     fn every_preset_reads() {
         for (name, _) in ALIGN_PRESETS {
-            read::<AlignConfig>(&Source::Preset(name), &ALIGN_PRESETS, &[]).unwrap();
+            let source = Source::Preset(name);
+            read::<AlignConfig>(&source, &ALIGN_PRESETS, &[]).unwrap().validate().unwrap();
         }
         for (name, _) in PRETRAIN_PRESETS {
             let source = Source::Preset(name);
             read::<crate::pretrain::PretrainConfig>(&source, &PRETRAIN_PRESETS, &[]).unwrap();
         }
+    }
+
+    #[test]
+    fn one_line_changes_the_algorithm_and_what_is_said_stays() {
+        let signs = preset(&[]).unwrap();
+        assert_eq!((signs.n_anchors(), signs.n_updates(), signs.sde.level), (4, 4, 0.7));
+        let dance = preset(&["algorithm=dance-grpo"]).unwrap();
+        assert_eq!((dance.n_anchors(), dance.n_updates(), dance.sde.level), (12, 3, 0.3));
+        assert!(!dance.advantage.rescale && (dance.optimizer.eps - 1e-8).abs() < 1e-12);
+        assert_eq!(dance.optimizer.learning_rate, signs.optimizer.learning_rate);
+        let louder = preset(&["algorithm=dance-grpo", "sde.level=0.5", "updates=2"]).unwrap();
+        assert_eq!((louder.sde.level, louder.n_updates(), louder.sde.same_start), (0.5, 2, true));
+        let message = preset(&["algorithm=dance"]).unwrap_err().to_string();
+        assert!(message.contains("dance-grpo") && message.contains("diffusion-nft"), "{message}");
+        for (name, ..) in algorithm::ALGORITHMS {
+            preset(&[&format!("algorithm={name}")]).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_file_may_say_only_what_differs_from_a_preset() {
+        let folder = tempfile::tempdir().unwrap();
+        let read_text = |text: &str| {
+            let path = folder.path().join("mine.toml");
+            std::fs::write(&path, text).unwrap();
+            read::<AlignConfig>(&Source::File(&path), &ALIGN_PRESETS, &[])
+        };
+        let mine = "base = 'signs-dance-grpo'\niterations = 3\n[rollout]\nsteps = 9";
+        let config = read_text(mine).unwrap();
+        assert_eq!((config.iterations, config.rollout.steps, config.rollout.batch), (3, 9, 96));
+        assert_eq!(config.algorithm, "dance-grpo");
+        let message = read_text("base = 'sings'").unwrap_err().to_string();
+        assert!(message.contains("signs"), "{message}");
+        assert!(read_text("base = 3").is_err());
     }
 
     #[test]

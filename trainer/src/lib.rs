@@ -8,6 +8,7 @@ use crate::args::{Cli, Command, SampleArgs, SourceArgs};
 use crate::config::Source;
 
 mod advantage;
+pub mod algorithm;
 pub mod align;
 pub mod args;
 pub mod bench;
@@ -25,7 +26,6 @@ pub mod interrupt;
 pub mod lora;
 pub mod metrics;
 mod model;
-mod neighbor;
 mod optimizer;
 mod order;
 mod parameters;

@@ -132,6 +132,11 @@ impl AdamW {
         }
     }
 
+    /// Steps made.
+    pub(crate) fn n_steps(&self) -> i64 {
+        self.step
+    }
+
     /// The flat weights worth saving: the moving average where one is kept.
     pub(crate) fn averaged(&self) -> Option<&[Tensor]> {
         self.ema.as_deref()

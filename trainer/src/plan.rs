@@ -7,6 +7,7 @@ use flow::latents::LatentSize;
 use flow::ops::shapes::{Manifest, Shapes};
 use flow::pipeline::{Component, Pipeline};
 
+use crate::algorithm;
 use crate::align::AlignConfig;
 use crate::engine::segments;
 use crate::lora::LoraConfig;
@@ -60,7 +61,7 @@ struct Plan {
     /// Numbers one image keeps for backward: in one block, and as inputs of all blocks.
     in_block: f64,
     block_inputs: f64,
-    /// Forward passes an image in the rollout; forward and backward passes in the updates.
+    /// Passes an image: forward alone; forward and backward.
     nfe: [f64; 2],
     /// Images an iteration.
     images: f64,
@@ -74,7 +75,7 @@ impl Plan {
         config.validate()?;
         let [width, height] = config.rollout.size.unwrap_or([pipeline.default_size(); 2]);
         let size = pipeline.latent_size(width, height)?;
-        let n_calls = config.rollout.plan(&pipeline.scheduler, &size)?.len() as f64;
+        let nfe = algorithm::nfe(config, config.rollout.shift(&pipeline.scheduler, &size))?;
         let shapes = Shapes::new();
         pipeline.dry_velocity(&shapes, 1, size.tokens(), text_tokens);
         let segments = segments(&pipeline.transformer);
@@ -83,7 +84,6 @@ impl Plan {
         let tokens = (size.tokens() + text_tokens) as f64;
         let lora = LoraConfig { rank: options.lora_rank, ..LoraConfig::default() };
         let group = config.group_size as f64;
-        let trained = config.anchors as f64 * config.n_train_steps() as f64;
         Ok(Self {
             components: Component::ALL.map(|c| (c, elements(c))).to_vec(),
             transformer: elements(Component::Transformer),
@@ -93,9 +93,9 @@ impl Plan {
             n_blocks: network.n_blocks() as f64,
             in_block: shapes.kept() / network.n_blocks() as f64,
             block_inputs: tokens * network.width() as f64 * network.n_blocks() as f64,
-            nfe: [n_calls, trained / group],
+            nfe,
             images: config.prompts_per_iteration as f64 * group,
-            trajectory: (2.0 * n_calls + 1.0) * size.len() as f64,
+            trajectory: (2.0 * nfe[0] + 1.0) * size.len() as f64,
             size,
         })
     }
@@ -214,12 +214,34 @@ mod tests {
         (config, plan)
     }
 
+    /// Paper Table 3, and what the others' settings come to.
     #[test]
     fn passes_are_those_of_the_papers_table_3() {
         let (_, plan) = plan();
-        assert_eq!(plan.nfe[0], 8.0);
-        assert!((plan.nfe[1] - 4.0 * 4.0 / 12.0).abs() < 1e-12);
         assert_eq!(plan.images, 384.0);
+        let shift = flow::schedule::Shift::Factor(3.0);
+        let ddim = ["rollout.solver=euler", "rollout.steps=25", "anchors=12", "train_steps=4"];
+        let many = ["rollout.steps=16", "train_steps=9"];
+        let cases: [(&str, &[&str], [f64; 2]); 9] = [
+            ("dance-grpo", &[], [25.0, 14.0]),
+            ("neighbor", &ddim, [25.0, 4.0]),
+            ("neighbor", &many, [16.0, 3.0]),
+            ("neighbor", &[], [8.0, 4.0 / 3.0]),
+            ("flow-grpo", &[], [6.0, 5.0]),
+            ("mix-grpo", &["iterations=25"], [25.0, 4.0]),
+            ("mix-grpo-flash-star", &[], [7.0, 4.0]),
+            // Printed as 20 and 13.68: all steps of a leaf, those it shares included.
+            ("branch-grpo", &[], [203.0 / 16.0, 202.0 / 16.0]),
+            ("diffusion-nft", &[], [10.0 + 2.0 * 9.0, 9.0]),
+        ];
+        for (preset, settings, expected) in cases {
+            let settings: Vec<String> = settings.iter().map(|&s| s.to_owned()).collect();
+            let config = read(&Source::Preset(preset), &ALIGN_PRESETS, &settings).unwrap();
+            let found = algorithm::nfe(&config, shift).unwrap();
+            for (found, expected) in found.iter().zip(expected) {
+                assert!((found - expected).abs() < 1e-9, "{preset}: {found} {expected}");
+            }
+        }
     }
 
     #[test]

@@ -111,19 +111,24 @@ impl Report {
             .map(|a| a.values.iter().map(|x| x * x).sum::<f64>().sqrt());
         put("advantage/norm", mean(norms));
         put("advantage/flat_groups", flat as f64 / n_groups);
-        put("policy/objective", outcome.objective);
-        put("policy/log_ratio_first", outcome.log_ratio_first);
-        put("policy/log_ratio_max", outcome.log_ratio_max);
-        put("policy/clip_fraction_high", outcome.clip_fraction[0]);
-        put("policy/clip_fraction_low", outcome.clip_fraction[1]);
-        put("policy/p_anchor", outcome.p_anchor);
-        put("policy/entropy", outcome.entropy);
-        put("optimizer/grad_norm", outcome.grad_norm);
-        put("optimizer/below_eps", outcome.below_eps);
+        for (name, value) in &outcome.means {
+            put(name, *value);
+        }
+        for (name, value) in [
+            ("policy/log_ratio_first", outcome.log_ratio_first),
+            ("policy/log_ratio_max", outcome.log_ratio_max),
+            ("optimizer/grad_norm", outcome.last_step.map(|[norm, _]| norm)),
+            ("optimizer/below_eps", outcome.last_step.map(|[_, below]| below)),
+        ] {
+            if let Some(value) = value {
+                put(name, value);
+            }
+        }
         put("optimizer/updates", outcome.n_updates as f64);
-        let images = n_groups * config.group_size as f64;
-        put("nfe/rollout", self.plan.len() as f64);
-        put("nfe/update", outcome.n_passes as f64 / images);
+        let per_image = |passes: usize| passes as f64 / (n_groups * config.group_size as f64);
+        let rollout = experience.rollout.nfe(config.group_size);
+        put("nfe/rollout", rollout + per_image(outcome.n_references));
+        put("nfe/update", per_image(outcome.n_passes));
         for (name, value) in ["rollout", "decode", "reward"].iter().zip(experience.seconds) {
             put(&format!("seconds/{name}"), value);
         }

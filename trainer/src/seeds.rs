@@ -13,6 +13,10 @@ pub(crate) enum Use {
     Neighbourhood,
     Anchors,
     Steps,
+    Transitions,
+    Forward,
+    Windows,
+    Branches,
 }
 
 /// The family of `seed` for `purpose`.

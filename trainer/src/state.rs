@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use flow::checkpoint::{Entry, Weights, write_tensors};
 
+use crate::algorithm::Copies;
 use crate::align::AlignConfig;
 use crate::model::Model;
 use crate::optimizer::AdamW;
@@ -50,12 +51,14 @@ fn all(output: &Path) -> Result<Vec<Position>> {
     Ok(found)
 }
 
-/// Writes the checkpoint of iteration `done` and removes all but the newest few.
+/// Writes the checkpoint of iteration `done` and removes all but the newest few. `behaviour` is what rolls
+/// out, where that is not what trains.
 pub(crate) fn save(
     config: &AlignConfig,
     done: usize,
     model: &Model,
     optimizer: &AdamW,
+    behaviour: Option<&Copies>,
 ) -> Result<()> {
     let folder = config.output.join(CHECKPOINTS).join(format!("iteration-{done:06}"));
     save::trained(model, optimizer.averaged(), &folder, config.max_shard_bytes(), |folder| {
@@ -63,6 +66,9 @@ pub(crate) fn save(
         for (index, master) in model.engine.trained().masters().enumerate() {
             let values = Vec::<f32>::try_from(&master.to_device(tch::Device::Cpu))?;
             entries.push(Entry::f32(format!("master.{index}"), &[values.len()], &values));
+        }
+        if let Some(copies) = behaviour {
+            entries.extend(copies.entries()?);
         }
         let metadata = [
             ("iteration", done.to_string()),
@@ -80,12 +86,13 @@ pub(crate) fn save(
     Ok(())
 }
 
-/// Takes weights and optimiser back to `position`.
+/// Takes weights, optimiser and `behaviour` back to `position`.
 pub(crate) fn restore(
     position: &Position,
     config: &AlignConfig,
     optimizer: &mut AdamW,
     model: &Model,
+    behaviour: Option<&Copies>,
 ) -> Result<()> {
     let path = position.folder.join(FILE);
     let state = Weights::open_file(&path)?;
@@ -114,5 +121,8 @@ pub(crate) fn restore(
         tch::no_grad(|| master.shallow_clone().copy_(&tch::Tensor::from_slice(&values)));
     }
     model.engine.trained().refresh();
+    if let Some(copies) = behaviour {
+        copies.restore(&state)?;
+    }
     optimizer.restore(&state, step)
 }

@@ -1,6 +1,7 @@
-//! The updates of one iteration: anchors and steps drawn, the objective's gradient carried through the
-//! network, the optimiser stepped.
+//! The updates of one iteration: the objective's gradient carried through the network, the optimiser
+//! stepped.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -8,83 +9,60 @@ use anyhow::{Result, ensure};
 use flow::checkpoint::{Entry, write_tensors};
 use tch::{Kind, Tensor};
 
+use crate::algorithm::{Algorithm, Item, Objective, Ratio};
 use crate::align::AlignConfig;
 use crate::experience::Experience;
 use crate::model::Model;
-use crate::neighbor::{Objective, Transitions};
 use crate::optimizer::AdamW;
 use crate::parameters::entry;
-use crate::seeds::{Use, family};
 
-/// What the updates of an iteration did; means over its transitions unless said otherwise.
-#[derive(Clone, Copy, Debug, Default)]
+/// What the updates of an iteration did.
+#[derive(Debug, Default)]
 pub(crate) struct Outcome {
-    /// J.
-    pub(crate) objective: f64,
+    /// Means over its transitions, by metric; what a method does not have is not there.
+    pub(crate) means: BTreeMap<&'static str, f64>,
     /// Largest |log ρ| before the first update: 0 up to rounding, or something is wrong.
-    pub(crate) log_ratio_first: f64,
+    pub(crate) log_ratio_first: Option<f64>,
     /// Largest |log ρ| of all updates.
-    pub(crate) log_ratio_max: f64,
-    /// Share of ratios above 1 + ε with a positive advantage, and below 1 − ε with a negative one:
-    /// those the clip silences.
-    pub(crate) clip_fraction: [f64; 2],
-    /// Largest probability of the old surrogate policy: that of staying on the anchor.
-    pub(crate) p_anchor: f64,
-    /// Entropy of the old surrogate policy, nats.
-    pub(crate) entropy: f64,
-    /// Global gradient norm, last update.
-    pub(crate) grad_norm: f64,
-    /// Share of parameters whose gradient is below Adam's eps, last update.
-    pub(crate) below_eps: f64,
+    pub(crate) log_ratio_max: Option<f64>,
+    /// Global gradient norm, and share of parameters whose gradient is below Adam's eps; last update.
+    pub(crate) last_step: Option<[f64; 2]>,
     /// Optimiser steps made; 0 when every group was flat.
     pub(crate) n_updates: usize,
-    /// Forward and backward passes, in images.
+    /// Passes in images: forward and backward, and forward alone.
     pub(crate) n_passes: usize,
+    pub(crate) n_references: usize,
     /// Seconds.
     pub(crate) seconds: f64,
 }
 
-/// One trained transition: a group, its anchor (a member), a network call of the rollout.
-#[derive(Clone, Copy)]
-struct Item {
-    group: usize,
-    anchor: usize,
-    call: usize,
-}
-
-/// Makes the updates of `iteration`.
+/// Makes the updates of an iteration.
 pub(crate) fn run(
     config: &AlignConfig,
+    algorithm: &dyn Algorithm,
     model: &Model,
     optimizer: &mut AdamW,
     experience: &Experience,
-    iteration: usize,
     mut recorder: Option<&mut Recorder>,
 ) -> Result<Outcome> {
     let started = Instant::now();
     let mut outcome = Outcome::default();
-    let live: Vec<usize> =
-        (0..experience.advantages.len()).filter(|&g| !experience.advantages[g].is_flat).collect();
-    if live.is_empty() {
-        return Ok(outcome);
-    }
-    let draws = Draws::new(config, experience);
-    let per_update = config.anchors / config.updates;
-    for update in 0..config.updates {
-        let slots = update * per_update..(update + 1) * per_update;
-        let items: Vec<Item> = live.iter().flat_map(|&g| draws.items(g, slots.clone())).collect();
+    let mut updates = algorithm.updates(experience);
+    updates.retain(|items| !items.is_empty());
+    for (update, items) in updates.iter().enumerate() {
         let mut statistics = Statistics::default();
         for chunk in items.chunks(config.rollout.batch) {
-            let transitions = collect(config, experience, chunk);
             let groups: Vec<i64> = chunk.iter().map(|item| item.group as i64).collect();
             let groups = Tensor::from_slice(&groups).to_device(model.device());
             let condition = experience.condition.rows(&groups);
+            let batch = algorithm.batch(model, experience, chunk, &condition);
             let share = chunk.len() as f64 / items.len() as f64;
-            model.engine.forward_backward(&transitions.x_in, &transitions.t_in, &condition, |v| {
-                let objective = config.neighbor.objective(&transitions, v);
-                statistics.add(config, &transitions, &objective, share);
+            let (objective, tensors) = (batch.objective, batch.tensors);
+            model.engine.forward_backward(&batch.x_in, &batch.t_in, &condition, |v| {
+                let objective = objective(v);
+                statistics.add(&objective, share);
                 if let Some(recorder) = recorder.as_deref_mut() {
-                    recorder.keep(experience, chunk, &transitions, v, &objective);
+                    recorder.keep(experience, chunk, tensors, v, &objective);
                 }
                 // The optimiser minimises.
                 objective.gradient * -share
@@ -92,127 +70,67 @@ pub(crate) fn run(
         }
         if update == 0 {
             outcome.log_ratio_first = statistics.log_ratio_max;
-            let limit = config.neighbor.clip / 10.0;
-            ensure!(
-                statistics.log_ratio_max <= limit,
-                "iteration {}: |log ratio| is {:.1e} before the first update, above {limit:.0e}: the \
-                 network does not repeat the rollout's velocities (lower rollout.batch so that rollout and \
-                 update batches are alike, or use a wider type)",
-                iteration + 1,
-                statistics.log_ratio_max,
-            );
+            statistics.check_first()?;
         }
         let report = optimizer.step(&[model.engine.trained()], 1.0)?;
-        (outcome.grad_norm, outcome.below_eps) = (report.grad_norm, report.below_eps);
+        outcome.last_step = Some([report.grad_norm, report.below_eps]);
         outcome.n_updates += 1;
         outcome.n_passes += items.len();
-        statistics.into_mean(&mut outcome, config.updates as f64);
+        outcome.n_references += items.len() * algorithm.n_references();
+        statistics.into_mean(&mut outcome, updates.len() as f64);
     }
     outcome.seconds = started.elapsed().as_secs_f64();
     Ok(outcome)
 }
 
-/// Anchors and steps of each group, drawn from the run's seed and the group's number.
-struct Draws {
-    anchors: Vec<Vec<usize>>,
-    calls: Vec<Vec<usize>>,
-}
-
-impl Draws {
-    fn new(config: &AlignConfig, experience: &Experience) -> Self {
-        let transitions = experience.trajectory.transitions();
-        let possible = &transitions[..transitions.len() - 1];
-        let (of_anchors, of_steps) =
-            (family(config.seed, Use::Anchors), family(config.seed, Use::Steps));
-        let groups = (experience.first_group..).take(experience.advantages.len());
-        let (anchors, calls) = groups
-            .map(|group| {
-                let steps = of_steps.choose(group, possible.len(), config.n_train_steps());
-                let anchors = of_anchors.choose(group, config.group_size, config.anchors);
-                (anchors, steps.into_iter().map(|step| possible[step]).collect())
-            })
-            .unzip();
-        Self { anchors, calls }
-    }
-
-    fn items(&self, group: usize, slots: std::ops::Range<usize>) -> Vec<Item> {
-        let calls = &self.calls[group];
-        self.anchors[group][slots]
-            .iter()
-            .flat_map(|&anchor| calls.iter().map(move |&call| Item { group, anchor, call }))
-            .collect()
-    }
-}
-
-fn collect(config: &AlignConfig, experience: &Experience, items: &[Item]) -> Transitions {
-    let (trajectory, g) = (&experience.trajectory, config.group_size as i64);
-    let device = trajectory.x0.device();
-    let row = |item: &Item| item.group as i64 * g + item.anchor as i64;
-    let stack = |pick: &dyn Fn(&Item) -> Tensor| {
-        Tensor::stack(&items.iter().map(pick).collect::<Vec<Tensor>>(), 0)
-    };
-    let times = |time: &dyn Fn(&Item) -> f64| {
-        let times: Vec<f32> = items.iter().map(|item| time(item) as f32).collect();
-        Tensor::from_slice(&times).to_device(device)
-    };
-    let advantages: Vec<f32> = items
-        .iter()
-        .flat_map(|item| experience.advantages[item.group].values.iter().map(|&a| a as f32))
-        .collect();
-    Transitions {
-        x_in: stack(&|item| trajectory.calls[item.call].x_t.get(row(item))),
-        v_old: stack(&|item| trajectory.calls[item.call].v.get(row(item))),
-        t_in: times(&|item| trajectory.calls[item.call].t),
-        t_next: times(&|item| trajectory.calls[item.call].t_next),
-        candidates: stack(&|item| {
-            trajectory.arrived(item.call).narrow(0, item.group as i64 * g, g)
-        }),
-        advantages: Tensor::from_slice(&advantages).reshape([-1, g]).to_device(device),
-    }
-}
-
 /// Sums over the transitions of one update.
 #[derive(Default)]
 struct Statistics {
-    objective: f64,
-    log_ratio_max: f64,
-    clip_fraction: [f64; 2],
-    p_anchor: f64,
-    entropy: f64,
+    means: BTreeMap<&'static str, f64>,
+    log_ratio_max: Option<f64>,
+    clip: f64,
 }
 
 impl Statistics {
-    fn add(
-        &mut self,
-        config: &AlignConfig,
-        transitions: &Transitions,
-        objective: &Objective,
-        share: f64,
-    ) {
+    fn add(&mut self, objective: &Objective, share: f64) {
         let mean = |x: &Tensor| x.to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
-        let ratio = objective.log_ratio.exp();
-        let (advantages, clip) = (&transitions.advantages, config.neighbor.clip);
+        let mut put = |name, value: f64| *self.means.entry(name).or_default() += share * value;
+        put("policy/objective", mean(&objective.value));
+        for &(name, value) in &objective.means {
+            put(name, value);
+        }
+        let Some(Ratio { log, advantages, clip }) = &objective.ratio else { return };
+        // Those that the clip silences.
+        let ratio = log.exp();
         let high = ratio.gt(1.0 + clip).logical_and(&advantages.gt(0.0));
         let low = ratio.lt(1.0 - clip).logical_and(&advantages.lt(0.0));
-        let policy = objective.log_policy.exp();
-        let dims: &[i64] = &[1];
-        let entropy = (&policy * &objective.log_policy).sum_dim_intlist(dims, false, Kind::Double);
-        self.objective += share * mean(&objective.value);
-        self.log_ratio_max =
-            self.log_ratio_max.max(objective.log_ratio.abs().max().double_value(&[]));
-        self.clip_fraction[0] += share * mean(&high);
-        self.clip_fraction[1] += share * mean(&low);
-        self.p_anchor += share * mean(&policy.amax(dims, false));
-        self.entropy -= share * mean(&entropy);
+        put("policy/clip_fraction_high", mean(&high));
+        put("policy/clip_fraction_low", mean(&low));
+        let largest = log.abs().max().double_value(&[]);
+        self.log_ratio_max = Some(self.log_ratio_max.unwrap_or(0.0).max(largest));
+        self.clip = *clip;
+    }
+
+    /// Before the first update nothing has changed since the rollout, and every ratio is 1.
+    fn check_first(&self) -> Result<()> {
+        let (limit, largest) = (self.clip / 10.0, self.log_ratio_max.unwrap_or(0.0));
+        ensure!(
+            largest <= limit,
+            "|log ratio| is {largest:.1e} before the first update, above {limit:.0e}: the network does \
+             not repeat the rollout's velocities (lower rollout.batch so that rollout and update batches \
+             are alike, or use a wider type)"
+        );
+        Ok(())
     }
 
     fn into_mean(self, outcome: &mut Outcome, n_updates: f64) {
-        outcome.objective += self.objective / n_updates;
-        outcome.log_ratio_max = outcome.log_ratio_max.max(self.log_ratio_max);
-        outcome.clip_fraction[0] += self.clip_fraction[0] / n_updates;
-        outcome.clip_fraction[1] += self.clip_fraction[1] / n_updates;
-        outcome.p_anchor += self.p_anchor / n_updates;
-        outcome.entropy += self.entropy / n_updates;
+        for (name, value) in self.means {
+            *outcome.means.entry(name).or_default() += value / n_updates;
+        }
+        let largest = |a: f64, b: Option<f64>| Some(a.max(b.unwrap_or(0.0)));
+        if let Some(found) = self.log_ratio_max {
+            outcome.log_ratio_max = largest(found, outcome.log_ratio_max);
+        }
     }
 }
 
@@ -233,7 +151,7 @@ impl Recorder {
         &mut self,
         experience: &Experience,
         items: &[Item],
-        transitions: &Transitions,
+        tensors: Vec<(&'static str, Tensor)>,
         v_theta: &Tensor,
         objective: &Objective,
     ) {
@@ -248,24 +166,22 @@ impl Recorder {
                 Tensor::stack(&rows, 0)
             })
             .collect();
-        self.tensors = vec![
-            ("x_in", transitions.x_in.shallow_clone()),
-            ("v_old", transitions.v_old.shallow_clone()),
+        self.tensors = tensors;
+        self.tensors.extend([
             ("v_theta", v_theta.shallow_clone()),
-            ("t_in", transitions.t_in.shallow_clone()),
-            ("t_next", transitions.t_next.shallow_clone()),
-            ("candidates", transitions.candidates.shallow_clone()),
             ("rewards", Tensor::stack(&rewards, 0)),
-            ("advantages", transitions.advantages.shallow_clone()),
-            ("log_rho", objective.log_ratio.shallow_clone()),
             ("objective", objective.value.shallow_clone()),
             ("gradient", objective.gradient.shallow_clone()),
-        ];
+        ]);
+        if let Some(ratio) = &objective.ratio {
+            self.tensors.push(("log_rho", ratio.log.shallow_clone()));
+        }
     }
 
-    /// Writes what was kept: `x_in`, `v_old`, `v_theta` `[M, S, C]`, `t_in`, `t_next` `[M]`, `candidates`
-    /// `[M, G, S, C]`, `rewards` `[M, rewards, G]`, `advantages`, `log_rho` `[M, G]`, `objective` `[M]`
-    /// and `gradient` `[M, S, C]` of its mean; the configuration as JSON in the metadata.
+    /// Writes what was kept: `v_theta` `[M, S, C]`, `rewards` `[M, rewards, G]`, `objective` `[M]`, the
+    /// `gradient` `[M, S, C]` of its mean, `log_rho` where there are ratios, and what the algorithm
+    /// computes from. Of Neighbor GRPO that is `x_in`, `v_old` `[M, S, C]`, `t_in`, `t_next` `[M]`,
+    /// `candidates` `[M, G, S, C]` and `advantages` `[M, G]`. The configuration is JSON in the metadata.
     pub(crate) fn write(&self) -> Result<()> {
         ensure!(
             !self.tensors.is_empty(),
@@ -277,5 +193,99 @@ impl Recorder {
             .map(|(name, tensor)| entry(name, tensor))
             .collect::<Result<Vec<Entry<'_>>>>()?;
         Ok(write_tensors(&self.path, &entries, &[("config", self.config.clone())])?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flow::prompts::Prompt;
+
+    use super::*;
+    use crate::algorithm::{self, ALGORITHMS, Method};
+    use crate::config::{ALIGN_PRESETS, Source, read};
+    use crate::device::Compute;
+    use crate::experience::{Sources, gather};
+    use crate::reward::Rewards;
+
+    const SETTINGS: [&str; 7] = [
+        "rewards=[{name = 'jpeg', kind = 'jpeg', prefer = 'small', weight = 1.0}]",
+        "group_size=4",
+        "updates=1",
+        "rollout.steps=5",
+        "rollout.size=[32, 32]",
+        "optimizer.learning_rate=1e-5",
+        "optimizer.eps=1e-12",
+    ];
+
+    fn config(more: &[&str]) -> AlignConfig {
+        let model =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/tiny-flux/pipeline");
+        let model = format!("model={}", model.display());
+        let settings: Vec<String> =
+            [&SETTINGS[..], more, &[&model]].concat().iter().map(|&s| s.to_owned()).collect();
+        let config: AlignConfig =
+            read(&Source::Preset("signs"), &ALIGN_PRESETS, &settings).unwrap();
+        config.validate().unwrap();
+        config
+    }
+
+    /// How far the present weights have gone where `items` want them: the sum of A·log ρ, or J where there
+    /// are no ratios.
+    fn progress(
+        algorithm: &dyn Algorithm,
+        model: &Model,
+        experience: &Experience,
+        items: &[Item],
+    ) -> f64 {
+        let groups: Vec<i64> = items.iter().map(|item| item.group as i64).collect();
+        let condition = experience.condition.rows(&Tensor::from_slice(&groups));
+        let batch = algorithm.batch(model, experience, items, &condition);
+        let v = model.engine.velocity(&batch.x_in, &batch.t_in, &condition);
+        let objective = (batch.objective)(&v);
+        let wanted = match objective.ratio {
+            Some(Ratio { log, advantages, .. }) => log * advantages,
+            None => objective.value,
+        };
+        wanted.sum(Kind::Double).double_value(&[])
+    }
+
+    /// After an update, what the objective wants has become more probable.
+    #[test]
+    fn every_algorithm_climbs() {
+        let prompt = Prompt::new("red \"CAT\"");
+        let others: [&[&str]; 3] = [
+            &["algorithm=dance-grpo", "sde.truncate=true", "anchors=2"],
+            &["algorithm=flow-grpo", "sde.guard=true", "sde.kl=0.01"],
+            &["algorithm=branch-grpo", "branch.fusion=probability", "branch.prune_width=extremes"],
+        ];
+        let named = ALGORITHMS.map(|(name, ..)| format!("algorithm={name}"));
+        let named: Vec<[&str; 1]> = named.iter().map(|name| [&**name]).collect();
+        for settings in named.iter().map(|name| &name[..]).chain(others) {
+            let config = config(settings);
+            let model = config.load(Compute::CPU).unwrap();
+            let size = model.latent_size(config.rollout.size).unwrap();
+            let shift = config.rollout.shift(&model.pipeline.scheduler, &size);
+            let mut algorithm = algorithm::open(&config, shift);
+            algorithm.begin(model.engine.trained());
+            let rewards = Rewards::open(&config.rewards, 1).unwrap();
+            let sources = Sources { config: &config, model: &model, rewards: &rewards, size };
+            let rollout = algorithm.rollout(0).unwrap();
+            let n_trained = algorithm.n_trained(&rollout);
+            let experience = gather(&sources, rollout, &[&prompt], 0).unwrap();
+            let items = algorithm.updates(&experience).concat();
+            assert_eq!(items.len(), n_trained, "{settings:?}");
+            let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
+            let before = progress(&*algorithm, &model, &experience, &items);
+            let outcome =
+                run(&config, &*algorithm, &model, &mut optimizer, &experience, None).unwrap();
+            let after = progress(&*algorithm, &model, &experience, &items);
+            assert_eq!((outcome.n_updates, outcome.n_passes), (1, items.len()), "{settings:?}");
+            assert!(after > before, "{settings:?}: {before:e} {after:e}");
+            let has_ratio = config.method() != Method::Nft;
+            assert_eq!(outcome.log_ratio_first.is_some(), has_ratio, "{settings:?}");
+            if has_ratio {
+                assert!(before.abs() < 1e-3 * after, "{settings:?}: {before:e} {after:e}");
+            }
+        }
     }
 }

@@ -17,7 +17,7 @@ use tests::program::{Ended, Program, typed};
 /// The model that runs start from.
 pub(crate) const MODEL: &str = "assets/signs";
 /// Weights of the transformer in a pipeline folder.
-const WEIGHTS: &str = "transformer/diffusion_pytorch_model.safetensors";
+pub(crate) const WEIGHTS: &str = "transformer/diffusion_pytorch_model.safetensors";
 /// Files of a pipeline folder that a run writes itself or leaves behind: a README tells of its own model.
 const MADE_ANEW: [&str; 4] =
     [WEIGHTS, "reference.safetensors", "training_state.safetensors", "README.md"];
@@ -37,21 +37,21 @@ pub(crate) const SHORT: [&str; 9] = [
 const PATIENCE: Duration = Duration::from_mins(2);
 
 /// The output folder of one run.
-struct Run {
+pub(crate) struct Run {
     home: TempDir,
 }
 
 impl Run {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { home: tempfile::tempdir().unwrap() }
     }
 
-    fn folder(&self) -> PathBuf {
+    pub(crate) fn folder(&self) -> PathBuf {
         self.home.path().join("run")
     }
 
     /// `ng-train align` of the preset with the settings of [`SHORT`] and `more`.
-    fn command(&self, more: &[&str]) -> Command {
+    pub(crate) fn command(&self, more: &[&str]) -> Command {
         let mut command = Program::Train.command(["align", "--preset", "signs"]);
         let places = [format!("model={MODEL}"), format!("output={}", typed(&self.folder()))];
         let settings = SHORT.iter().chain(more).map(|&setting| setting.to_owned());
@@ -79,7 +79,7 @@ impl Run {
     }
 
     /// Each step's metrics without those that measure time.
-    fn metrics(&self) -> Vec<BTreeMap<String, Option<f64>>> {
+    pub(crate) fn metrics(&self) -> Vec<BTreeMap<String, Option<f64>>> {
         let text = fs::read_to_string(self.folder().join("metrics.jsonl")).unwrap();
         let mut steps: Vec<BTreeMap<String, Option<f64>>> =
             text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -89,7 +89,7 @@ impl Run {
         steps
     }
 
-    fn checkpoint(&self, iteration: usize) -> PathBuf {
+    pub(crate) fn checkpoint(&self, iteration: usize) -> PathBuf {
         self.folder().join(format!("checkpoints/iteration-{iteration:06}"))
     }
 }
@@ -101,7 +101,7 @@ fn value(step: &BTreeMap<String, Option<f64>>, name: &str) -> f64 {
 
 /// Whether both files hold the same tensors to the bit.
 #[track_caller]
-fn same_tensors(a: &Path, b: &Path) -> bool {
+pub(crate) fn same_tensors(a: &Path, b: &Path) -> bool {
     let [a, b] = [a, b].map(|path| Weights::open_file(path).unwrap());
     assert_eq!(a.names().collect::<Vec<_>>(), b.names().collect::<Vec<_>>());
     a.names().all(|name| {

@@ -148,16 +148,21 @@ fn function_lengths_are_counted() {
 
 #[test]
 fn every_preset_says_what_it_is_and_ships() {
-    let folder = root().join("trainer/presets");
-    let programs = fs::read_to_string(root().join("trainer/src/config.rs")).unwrap();
-    let presets = files_below(&folder);
-    assert!(!presets.is_empty());
-    for preset in presets {
-        let text = fs::read_to_string(folder.join(&preset)).unwrap();
-        let name = preset.display().to_string();
-        let says = text.lines().next().and_then(|line| line.strip_prefix("# ")).unwrap_or_default();
-        assert!(says.len() > 20, "{name} does not begin with a comment that says what it is");
-        assert!(programs.contains(&format!("presets/{name}")), "{name} is not in the program");
+    for (kind, source) in [("presets", "config.rs"), ("algorithms", "algorithm.rs")] {
+        let folder = root().join("trainer").join(kind);
+        let program = fs::read_to_string(root().join("trainer/src").join(source)).unwrap();
+        let files = files_below(&folder);
+        assert!(!files.is_empty());
+        for file in files {
+            let text = fs::read_to_string(folder.join(&file)).unwrap();
+            let (name, stem) = (file.display(), file.file_stem().unwrap_or_default().display());
+            let says =
+                text.lines().next().and_then(|line| line.strip_prefix("# ")).unwrap_or_default();
+            assert!(says.len() > 20, "{name} does not begin with a comment that says what it is");
+            let (by_path, by_name) = (format!("{kind}/{name}"), format!("\"{stem}\""));
+            let ships = program.contains(&by_path) || program.contains(&by_name);
+            assert!(ships, "{name} is not in the program");
+        }
     }
 }
 

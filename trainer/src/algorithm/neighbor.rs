@@ -13,8 +13,18 @@
 //! their ratio is an exponential tilt in D and every ‖D‖² cancels. Differencing two log-softmaxes
 //! instead loses four digits in f32 (METHOD section 1).
 
+use anyhow::{Result, ensure};
+use flow::schedule::Shift;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
+
+use super::{Algorithm, Batch, Item, Objective, Ratio, numbers, part, stack};
+use crate::align::AlignConfig;
+use crate::engine::Condition;
+use crate::experience::Experience;
+use crate::model::Model;
+use crate::rollout::{Rollout, Start};
+use crate::seeds::{Use, family};
 
 /// How squared distances are scaled before the softmax.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
@@ -26,6 +36,16 @@ pub enum Distance {
     Sum,
     /// The trust region of an SDE step: τ_eff = 2·η²·Δt·N with η = τ.
     SdeMatched,
+}
+
+/// What the surrogate chooses among.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Candidates {
+    /// The states at which the group's rollouts arrived.
+    Rollout,
+    /// Those at which one-step transitions from the group's states arrive, as AR-CoPO has it.
+    OneStep,
 }
 
 /// Settings of the surrogate.
@@ -41,6 +61,9 @@ pub struct NeighborConfig {
     /// Half-width ε of the ratio clip.
     #[serde(default = "clip")]
     pub clip: f64,
+    /// What it chooses among.
+    #[serde(default = "candidates")]
+    pub candidates: Candidates,
 }
 
 fn mean() -> Distance {
@@ -52,15 +75,122 @@ fn one() -> f64 {
 fn clip() -> f64 {
     1e-4
 }
+fn candidates() -> Candidates {
+    Candidates::Rollout
+}
 
 impl Default for NeighborConfig {
     fn default() -> Self {
-        Self { distance: mean(), tau: one(), clip: clip() }
+        Self { distance: mean(), tau: one(), clip: clip(), candidates: candidates() }
     }
 }
 
-/// Limit of |log ρ| before it is exponentiated; it guards against overflow and nothing else.
-const MAX_LOG_RATIO: f64 = 10.0;
+/// Neighbor GRPO.
+pub(crate) struct Neighbor<'a> {
+    config: &'a AlignConfig,
+    shift: Shift,
+}
+
+impl<'a> Neighbor<'a> {
+    pub(crate) fn new(config: &'a AlignConfig, shift: Shift) -> Self {
+        Self { config, shift }
+    }
+
+    fn transitions(&self, experience: &Experience, items: &[Item]) -> Transitions {
+        let calls = &experience.trajectory.calls;
+        let g = experience.group_size as i64;
+        let row = |all: &Tensor, item: &Item| experience.row(all, item.group, item.member);
+        let of_group = |all: &Tensor, item: &Item| all.narrow(0, item.group as i64 * g, g);
+        let candidates = |item: &Item| {
+            let call = &calls[item.call];
+            match self.config.neighbor.candidates {
+                Candidates::Rollout => of_group(experience.trajectory.arrived(item.call), item),
+                Candidates::OneStep => {
+                    let dt = call.step.t_next - call.step.t;
+                    of_group(&call.x_t, item) + of_group(&call.v, item) * dt
+                }
+            }
+        };
+        let advantages: Vec<f32> = items
+            .iter()
+            .flat_map(|item| experience.advantages[item.group].values.iter().map(|&a| a as f32))
+            .collect();
+        let x_in = stack(items, |item| row(&calls[item.call].x_t, item));
+        Transitions {
+            v_old: stack(items, |item| row(&calls[item.call].v, item)),
+            t_in: numbers(items, &x_in, |item| calls[item.call].step.t),
+            t_next: numbers(items, &x_in, |item| calls[item.call].step.t_next),
+            candidates: stack(items, candidates),
+            advantages: Tensor::from_slice(&advantages).reshape([-1, g]).to_device(x_in.device()),
+            x_in,
+        }
+    }
+}
+
+impl Algorithm for Neighbor<'_> {
+    fn rollout(&self, _: usize) -> Result<Rollout> {
+        let steps = self.config.rollout.steps(self.shift)?;
+        Ok(Rollout::apart(Start::Neighbourhood(self.config.sigma), steps))
+    }
+
+    /// Anchors and steps of each group are drawn from the run's seed and the group's number.
+    fn updates(&self, experience: &Experience) -> Vec<Vec<Item>> {
+        let config = self.config;
+        let transitions = experience.trajectory.transitions();
+        let possible = &transitions[..transitions.len() - 1];
+        let (of_anchors, of_steps) =
+            (family(config.seed, Use::Anchors), family(config.seed, Use::Steps));
+        let drawn: Vec<(usize, Vec<usize>, Vec<usize>)> = experience
+            .live()
+            .into_iter()
+            .map(|group| {
+                let stream = experience.first_group + group as u64;
+                let steps = of_steps.choose(stream, possible.len(), config.n_train_steps());
+                let anchors = of_anchors.choose(stream, config.group_size, config.n_anchors());
+                (group, anchors, steps.into_iter().map(|step| possible[step]).collect())
+            })
+            .collect();
+        let n = config.n_updates();
+        let items = |index: usize| {
+            drawn.iter().flat_map(move |(group, anchors, calls)| {
+                part(anchors, n, index).iter().flat_map(move |&member| {
+                    let advantage = experience.advantages[*group].values[member];
+                    calls.iter().map(move |&call| Item { group: *group, member, call, advantage })
+                })
+            })
+        };
+        (0..n).map(|index| items(index).collect()).collect()
+    }
+
+    fn batch<'b>(
+        &'b self,
+        _: &Model,
+        experience: &Experience,
+        items: &[Item],
+        _: &Condition,
+    ) -> Batch<'b> {
+        let transitions = self.transitions(experience, items);
+        let Transitions { x_in, v_old, t_in, t_next, candidates, advantages } = &transitions;
+        let tensors = [
+            ("x_in", x_in),
+            ("v_old", v_old),
+            ("t_in", t_in),
+            ("t_next", t_next),
+            ("candidates", candidates),
+            ("advantages", advantages),
+        ];
+        Batch {
+            tensors: tensors.map(|(name, tensor)| (name, tensor.shallow_clone())).into(),
+            x_in: x_in.shallow_clone(),
+            t_in: t_in.shallow_clone(),
+            objective: Box::new(move |v| self.config.neighbor.objective(&transitions, v)),
+        }
+    }
+
+    fn n_trained(&self, _: &Rollout) -> usize {
+        self.config.n_anchors() * self.config.n_train_steps()
+    }
+}
 
 /// M transitions of anchors with their groups, in f32. `N` numbers a latent, `G` members a group.
 pub(crate) struct Transitions {
@@ -77,19 +207,16 @@ pub(crate) struct Transitions {
     pub(crate) advantages: Tensor,
 }
 
-/// The objective at one velocity.
-pub(crate) struct Objective {
-    /// J of each transition, `[M]`.
-    pub(crate) value: Tensor,
-    /// log ρ, `[M, G]`.
-    pub(crate) log_ratio: Tensor,
-    /// Log-probabilities q of the old policy, `[M, G]`.
-    pub(crate) log_policy: Tensor,
-    /// d(mean of J)/dv, `[M, S, C]`.
-    pub(crate) gradient: Tensor,
-}
-
 impl NeighborConfig {
+    pub(crate) fn validate(&self, config: &AlignConfig) -> Result<()> {
+        let (sigma, b, n) = (config.sigma, config.n_anchors(), config.n_updates());
+        ensure!(sigma > 0.0 && sigma <= 1.0, "sigma = {sigma}: in (0, 1]");
+        ensure!(b.is_multiple_of(n), "updates = {n} must divide anchors = {b}");
+        ensure!(self.tau > 0.0, "neighbor.tau = {}: above 0", self.tau);
+        ensure!(self.clip > 0.0 && self.clip < 1.0, "neighbor.clip = {}: in (0, 1)", self.clip);
+        Ok(())
+    }
+
     /// τ_eff of transitions that span `dt` `[M]` over latents of `n` numbers: `[M, 1]`.
     fn temperature(&self, dt: &Tensor, n: i64) -> Tensor {
         let dt = dt.abs().unsqueeze(1);
@@ -117,20 +244,23 @@ impl NeighborConfig {
         let log_policy = (-away.square().sum_dim_intlist(dims, false, Kind::Float) / &tau)
             .log_softmax(1, Kind::Float);
         let log_ratio = &tilt - (&log_policy + &tilt).logsumexp([1], true);
-        let ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp();
-        let clipped = ratio.clamp(1.0 - self.clip, 1.0 + self.clip);
         let dims: &[i64] = &[1];
-        let value = (advantages * &ratio).minimum(&(advantages * clipped)).mean_dim(
-            dims,
-            false,
-            Kind::Float,
-        );
+        let value =
+            Ratio::clipped(&log_ratio, advantages, self.clip).mean_dim(dims, false, Kind::Float);
         value.mean(Kind::Float).backward();
+        let mean = |x: Tensor| x.to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
+        let policy = log_policy.exp();
+        let entropy = (&policy * &log_policy).sum_dim_intlist(dims, false, Kind::Double);
+        let (log, advantages) = (log_ratio.detach(), advantages.shallow_clone());
         Objective {
             value: value.detach(),
-            log_ratio: log_ratio.detach(),
-            log_policy,
             gradient: v.grad(),
+            ratio: Some(Ratio { log, advantages, clip: self.clip }),
+            means: vec![
+                // Staying on the anchor is what is most probable.
+                ("policy/p_anchor", mean(policy.amax(dims, false))),
+                ("policy/entropy", -mean(entropy)),
+            ],
         }
     }
 }
@@ -168,6 +298,10 @@ mod tests {
         NeighborConfig { distance, ..NeighborConfig::default() }
     }
 
+    fn log_ratio(objective: &Objective) -> Tensor {
+        objective.ratio.as_ref().unwrap().log.shallow_clone()
+    }
+
     fn largest(x: &Tensor) -> f64 {
         x.abs().max().double_value(&[])
     }
@@ -191,7 +325,7 @@ mod tests {
         let transitions = transitions();
         for distance in [Distance::Mean, Distance::Sum, Distance::SdeMatched] {
             let found = config(distance).objective(&transitions, &transitions.v_old);
-            assert!(largest(&found.log_ratio) < 1e-6, "{distance:?}");
+            assert!(largest(&log_ratio(&found)) < 1e-6, "{distance:?}");
         }
     }
 
@@ -204,7 +338,7 @@ mod tests {
             let config = config(distance);
             let tau = config.temperature(&dt, S * C);
             let printed = log_ratio_as_printed(&transitions, &v, &tau);
-            let difference = largest(&(config.objective(&transitions, &v).log_ratio - &printed));
+            let difference = largest(&(log_ratio(&config.objective(&transitions, &v)) - &printed));
             assert!(difference < 1e-5 * largest(&printed).max(1.0), "{distance:?}: {difference}");
             assert!(largest(&printed) > 1e-3, "{distance:?}: the case is not trivial");
         }
@@ -255,7 +389,7 @@ mod tests {
         for direction in [1.0, -1.0] {
             let v = away.get(0).get(0).unsqueeze(0) * direction * 0.1 / dt.reshape([-1, 1, 1]);
             let found = config(Distance::Sum).objective(&transitions, &v);
-            assert!(largest(&found.log_ratio) > 1e4, "{}", largest(&found.log_ratio));
+            assert!(largest(&log_ratio(&found)) > 1e4, "{}", largest(&log_ratio(&found)));
             assert_eq!(found.gradient.isfinite().all().int64_value(&[]), 1);
             assert_eq!(found.value.isfinite().all().int64_value(&[]), 1);
         }
