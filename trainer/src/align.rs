@@ -56,6 +56,9 @@ pub struct AlignConfig {
     pub algorithm: String,
     /// Iterations of the whole run.
     pub iterations: usize,
+    /// Ends the run, as if that were its last iteration, once it has taken so long.
+    #[serde(default)]
+    pub minutes: Option<f64>,
     /// Prompts, each with its group, an iteration.
     pub prompts_per_iteration: usize,
     /// Members of a group, G.
@@ -265,6 +268,8 @@ impl AlignConfig {
         ensure!((1..=possible).contains(&k), "train_steps = {k}: from 1 to {possible}");
         let p = self.advantage.quasi_norm;
         ensure!(p > 0.0 && p <= 2.0, "advantage.quasi_norm = {p}: in (0, 2]");
+        let minutes = self.minutes.unwrap_or(1.0);
+        ensure!(minutes > 0.0, "minutes = {minutes}: above 0");
         ensure!(self.shard_gb > 0.0, "shard_gb = {}: above 0", self.shard_gb);
         ensure!(self.save_every > 0, "save_every must be at least 1");
         ensure!(!self.rewards.is_empty(), "no [[rewards]]: at least one is needed");
@@ -383,10 +388,15 @@ impl Run<'_> {
             let line = self.once(iteration, iteration == start, &progress)?;
             progress.advance(&line);
             let done = iteration + 1;
-            let stop = interrupt::asked() && done < total;
-            if stop || done == total || done.is_multiple_of(self.config.save_every) {
+            let is_late = self.config.minutes.is_some_and(|m| self.report.wall() >= 60.0 * m);
+            let is_last = done == total || is_late;
+            let stop = interrupt::asked() && !is_last;
+            if stop || is_last || done.is_multiple_of(self.config.save_every) {
                 self.save(done)?;
                 self.report.draw(done, &self.model)?;
+            }
+            if is_last {
+                break;
             }
             if stop {
                 progress.say(&format!(

@@ -86,6 +86,19 @@ pub enum Command {
         #[command(flatten)]
         source: SourceArgs,
     },
+    /// Run methods side by side for the same time, over several seeds, and report
+    ///
+    /// The output folder gets report.md with tables at equal iterations, network passes and seconds,
+    /// curves as PNG, side-by-side/ and runs/. What is finished is not run again.
+    Compare {
+        /// Runs at a time, one thread each [default: all cores]
+        #[arg(long, value_name = "N",
+              value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
+        jobs: Option<usize>,
+        /// What is compared
+        #[command(flatten)]
+        source: SourceArgs,
+    },
     /// Sample images from a checkpoint through libtorch
     Sample(SampleArgs),
     /// Write reference.safetensors into a pipeline folder, for `ng-export --verify`

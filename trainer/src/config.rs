@@ -49,6 +49,10 @@ pub const ALIGN_PRESETS: [(&str, &str); 24] = presets![
 pub const PRETRAIN_PRESETS: [(&str, &str); 1] =
     [("signs", include_str!("../presets/signs-pretrain.toml"))];
 
+/// Presets of `ng-train compare`.
+pub const COMPARE_PRESETS: [(&str, &str); 1] =
+    [("signs", include_str!("../presets/compare-signs.toml"))];
+
 /// Where a configuration comes from.
 #[derive(Clone, Debug)]
 pub enum Source<'a> {

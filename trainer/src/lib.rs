@@ -13,6 +13,7 @@ pub mod align;
 pub mod args;
 pub mod bench;
 pub mod captioned;
+pub mod compare;
 pub mod config;
 pub mod device;
 mod eager;
@@ -83,6 +84,11 @@ pub fn run(cli: &Cli) -> Result<()> {
             let config = config::read(&of(source), &config::ALIGN_PRESETS, &source.settings)?;
             let device = compute.device;
             score::run(&config, &score::Options { images, prompt, threads, device })
+        }
+        Command::Compare { jobs, source } => {
+            let config = config::read(&of(source), &config::COMPARE_PRESETS, &source.settings)?;
+            let jobs = jobs.unwrap_or(threads);
+            compare::run(&config, &compare::Options { jobs, device: &cli.device })
         }
         Command::Sample(args) => sample::run(&sample_options(args, compute)),
         Command::Reference { model } => {

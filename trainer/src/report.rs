@@ -69,6 +69,11 @@ impl Report {
         Ok(report)
     }
 
+    /// Seconds of the run so far.
+    pub(crate) fn wall(&self) -> f64 {
+        self.metrics.wall()
+    }
+
     /// Writes the metrics of iteration `step` (from 1) and returns the line that progress shows.
     pub(crate) fn log(
         &mut self,

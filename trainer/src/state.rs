@@ -103,11 +103,11 @@ pub(crate) fn restore(
     let mut before: AlignConfig =
         serde_json::from_str(field("config")?).with_context(|| path.display().to_string())?;
     (before.iterations, before.save_every) = (config.iterations, config.save_every);
-    before.shard_gb = config.shard_gb;
+    (before.shard_gb, before.minutes) = (config.shard_gb, config.minutes);
     before.output.clone_from(&config.output);
     ensure!(
         serde_json::to_value(&before)? == serde_json::to_value(config)?,
-        "{}: the run was started with other settings; only iterations, save_every and shard_gb may change",
+        "{}: the run was started with other settings; only iterations, minutes, save_every and shard_gb may change",
         position.folder.display()
     );
     for (index, master) in model.engine.trained().masters().enumerate() {

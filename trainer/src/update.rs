@@ -267,7 +267,7 @@ mod tests {
             let shift = config.rollout.shift(&model.pipeline.scheduler, &size);
             let mut algorithm = algorithm::open(&config, shift);
             algorithm.begin(model.engine.trained());
-            let rewards = Rewards::open(&config.rewards, 1).unwrap();
+            let rewards = Rewards::open(&config.rewards, 1, tch::Device::Cpu).unwrap();
             let sources = Sources { config: &config, model: &model, rewards: &rewards, size };
             let rollout = algorithm.rollout(0).unwrap();
             let n_trained = algorithm.n_trained(&rollout);
