@@ -52,15 +52,24 @@ pub enum Command {
         #[command(flatten)]
         source: SourceArgs,
     },
-    /// Score checkpoints on a prompt file; writes eval.md, eval.json and side-by-side.png
+    /// Compare checkpoints on a prompt file; writes eval.md, eval.json and side-by-side.png
+    ///
+    /// The tables have each metric's mean, and how often each model beats those before it on the same prompt
+    /// and noise. Images and scores stay in the output folder; what is known of a model under the same
+    /// settings, by the names, sizes and times of its files, is not made again, so the same command goes on
+    /// where a stopped one was.
     Eval {
-        /// Pipeline folders, the first being the one to compare with
-        #[arg(long = "model", required = true, value_name = "DIR")]
-        models: Vec<PathBuf>,
+        /// Pipeline folder, or a LoRA (with :SCALE) on the pipeline before it; repeatable
+        #[arg(long = "model", required = true, value_name = "DIR|LORA[:SCALE]")]
+        models: Vec<String>,
         /// Prompt file: .txt, .json, .jsonl or .parquet
         #[arg(long, value_name = "FILE")]
         prompts: PathBuf,
-        /// Image i starts from the noise of seed + i
+        /// Images a prompt
+        #[arg(long = "images", value_name = "N", default_value_t = 1,
+              value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]
+        n_images: usize,
+        /// Image j of prompt i of P starts from the noise of seed + i + j*P
         #[arg(long, default_value_t = 0)]
         seed: u64,
         /// Folder for the results

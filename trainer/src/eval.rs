@@ -1,32 +1,50 @@
 //! Comparing checkpoints: every prompt sampled from fixed seeds, scored by rewards and by judges no run
 //! trains on.
+//!
+//! Images and scores stay in the output folder, under names that follow from all that they depend on: the
+//! settings, the prompts, and the files, by name, size and time of change. What is there is not made
+//! again. What a server answers, or another version of this program computes, leaves no such trace.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use flow::checkpoint::write_atomically;
-use image::RgbImage;
-use serde::Serialize;
+use flow::prompts::Prompt;
+use serde_json::json;
 
-use crate::align::AlignConfig;
-use crate::device::Compute;
-use crate::model::{Loading, Model};
+use self::contestant::Contestant;
+use self::metric::Metric;
+use self::record::Record;
+use self::table::Column;
+use crate::align::{AlignConfig, Stopped};
+use crate::device::{Compute, precision_name};
+use crate::interrupt;
+use crate::model::Model;
 use crate::picture;
+use crate::progress::Progress;
 use crate::prompts;
 use crate::report::sample;
-use crate::reward::{RewardConfig, Rewards};
-use crate::sheet::{self, Cell, Row};
-use flow::prompts::Prompt;
+use crate::reward::RewardConfig;
+
+mod contestant;
+mod metric;
+mod record;
+mod sheet;
+mod stamp;
+mod table;
+mod wins;
 
 /// What to compare.
 pub struct Options<'a> {
-    /// Pipeline folders, the first being the one others are compared with.
-    pub models: &'a [PathBuf],
-    /// Prompts, one image each.
+    /// Pipeline folders; a LoRA among them goes on the nearest pipeline before it.
+    pub models: &'a [String],
+    /// Prompts.
     pub prompts: &'a Path,
-    /// Image i starts from the noise of `seed` + i.
+    /// Images a prompt.
+    pub n_images: usize,
+    /// Image j of prompt i of P starts from the noise of `seed` + i + j·P.
     pub seed: u64,
-    /// Folder for `eval.json`, `eval.md` and `side-by-side.png`.
+    /// Folder for `eval.json`, `eval.md`, `side-by-side.png` and a folder a contestant.
     pub out: &'a Path,
     /// Worker threads of rewards.
     pub threads: usize,
@@ -34,129 +52,123 @@ pub struct Options<'a> {
     pub compute: Compute,
 }
 
-/// One model's scores.
-#[derive(Serialize)]
-struct Column {
-    model: PathBuf,
-    /// Mean of each metric.
-    means: Vec<(String, f64)>,
-    /// One row a prompt, in the order of the metrics.
-    per_prompt: Vec<Vec<f64>>,
-}
-
-/// Prompts of the side-by-side sheet.
-const SHEET_ROWS: usize = 24;
-
-/// Samples and scores; prints a Markdown table.
+/// Samples and scores what is not there yet; prints a Markdown table.
 ///
 /// # Errors
-/// When a model, the prompts or a metric fails, or the output cannot be written.
+/// When a model, the prompts or a metric fails, or the output cannot be written; [`Stopped`] when asked
+/// to stop.
 pub fn run(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
     let prompts = prompts::read(options.prompts)?;
-    let metrics: Vec<RewardConfig> = config.rewards.iter().chain(&config.judges).cloned().collect();
-    let rewards = Rewards::open(&metrics, options.threads, options.compute.device)?;
-    rewards.check(&prompts)?;
-    let mut columns = Vec::new();
-    let mut pictures = Vec::new();
-    for path in options.models {
-        let (column, images) = score(config, options, path, &prompts, &rewards)
-            .with_context(|| format!("cannot evaluate {}", path.display()))?;
-        columns.push(column);
-        pictures.push(images);
+    let contestants = Contestant::all(options.models)?;
+    let names: Vec<&str> = contestants.iter().map(|one| &*one.name).collect();
+    let headers = contestant::short(&names);
+    let mut records = contestants
+        .iter()
+        .map(|one| {
+            let settings = settings(config, options, one, &prompts)?;
+            Record::open(options.out, one.last_name(), &settings)
+        })
+        .collect::<Result<Vec<Record>>>()?;
+    let configs: Vec<&RewardConfig> = config.rewards.iter().chain(&config.judges).collect();
+    let mut metrics = Vec::new();
+    for (i, config) in configs.iter().enumerate() {
+        let name = &config.name;
+        let is_new = configs[..i].iter().all(|other| other.name != *name);
+        ensure!(is_new, "two rewards are named {name:?}");
+        metrics.push(Metric::new(config, &prompts, options.n_images)?);
     }
-    let table = table(&columns);
-    write_atomically(&options.out.join("eval.md"), table.as_bytes())?;
+    for metric in &mut metrics {
+        metric.open_for(&records, options.threads, options.compute.device)?;
+    }
+    let mut held = None;
+    for (contestant, record) in contestants.iter().zip(&mut records) {
+        let name = &contestant.name;
+        held = draw(config, options, contestant, &prompts, record, held)
+            .with_context(|| format!("cannot evaluate {name}"))?;
+        for metric in &metrics {
+            metric.score(record, name).with_context(|| format!("cannot evaluate {name}"))?;
+        }
+    }
+    drop(held);
+    let mut columns: Vec<Column> = Vec::new();
+    for (name, record) in names.iter().zip(&records) {
+        let scores = metrics
+            .iter()
+            .filter_map(|metric| Some((metric.config.name.clone(), metric.scores(record)?)));
+        columns.push(Column::new(name, scores.collect(), &columns));
+    }
+    let names: Vec<&str> = configs.iter().map(|config| &*config.name).collect();
+    let text = table::markdown(&columns, &names);
+    write_atomically(&options.out.join("eval.md"), text.as_bytes())?;
     write_atomically(&options.out.join("eval.json"), &serde_json::to_vec_pretty(&columns)?)?;
-    let right = columns.iter().map(|column| exact(column, &metrics)).collect::<Vec<_>>();
-    let sheet = side_by_side(options.models, &prompts, &pictures, &right);
+    let sheet = sheet::draw(&headers, &prompts, &records, &columns, &configs)?;
     picture::save(&options.out.join("side-by-side.png"), &sheet)?;
-    print!("{table}");
+    print!("{text}");
     Ok(())
 }
 
-fn score(
+/// All that the images of `contestant` follow from, but for their number.
+fn settings(
     config: &AlignConfig,
     options: &Options<'_>,
-    path: &Path,
+    contestant: &Contestant,
     prompts: &[Prompt],
-    rewards: &Rewards,
-) -> Result<(Column, Vec<RgbImage>)> {
-    let model = Model::load(path, Loading::to_sample(options.compute, false))?;
-    let size = model.latent_size(config.rollout.size)?;
-    let plan = config.rollout.plan(&model.pipeline.scheduler, &size)?;
-    let texts: Vec<&str> = prompts.iter().map(|prompt| prompt.text.as_str()).collect();
-    let (guidance, batch) = (config.rollout.guidance, config.rollout.batch);
-    let images = sample(&model, &texts, options.seed, &plan, &size, guidance, batch)?;
-    let scores =
-        rewards.score(&prompts.iter().collect::<Vec<_>>(), &images.iter().collect::<Vec<_>>())?;
-    let mut means = Vec::new();
-    let mut per_prompt = vec![Vec::new(); prompts.len()];
-    for ((name, _), outcome) in rewards.weights().zip(&scores.outcomes) {
-        let Some(values) = &outcome.scores else {
-            let why = outcome.error.as_deref().unwrap_or("no scores");
-            eprintln!("warning: {name} is left out: {why}");
-            continue;
-        };
-        ensure!(values.len() == prompts.len(), "{name} gave {} scores", values.len());
-        means.push((name.to_owned(), values.iter().sum::<f64>() / values.len() as f64));
-        for (row, value) in per_prompt.iter_mut().zip(values) {
-            row.push(*value);
+) -> Result<serde_json::Value> {
+    let texts: Vec<&str> = prompts.iter().map(|prompt| &*prompt.text).collect();
+    Ok(json!({
+        "files": contestant.stamps()?,
+        "rollout": config.rollout,
+        "seed": options.seed,
+        "device": if options.compute.device.is_cuda() { "cuda" } else { "cpu" },
+        "precision": precision_name(options.compute.kind),
+        "prompts": texts,
+    }))
+}
+
+/// Draws the images that `record` lacks, the images of a batch always together, so that each has the same
+/// bits whenever it is drawn. Returns the last model that was needed.
+fn draw(
+    config: &AlignConfig,
+    options: &Options<'_>,
+    contestant: &Contestant,
+    prompts: &[Prompt],
+    record: &Record,
+    held: Option<Model>,
+) -> Result<Option<Model>> {
+    let rollout = &config.rollout;
+    let all: Vec<usize> = (0..prompts.len()).collect();
+    let batches = (0..options.n_images)
+        .flat_map(|image| all.chunks(rollout.batch).map(move |batch| (image, batch)));
+    let missing: Vec<(usize, &[usize])> = batches
+        .filter(|(image, batch)| !batch.iter().all(|&prompt| record.has(prompt, *image)))
+        .collect();
+    if missing.is_empty() {
+        return Ok(held);
+    }
+    let model = contestant.load(held, options.compute)?;
+    let size = model.latent_size(rollout.size)?;
+    let plan = rollout.plan(&model.pipeline.scheduler, &size)?;
+    let total = prompts.len() * options.n_images;
+    let n_missing: usize = missing.iter().map(|(_, batch)| batch.len()).sum();
+    let progress = Progress::new("sample", total, total - n_missing);
+    for (image, batch) in missing {
+        check_interrupt()?;
+        let texts: Vec<&str> = batch.iter().map(|&prompt| &*prompts[prompt].text).collect();
+        let seed = options.seed + (image * prompts.len() + batch[0]) as u64;
+        let images = sample(&model, &texts, seed, &plan, &size, rollout.guidance, batch.len())?;
+        for (&prompt, pixels) in batch.iter().zip(&images) {
+            record.save(prompt, image, pixels)?;
         }
+        progress.advance_by(batch.len(), &contestant.name);
     }
-    Ok((Column { model: path.to_owned(), means, per_prompt }, images))
+    Ok(Some(model))
 }
 
-/// Whether each prompt was read exactly by the first metric that measures it so.
-fn exact(column: &Column, metrics: &[RewardConfig]) -> Option<Vec<bool>> {
-    use crate::reward::{Measure, RewardKind};
-    let is_exact = |name: &str| {
-        metrics.iter().any(|metric| {
-            metric.name == name
-                && matches!(metric.kind, RewardKind::Ocr { measure: Measure::Exact, .. })
-        })
-    };
-    let at = column.means.iter().position(|(name, _)| is_exact(name))?;
-    Some(column.per_prompt.iter().map(|row| row[at] == 1.0).collect())
-}
-
-fn table(columns: &[Column]) -> String {
-    let row = |first: &str, cells: Vec<String>| format!("| {first} | {} |\n", cells.join(" | "));
-    let means = &columns[0].means;
-    let mut table = row("model", means.iter().map(|(name, _)| name.clone()).collect());
-    table += &row("---", means.iter().map(|_| "---:".to_owned()).collect());
-    for column in columns {
-        let cells = column.means.iter().map(|(_, value)| format!("{value:.3}")).collect();
-        table += &row(&column.model.display().to_string(), cells);
+/// Ends the work where someone asked for it.
+fn check_interrupt() -> Result<()> {
+    if interrupt::asked() {
+        eprintln!("stopped: the same command continues");
+        bail!(Stopped);
     }
-    table
-}
-
-fn side_by_side(
-    models: &[PathBuf],
-    prompts: &[Prompt],
-    pictures: &[Vec<RgbImage>],
-    right: &[Option<Vec<bool>>],
-) -> RgbImage {
-    let names: Vec<String> = models
-        .iter()
-        .map(|path| path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned())
-        .collect();
-    let headers: Vec<&str> = names.iter().map(String::as_str).collect();
-    let stride = (prompts.len() / SHEET_ROWS).max(1);
-    let rows: Vec<Row<'_>> = (0..prompts.len())
-        .step_by(stride)
-        .take(SHEET_ROWS)
-        .map(|i| Row {
-            label: prompts[i].text.clone(),
-            cells: pictures
-                .iter()
-                .zip(right)
-                .map(|(images, right)| Cell {
-                    verdict: right.as_ref().map(|right| right[i]),
-                    ..Cell::new(&images[i])
-                })
-                .collect(),
-        })
-        .collect();
-    sheet::side_by_side(&headers, &rows, (96 / pictures[0][0].width()).max(1), 3)
+    Ok(())
 }

@@ -75,10 +75,13 @@ pub fn run(cli: &Cli) -> Result<()> {
             let config = config::read(&of(source), &config::PRETRAIN_PRESETS, &source.settings)?;
             pretrain::run(&config, compute.device)
         }
-        Command::Eval { models, prompts, seed, out, source } => {
+        Command::Eval { models, prompts, n_images, seed, out, source } => {
             let config = config::read(&of(source), &config::ALIGN_PRESETS, &source.settings)?;
-            let options = eval::Options { models, prompts, seed: *seed, out, threads, compute };
-            eval::run(&config, &options)
+            let (n_images, seed) = (*n_images, *seed);
+            eval::run(
+                &config,
+                &eval::Options { models, prompts, n_images, seed, out, threads, compute },
+            )
         }
         Command::Score { images, prompt, source } => {
             let config = config::read(&of(source), &config::ALIGN_PRESETS, &source.settings)?;

@@ -38,7 +38,12 @@ impl Progress {
 
     /// One step is done; `message` says what it reached.
     pub(crate) fn advance(&self, message: &str) {
-        self.bar.inc(1);
+        self.advance_by(1, message);
+    }
+
+    /// So many steps are done at once.
+    pub(crate) fn advance_by(&self, steps: usize, message: &str) {
+        self.bar.inc(steps as u64);
         let (done, total) = (self.bar.position(), self.bar.length().unwrap_or(0));
         let rate = (done - self.first) as f64 / self.started.elapsed().as_secs_f64();
         self.bar.set_message(format!("{message}  {}", per_time(rate)));

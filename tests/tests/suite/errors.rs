@@ -273,6 +273,11 @@ fn ng_train_refuses_with_one_line() {
                 1,
                 &["@/empty.txt", "holds no prompt"],
             ),
+            mistake(
+                "eval --preset signs --model @/file --out @/eval --prompts assets/prompts/signs-train.txt",
+                2,
+                &["@/file is a LoRA", "before it"],
+            ),
             mistake("signs @/model", 1, &["@/model"]),
             mistake("signs @/images -n 0", 2, &["-n", "0"]),
         ],
