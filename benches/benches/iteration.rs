@@ -4,13 +4,9 @@
 //! reward is the size as JPEG, so that hardly any time goes into it, and its seconds are left out. One
 //! thread, so that other work on the machine disturbs little.
 
-use std::fs;
-use std::path::Path;
-use std::process::Command;
-
 use anyhow::{Context, Result};
-use benches::{median, program, table};
-use serde_json::Value;
+use benches::align::{Cost, measure};
+use benches::table;
 
 /// Iterations measured after one that warms up.
 const ITERATIONS: usize = 5;
@@ -30,21 +26,14 @@ const SETTINGS: [(&str, &[&str]); 3] = [
     ("Neighbor, DPM++ 2M 8 steps, B 4, K 4", &[]),
 ];
 
-/// Medians of one setting.
-struct Cost {
-    /// Network passes an image: forward in the rollout, forward and backward in the update.
-    nfe: [f64; 2],
-    /// Seconds of rollout, update, and the iteration without its rewards.
-    seconds: [f64; 3],
-}
-
 fn main() -> Result<()> {
     let folder = tempfile::tempdir().context("cannot make a folder for the runs")?;
     let costs = SETTINGS
         .iter()
         .enumerate()
         .map(|(index, (name, settings))| {
-            measure(settings, &folder.path().join(index.to_string()))
+            let settings = SHARED.iter().chain(settings).copied();
+            measure(settings, ITERATIONS, &folder.path().join(index.to_string()))
                 .with_context(|| format!("cannot measure {name}"))
         })
         .collect::<Result<Vec<Cost>>>()?;
@@ -52,7 +41,7 @@ fn main() -> Result<()> {
     let mut rows: Vec<[String; 6]> = SETTINGS
         .iter()
         .zip(&costs)
-        .map(|((name, _), Cost { nfe: [old, new], seconds: [rollout, update, all] })| {
+        .map(|((name, _), Cost { nfe: [old, new], seconds: [rollout, update, all], .. })| {
             [
                 (*name).to_owned(),
                 format!("{old:.0}"),
@@ -72,36 +61,4 @@ fn main() -> Result<()> {
     println!("\nan iteration of 48 images on one thread, median of {ITERATIONS}, without rewards");
     table::print(["", "NFE old", "NFE θ", "rollout s", "update s", "iteration s"], &rows);
     Ok(())
-}
-
-fn measure(settings: &[&str], folder: &Path) -> Result<Cost> {
-    let mut command = Command::new(program::built("ng-train")?);
-    command.args(["align", "--threads", "1", "--preset", "signs"]);
-    let iterations = format!("iterations={}", ITERATIONS + 1);
-    let model = format!("model={}", program::model());
-    let output = format!("output={}", folder.display());
-    for setting in SHARED.iter().chain(settings).chain(&[&*iterations, &*model, &*output]) {
-        command.args(["--set", setting]);
-    }
-    program::run(&mut command)?;
-    let lines = fs::read_to_string(folder.join("metrics.jsonl")).context("no metrics.jsonl")?;
-    let records = lines.lines().map(serde_json::from_str).collect::<Result<Vec<Value>, _>>()?;
-    let warm = &records[1..];
-    let all = |name: &str| {
-        let values = warm.iter().map(|record| record[name].as_f64());
-        values.collect::<Option<Vec<f64>>>().with_context(|| format!("metrics without {name}"))
-    };
-    let without_reward: Vec<f64> = all("seconds/iteration")?
-        .iter()
-        .zip(all("seconds/reward")?)
-        .map(|(iteration, reward)| iteration - reward)
-        .collect();
-    Ok(Cost {
-        nfe: [median(&all("nfe/rollout")?), median(&all("nfe/update")?)],
-        seconds: [
-            median(&all("seconds/rollout")?),
-            median(&all("seconds/update")?),
-            median(&without_reward),
-        ],
-    })
 }

@@ -1,6 +1,7 @@
 //! What the benchmarks share: the programs they run, medians, tables. Each benchmark is a program that
 //! runs the built ones as a user would and prints one table.
 
+pub mod align;
 pub mod program;
 pub mod table;
 

@@ -5,6 +5,7 @@ mod algorithms;
 mod align;
 mod determinism;
 mod errors;
+mod eval;
 mod parity;
 mod record;
 mod server;

@@ -1,0 +1,59 @@
+//! Iterations of `ng-train align`, timed by the run itself.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::{median, program};
+
+/// Medians over the iterations after the first.
+pub struct Cost {
+    /// Network passes an image: forward in the rollout, forward and backward in the update.
+    pub nfe: [f64; 2],
+    /// Seconds of rollout, update, and the iteration without its rewards.
+    pub seconds: [f64; 3],
+    /// Seconds of decoding.
+    pub decode: f64,
+}
+
+/// Runs `iterations` after one that warms up, of the preset `signs` with `settings` on one thread;
+/// `folder` gets the run.
+///
+/// # Errors
+/// When the run fails.
+pub fn measure<'a>(
+    settings: impl IntoIterator<Item = &'a str>,
+    iterations: usize,
+    folder: &Path,
+) -> Result<Cost> {
+    let mut command = Command::new(program::built("ng-train")?);
+    command.args(["align", "--threads", "1", "--preset", "signs"]);
+    let iterations = format!("iterations={}", iterations + 1);
+    let model = format!("model={}", program::model());
+    let output = format!("output={}", folder.display());
+    for setting in settings.into_iter().chain([&*iterations, &*model, &*output]) {
+        command.args(["--set", setting]);
+    }
+    program::run(&mut command)?;
+    let lines = fs::read_to_string(folder.join("metrics.jsonl")).context("no metrics.jsonl")?;
+    let records = lines.lines().map(serde_json::from_str).collect::<Result<Vec<Value>, _>>()?;
+    let warm = &records[1..];
+    let all = |name: &str| {
+        let values = warm.iter().map(|record| record[name].as_f64());
+        values.collect::<Option<Vec<f64>>>().with_context(|| format!("metrics without {name}"))
+    };
+    let middle = |name: &str| Ok::<f64, anyhow::Error>(median(&all(name)?));
+    let without_reward: Vec<f64> = all("seconds/iteration")?
+        .iter()
+        .zip(all("seconds/reward")?)
+        .map(|(iteration, reward)| iteration - reward)
+        .collect();
+    Ok(Cost {
+        nfe: [middle("nfe/rollout")?, middle("nfe/update")?],
+        seconds: [middle("seconds/rollout")?, middle("seconds/update")?, median(&without_reward)],
+        decode: middle("seconds/decode")?,
+    })
+}
