@@ -32,8 +32,8 @@ fn main() -> Result<()> {
         .iter()
         .enumerate()
         .map(|(index, (name, settings))| {
-            let settings = SHARED.iter().chain(settings).copied();
-            measure(settings, ITERATIONS, &folder.path().join(index.to_string()))
+            let settings = [&SHARED[..], settings].concat();
+            measure(&settings, ITERATIONS, &folder.path().join(index.to_string()))
                 .with_context(|| format!("cannot measure {name}"))
         })
         .collect::<Result<Vec<Cost>>>()?;

@@ -93,9 +93,11 @@ fn ours(folder: &Path) -> Result<(Seconds, Work)> {
     let shared: Vec<String> =
         SHARED.iter().map(|[_, setting, value]| format!("{setting}={value}")).collect();
     let prompts = format!("prompts={PROMPTS}");
-    let settings = shared.iter().map(String::as_str).chain(OURS).chain([&*prompts]);
+    let mut settings: Vec<&str> = shared.iter().map(String::as_str).collect();
+    settings.extend(OURS);
+    settings.push(&prompts);
     let Cost { nfe: [old, new], seconds: [rollout, update, all], decode } =
-        align::measure(settings, ITERATIONS, folder).context("cannot measure ng-train")?;
+        align::measure(&settings, ITERATIONS, folder).context("cannot measure ng-train")?;
     let weights = folder.join("aligned/transformer/diffusion_pytorch_model.safetensors");
     let parameters = n_numbers(&weights)
         .with_context(|| format!("cannot count what {} holds", weights.display()))?;

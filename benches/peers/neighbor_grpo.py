@@ -92,7 +92,7 @@ def log_policy(candidates, x):
     return torch.log_softmax(-(candidates - x[:, None]).square().mean((2, 3)), 1)
 
 
-def updates(transformer, optimizer, condition, states, velocities, sigmas, a, args):
+def updates(transformer, optimizer, scheduler, condition, states, velocities, a, args):
     """An optimiser step for each of B anchors, over its K trained steps of every group."""
     n, group, k = args.prompts_per_iteration, args.group, args.train_steps
     states, velocities = (x.unflatten(1, (n, group)) for x in (states, velocities))
@@ -100,7 +100,8 @@ def updates(transformer, optimizer, condition, states, velocities, sigmas, a, ar
     steps = torch.stack([torch.randperm(args.steps - 1)[:k] for _ in range(n)]).flatten()
     prompts = torch.arange(n).repeat_interleave(k)
     given = rows(condition, prompts)
-    t, dt = sigmas[steps], (sigmas[steps + 1] - sigmas[steps])[:, None, None]
+    t = scheduler.timesteps[steps] / 1000
+    dt = (scheduler.sigmas[steps + 1] - scheduler.sigmas[steps])[:, None, None]
     candidates, a = states[steps + 1, prompts], a[prompts]
     for slot in range(args.anchors):
         members = anchors[prompts, slot]
@@ -143,7 +144,7 @@ def main():
     )
     transformer = pipe.transformer.train()
     optimizer = torch.optim.AdamW(
-        transformer.parameters(), lr=args.learning_rate, eps=1e-12, weight_decay=1e-4,
+        transformer.parameters(), lr=args.learning_rate, eps=1e-12, weight_decay=1e-4, fused=True,
     )
     prompts = args.prompts.read_text().splitlines()
     side = pipe.vae.config.sample_size // pipe.vae_scale_factor
@@ -160,7 +161,7 @@ def main():
         a = advantages(reward(images).reshape(len(batch), args.group))
         scored = time.perf_counter()
         n_passes = updates(
-            transformer, optimizer, condition, states, velocities, scheduler.sigmas, a, args,
+            transformer, optimizer, scheduler, condition, states, velocities, a, args,
         )
         updated = time.perf_counter()
         times = {"rollout": rolled - start, "decode": decoded - rolled, "update": updated - scored}

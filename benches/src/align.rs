@@ -24,17 +24,13 @@ pub struct Cost {
 ///
 /// # Errors
 /// When the run fails.
-pub fn measure<'a>(
-    settings: impl IntoIterator<Item = &'a str>,
-    iterations: usize,
-    folder: &Path,
-) -> Result<Cost> {
+pub fn measure(settings: &[&str], iterations: usize, folder: &Path) -> Result<Cost> {
     let mut command = Command::new(program::built("ng-train")?);
     command.args(["align", "--threads", "1", "--preset", "signs"]);
     let iterations = format!("iterations={}", iterations + 1);
     let model = format!("model={}", program::model());
     let output = format!("output={}", folder.display());
-    for setting in settings.into_iter().chain([&*iterations, &*model, &*output]) {
+    for setting in settings.iter().copied().chain([&*iterations, &*model, &*output]) {
         command.args(["--set", setting]);
     }
     program::run(&mut command)?;
