@@ -208,12 +208,15 @@ fn ng_train_says_what_to_do_without_libtorch() {
 
 #[test]
 fn ng_train_refuses_with_one_line() {
-    const SIGNS: &str = "align --preset signs --set output=@/run --set model=@/model";
     Scratch::new().assert_refused(
         Program::Train,
         &[
             mistake("reference @/absent", 1, &["@/absent: no such folder"]),
-            mistake("reference @/truncated", 1, &["@/truncated/vae/diffusion_pytorch_model.safetensors"]),
+            mistake(
+                "reference @/truncated",
+                1,
+                &["@/truncated/vae/diffusion_pytorch_model.safetensors"],
+            ),
             mistake("reference @/missing", 1, &["@/missing/transformer", TENSOR, "missing"]),
             mistake("reference @/misshaped", 1, &["@/misshaped/transformer", TENSOR, "[64, "]),
             mistake("reference @/mistyped", 1, &["@/mistyped/transformer", TENSOR, "I64"]),
@@ -228,7 +231,11 @@ fn ng_train_refuses_with_one_line() {
             mistake("reference @/model --precision fp8", 2, &["fp8", "bf16"]),
             mistake("reference @/no-folder", 1, &["@/no-folder/text_encoder_2"]),
             mistake("sample --model @/absent --prompt a --out @/a.png", 1, &["@/absent"]),
-            mistake("sample --model @/model --prompt a --out @/a.png --steps 0", 2, &["--steps", "0"]),
+            mistake(
+                "sample --model @/model --prompt a --out @/a.png --steps 0",
+                2,
+                &["--steps", "0"],
+            ),
             mistake("sample --model @/model --prompt a --out @/a.png -n 0", 2, &["-n", "0"]),
             mistake("sample --model @/model --prompt a --solver ddim", 2, &["ddim", "euler"]),
             mistake(
@@ -243,11 +250,31 @@ fn ng_train_refuses_with_one_line() {
             ),
             mistake("sample --model @/model --prompt a --out @/file/a.png", 1, &["@/file"]),
             mistake("reference @/model --device tpu", 2, &["tpu", "cuda"]),
+            mistake("signs @/model", 1, &["@/model"]),
+            mistake("signs @/images -n 0", 2, &["-n", "0"]),
+        ],
+    );
+}
+
+#[test]
+fn ng_train_align_refuses_with_one_line() {
+    const SIGNS: &str = "align --preset signs --set output=@/run --set model=@/model";
+    Scratch::new().assert_refused(
+        Program::Train,
+        &[
             mistake("align --preset sings", 2, &["sings", "signs"]),
-            mistake("align --preset signs --set iterationz=3", 2, &["`iterationz`", "`iterations`"]),
+            mistake(
+                "align --preset signs --set iterationz=3",
+                2,
+                &["`iterationz`", "`iterations`"],
+            ),
             mistake("align --preset signs --set iterations=many", 2, &["many", "--set"]),
             mistake("align --preset signs --set iterations", 2, &["iterations", "key=value"]),
-            mistake("align --preset signs --set rewards.7.weight=1", 2, &["rewards.7.weight", "below 2"]),
+            mistake(
+                "align --preset signs --set rewards.7.weight=1",
+                2,
+                &["rewards.7.weight", "below 2"],
+            ),
             mistake("align --preset signs --set iterations=0", 1, &["iterations = 0"]),
             mistake("align --preset signs --set updates=3", 1, &["updates = 3", "anchors = 4"]),
             mistake("pretrain --preset signs --set flow.batchz=3", 2, &["`batchz`", "`batch`"]),
@@ -260,9 +287,26 @@ fn ng_train_refuses_with_one_line() {
                 &["@/empty.txt", "holds no prompt"],
             ),
             mistake("align --preset signs --set output=@/run --set model=@/missing", 1, &[TENSOR]),
-            mistake("align --preset signs --set model=@/model --set output=@/file/run", 1, &["@/file/run"]),
-            mistake("align --preset signs --set output=@/run --resume", 1, &["no checkpoint in @/run"]),
+            mistake(
+                "align --preset signs --set model=@/model --set output=@/file/run",
+                1,
+                &["@/file/run"],
+            ),
+            mistake(
+                "align --preset signs --set output=@/run --resume",
+                1,
+                &["no checkpoint in @/run"],
+            ),
             Mistake { without_runtime: true, ..mistake(SIGNS, 1, &["\"ocr\"", "ORT_DYLIB_PATH"]) },
+        ],
+    );
+}
+
+#[test]
+fn ng_train_eval_refuses_with_one_line() {
+    Scratch::new().assert_refused(
+        Program::Train,
+        &[
             mistake(
                 "eval --preset signs --model @/absent --out @/eval --prompts assets/prompts/signs-train.txt",
                 1,
@@ -278,8 +322,6 @@ fn ng_train_refuses_with_one_line() {
                 2,
                 &["@/file is a LoRA", "before it"],
             ),
-            mistake("signs @/model", 1, &["@/model"]),
-            mistake("signs @/images -n 0", 2, &["-n", "0"]),
         ],
     );
 }
