@@ -164,7 +164,7 @@ pub enum Command {
     /// The training pass is forward and backward of adapters, each block computed again from its input.
     /// GB are those above the weights.
     Bench {
-        /// flux.1-dev, flux.1-schnell, or a pipeline folder; weights are not read
+        /// flux.1-dev, flux.1-schnell, or a pipeline folder
         #[arg(long, value_name = "NAME|DIR")]
         model: String,
         /// Pixels; repeatable [default: the model's own size]
@@ -183,6 +183,9 @@ pub enum Command {
         /// Keep all activations for backward in place of computing blocks again
         #[arg(long)]
         plain: bool,
+        /// Read the folder's own weights from disk block by block: for models larger than memory
+        #[arg(long)]
+        stream: bool,
         /// Passes of each kind; the median is told
         #[arg(long, value_name = "N", default_value_t = 3,
               value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]

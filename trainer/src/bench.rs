@@ -8,7 +8,7 @@ use flow::latents::LatentSize;
 use flow::models::transformer::image_ids;
 use flow::noise::Noise;
 use flow::ops::shapes::Shapes;
-use flow::pipeline::Pipeline;
+use flow::pipeline::{Component, Pipeline};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
@@ -19,7 +19,7 @@ use crate::parameters::{Parameters, Storage};
 
 /// What to measure.
 pub struct Options<'a> {
-    /// The model, a folder or a published one; its weights are not read.
+    /// The model, a folder or a published one.
     pub pipeline: &'a Pipeline,
     /// Widths and heights in pixels; none for the model's own.
     pub sizes: &'a [[usize; 2]],
@@ -31,6 +31,9 @@ pub struct Options<'a> {
     pub lora_rank: usize,
     /// Whether backward keeps all activations in place of computing each block again.
     pub plain: bool,
+    /// Whether the folder's weights are read from disk block by block, in place of random ones in memory;
+    /// passes are not warmed up then.
+    pub stream: bool,
     /// Passes of each kind; the median is told.
     pub repeats: usize,
     /// Whether to print JSON.
@@ -97,16 +100,21 @@ pub fn run(options: &Options<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The velocity network with random weights and new adapters.
+/// The velocity network with its own weights on disk or random ones, and new adapters.
 fn engine(options: &Options<'_>) -> Result<Engine> {
     let (config, compute) = (&options.pipeline.transformer, options.compute);
     let segments = segments(config);
-    let parameters = Parameters::build(&segments, compute, Storage::Frozen, |_, shape| {
-        let n = shape.iter().product::<usize>() as i64;
-        // Numbers that stay in range through any depth.
-        let scale = if shape.len() == 1 { 0.02 } else { (shape[1] as f64).powf(-0.5) };
-        Ok(Tensor::randn([n], (compute.kind, compute.device)) * scale)
-    })?;
+    let parameters = if options.stream {
+        let weights = options.pipeline.weights(Component::Transformer)?;
+        Parameters::load(&segments, weights, compute, Storage::Streamed)?
+    } else {
+        Parameters::build(&segments, compute, Storage::Frozen, |_, shape| {
+            let n = shape.iter().product::<usize>() as i64;
+            // Numbers that stay in range through any depth.
+            let scale = if shape.len() == 1 { 0.02 } else { (shape[1] as f64).powf(-0.5) };
+            Ok(Tensor::randn([n], (compute.kind, compute.device)) * scale)
+        })?
+    };
     let mut engine = Engine::new(config.clone(), parameters);
     let lora = LoraConfig { rank: options.lora_rank, ..LoraConfig::default() };
     engine.adapt(Adapters::new(&lora, &segments, Noise::new(0), compute)?);
@@ -135,6 +143,9 @@ fn measure(options: &Options<'_>, engine: &Engine, size: &LatentSize) -> Row {
     let timed = |pass: &dyn Fn()| {
         device::forget_peak();
         let before = peak_gb(device);
+        if !options.stream {
+            pass();
+        }
         let ms = median_ms(options.repeats, device, pass);
         (ms, peak_gb(device).zip(before).map(|(peak, before)| peak - before))
     };
@@ -170,7 +181,7 @@ fn matmul(Compute { device, kind }: Compute) -> f64 {
     (0..10).map(|_| once()).fold(0.0, f64::max)
 }
 
-/// Milliseconds of `pass` after one that warms up.
+/// Milliseconds of `pass`.
 fn median_ms(repeats: usize, device: Device, pass: &dyn Fn()) -> f64 {
     let once = || {
         let started = Instant::now();
@@ -178,7 +189,6 @@ fn median_ms(repeats: usize, device: Device, pass: &dyn Fn()) -> f64 {
         device::synchronise(device);
         1e3 * started.elapsed().as_secs_f64()
     };
-    once();
     let mut ms: Vec<f64> = (0..repeats).map(|_| once()).collect();
     ms.sort_by(f64::total_cmp);
     ms[ms.len() / 2]

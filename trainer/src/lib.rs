@@ -128,19 +128,28 @@ fn measure(command: &Command, compute: device::Compute) -> Result<()> {
                 utilisation: *utilisation,
             })
         }
-        Command::Bench { model, sizes, batch, text_tokens, lora_rank, plain, repeats, json } => {
-            bench::run(&bench::Options {
-                pipeline: &init::open(model)?,
-                sizes,
-                batch: *batch,
-                text_tokens: *text_tokens,
-                lora_rank: *lora_rank,
-                plain: *plain,
-                repeats: *repeats,
-                json: *json,
-                compute,
-            })
-        }
+        Command::Bench {
+            model,
+            sizes,
+            batch,
+            text_tokens,
+            lora_rank,
+            plain,
+            stream,
+            repeats,
+            json,
+        } => bench::run(&bench::Options {
+            pipeline: &init::open(model)?,
+            sizes,
+            batch: *batch,
+            text_tokens: *text_tokens,
+            lora_rank: *lora_rank,
+            plain: *plain,
+            stream: *stream,
+            repeats: *repeats,
+            json: *json,
+            compute,
+        }),
         _ => unreachable!("called for these"),
     }
 }
