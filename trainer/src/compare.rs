@@ -12,6 +12,7 @@ use std::sync::Mutex;
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
+use flow::checkpoint::write_atomically;
 use serde::{Deserialize, Serialize};
 
 use crate::align::{ALIGNED, AlignConfig};
@@ -86,6 +87,9 @@ pub fn run(config: &CompareConfig, options: &Options<'_>) -> Result<()> {
     let tasks = config.tasks();
     let folder = config.output.join("runs");
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    for task in &tasks {
+        task.claim(config)?;
+    }
     let left: VecDeque<&Task<'_>> = tasks.iter().filter(|task| !task.is_done()).collect();
     let progress = Mutex::new(Progress::new("compare", tasks.len(), tasks.len() - left.len()));
     let queue = Mutex::new(left);
@@ -137,12 +141,12 @@ impl CompareConfig {
         ensure!(!self.seeds.is_empty(), "seeds = []: at least one is needed");
         ensure!(self.minutes > 0.0, "minutes = {}: above 0", self.minutes);
         ensure!(!self.tables.is_empty(), "no [[tables]]: at least one is needed");
-        let mut known: BTreeMap<&str, &RunConfig> = BTreeMap::new();
+        let mut known: BTreeMap<String, &RunConfig> = BTreeMap::new();
         for table in &self.tables {
             ensure!(!table.runs.is_empty(), "table {:?} has no runs", table.title);
             for run in &table.runs {
-                let first = known.entry(&run.name).or_insert(run);
-                ensure!(*first == run, "two runs are named {:?} and differ", run.name);
+                let first = known.entry(slug(&run.name)).or_insert(run);
+                ensure!(*first == run, "two runs are named like {:?} and differ", run.name);
             }
         }
         Ok(())
@@ -191,15 +195,39 @@ impl<'a> Task<'a> {
         self.eval().is_file()
     }
 
+    /// Makes the folder and notes what it is for; refuses one that was made for something else.
+    fn claim(&self, config: &CompareConfig) -> Result<()> {
+        fs::create_dir_all(&self.folder)
+            .with_context(|| format!("cannot make {}", self.folder.display()))?;
+        let (preset, settings) = self.settings(config);
+        let wanted = [vec![preset.to_owned(), format!("{}", config.prompts.display())], settings];
+        let wanted = wanted.concat().join("\n") + "\n";
+        let note = self.folder.join("settings.txt");
+        match fs::read_to_string(&note) {
+            Ok(found) => ensure!(
+                found == wanted,
+                "{} holds a run with other settings: remove it or choose another output",
+                self.folder.display()
+            ),
+            Err(_) => write_atomically(&note, wanted.as_bytes())?,
+        }
+        Ok(())
+    }
+
+    /// Preset and settings of the run.
+    fn settings<'b>(&'b self, config: &'b CompareConfig) -> (&'b str, Vec<String>) {
+        let preset = self.run.and_then(|run| run.preset.as_ref()).unwrap_or(&config.preset);
+        let own = self.run.map_or(&[][..], |run| &run.settings);
+        let mut settings: Vec<String> = config.settings.iter().chain(own).cloned().collect();
+        settings.push(format!("seed={}", self.seed));
+        settings.push(format!("minutes={}", config.minutes));
+        (preset, settings)
+    }
+
     /// Trains, where there is a run, and scores.
     fn make(&self, config: &CompareConfig, start: &Path, device: &str) -> Result<()> {
-        fs::create_dir_all(&self.folder)?;
-        if let Some(run) = self.run.filter(|_| !self.model(start).is_dir()) {
-            let preset = run.preset.as_ref().unwrap_or(&config.preset);
-            let mut settings: Vec<String> =
-                config.settings.iter().chain(&run.settings).cloned().collect();
-            settings.push(format!("seed={}", self.seed));
-            settings.push(format!("minutes={}", config.minutes));
+        if self.run.is_some() && !self.model(start).is_dir() {
+            let (preset, mut settings) = self.settings(config);
             settings.push(format!("output={}", self.folder.display()));
             let resumed = self.folder.join("checkpoints").is_dir();
             let flags: &[&str] = if resumed { &["--resume"] } else { &[] };

@@ -3,6 +3,7 @@
 
 mod algorithms;
 mod align;
+mod compare;
 mod determinism;
 mod errors;
 mod eval;

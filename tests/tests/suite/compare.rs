@@ -1,0 +1,43 @@
+//! `ng-train compare` on the embedded model, as short as can be: every run, its report, and nothing twice.
+
+use std::fs;
+
+use tests::program::Program;
+
+const TABLES: &str = "tables=[{title = 'Two', runs = [{name = 'one'}, \
+                      {name = 'other', settings = ['algorithm=mix-grpo']}]}]";
+const SETTINGS: &str = "settings=[\"prompts_per_iteration=1\", \"group_size=4\", \"judges=[]\", \
+                        \"iterations=1000\", \"save_every=1000\", \
+                        \"rewards=[{name='jpeg', kind='jpeg', prefer='small', weight=1.0}]\"]";
+
+#[test]
+fn runs_are_laid_side_by_side_and_none_is_made_twice() {
+    let home = tempfile::tempdir().unwrap();
+    let prompts = home.path().join("prompts.txt");
+    fs::write(&prompts, "red \"CAT\"\nblue \"DOG\"\n").unwrap();
+    let out = home.path().join("out");
+    let [output, prompts] = [("output", &out), ("prompts", &prompts)]
+        .map(|(key, path)| format!("{key}={}", path.display()));
+    let compare = |minutes: &str| {
+        let settings = [&*output, &prompts, "seeds=[0]", minutes, SETTINGS, TABLES];
+        let mut arguments = vec!["compare", "--preset", "signs", "--jobs", "2"];
+        arguments.extend(settings.iter().flat_map(|setting| ["--set", setting]));
+        Program::Train.run(arguments)
+    };
+    compare("minutes=0.001").succeeded();
+    let report = fs::read_to_string(out.join("report.md")).unwrap();
+    for part in ["| before |", "## Two", "| one | 1 |", "| other | 1 |", "two-seconds.png"] {
+        assert!(report.contains(part), "`{part}` is not in\n{report}");
+    }
+    for file in ["two-seconds.png", "two-passes.png", "side-by-side/side-by-side.png"] {
+        assert!(out.join(file).is_file(), "{file}");
+    }
+    let weights =
+        out.join("runs/one-seed0/aligned/transformer/diffusion_pytorch_model.safetensors");
+    let made = fs::metadata(&weights).unwrap().modified().unwrap();
+    compare("minutes=0.001").succeeded();
+    assert_eq!(fs::metadata(&weights).unwrap().modified().unwrap(), made);
+    let refused = compare("minutes=1");
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(refused.stderr.contains("other settings"), "{}", refused.stderr);
+}
