@@ -131,15 +131,21 @@ pub(crate) fn stream_of(component: Component) -> u64 {
     ((component as u64) << 32) + 1
 }
 
-/// The initial values of parameter `name`, drawn from `stream` of the seed's noise: zeros where FLUX's
-/// adaptive normalisation and outputs start closed, ones for norms, small normals elsewhere.
-pub(crate) fn value(noise: Noise, stream: u64, name: &str, shape: &[usize]) -> Vec<f32> {
-    let n = shape.iter().product();
+/// Initial values for training: [`value`], but zeros where FLUX's adaptive normalisation and outputs start
+/// closed.
+pub(crate) fn closed_value(noise: Noise, stream: u64, name: &str, shape: &[usize]) -> Vec<f32> {
     let closed = ["norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear"];
-    let is_zero = name.rsplit('.').next() == Some("bias")
-        || name.starts_with("proj_out.")
-        || closed.iter().any(|part| name.contains(part));
-    if is_zero {
+    if name.starts_with("proj_out.") || closed.iter().any(|part| name.contains(part)) {
+        return vec![0.0; shape.iter().product()];
+    }
+    value(noise, stream, name, shape)
+}
+
+/// Values of parameter `name`, drawn from `stream` of the seed's noise: zeros for biases, ones for norms,
+/// small normals elsewhere.
+fn value(noise: Noise, stream: u64, name: &str, shape: &[usize]) -> Vec<f32> {
+    let n = shape.iter().product();
+    if name.rsplit('.').next() == Some("bias") {
         return vec![0.0; n];
     }
     if shape.len() == 1 {

@@ -95,7 +95,7 @@ impl Model {
                     let mut streams = init::stream_of(component)..;
                     Parameters::build(&manifests, compute, storage, |name, shape| {
                         let stream = streams.next().expect("endless");
-                        Ok(Tensor::from_slice(&init::value(noise, stream, name, shape)))
+                        Ok(Tensor::from_slice(&init::closed_value(noise, stream, name, shape)))
                     })
                 }
                 _ => {
