@@ -39,9 +39,8 @@ pub(super) fn write(config: &CompareConfig, tasks: &[Task<'_>], reward: &str) ->
     let base = evaluated(&tasks[0].eval())?;
     let metrics: Vec<&str> = base.iter().map(|(name, _)| name.as_str()).collect();
     let mut text = format!(
-        "# {}\n\nEvery run trained for {} minutes on one thread from the same model, seeds {:?}. Rewards are \
+        "# Comparison\n\nEvery run trained for {} minutes on one thread from the same model, seeds {:?}. Rewards are \
          means over iterations; held-out metrics are of {}. ± is the standard deviation over seeds.\n\n",
-        "Comparison",
         config.minutes,
         config.seeds,
         config.prompts.display()
@@ -91,7 +90,8 @@ fn section(
     metrics: &[&str],
 ) -> Result<String> {
     let mut text = format!("\n## {}\n\n", table.title);
-    let mut head = vec!["iterations", "NFE old", "NFE θ", "s an iteration", reward];
+    let in_training = format!("{reward} in training");
+    let mut head = vec!["iterations", "NFE old", "NFE θ", "s an iteration", &in_training];
     head.extend(metrics);
     text += &row("run", &head.iter().map(|&name| name.to_owned()).collect::<Vec<String>>());
     text += &rule(head.len());
