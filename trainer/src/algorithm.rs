@@ -24,6 +24,7 @@ use crate::experience::Experience;
 use crate::model::Model;
 use crate::parameters::Parameters;
 use crate::rollout::Rollout;
+use crate::seeds::{Use, family};
 
 /// What distinguishes algorithms that settings cannot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,6 +200,32 @@ pub(crate) fn nfe(config: &AlignConfig, shift: Shift) -> Result<[f64; 2]> {
 /// The `index`-th of `n` parts of `all`, as even as can be.
 pub(crate) fn part<T>(all: &[T], n: usize, index: usize) -> &[T] {
     &all[all.len() * index / n..all.len() * (index + 1) / n]
+}
+
+/// For each optimiser step, its part of the `members` of every live group, each with `k` of `calls` drawn for
+/// it.
+pub(crate) fn drawn(
+    config: &AlignConfig,
+    experience: &Experience,
+    calls: &[usize],
+    k: usize,
+    members: impl Fn(usize) -> Vec<usize>,
+) -> Vec<Vec<Item>> {
+    let (n, steps) = (config.n_updates(), family(config.seed, Use::Steps));
+    let items = |group: usize, member: usize| {
+        let chosen = steps.choose(experience.stream(group, member), calls.len(), k);
+        let advantage = experience.advantages[group].values[member];
+        chosen.into_iter().map(move |index| Item { group, member, call: calls[index], advantage })
+    };
+    let groups: Vec<(usize, Vec<usize>)> =
+        experience.live().into_iter().map(|group| (group, members(group))).collect();
+    let of_update = |index: usize| -> Vec<Item> {
+        let of_group = |(group, members): &(usize, Vec<usize>)| -> Vec<Item> {
+            part(members, n, index).iter().flat_map(|&member| items(*group, member)).collect()
+        };
+        groups.iter().flat_map(of_group).collect()
+    };
+    (0..n).map(of_update).collect()
 }
 
 /// `pick` of each item, stacked.

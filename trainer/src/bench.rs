@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use flow::latents::LatentSize;
-use flow::models::transformer::image_ids;
+use flow::models::transformer::{GUIDANCE, image_ids};
 use flow::noise::Noise;
 use flow::ops::shapes::Shapes;
 use flow::pipeline::{Component, Pipeline};
@@ -135,7 +135,7 @@ fn measure(options: &Options<'_>, engine: &Engine, size: &LatentSize) -> Row {
     let condition = Condition {
         text: random(&[batch, text_tokens, network.joint_attention_dim]),
         pooled: random(&[batch, network.pooled_projection_dim]),
-        guidance: Tensor::full([batch as i64], 3.5, (Kind::Float, device)),
+        guidance: Tensor::full([batch as i64], GUIDANCE, (Kind::Float, device)),
         img_ids: Tensor::from_slice(&image_ids(size.rows(), size.columns()))
             .reshape([-1, 3])
             .to_device(device),

@@ -16,7 +16,7 @@ use flow::schedule::Shift;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::{Algorithm, Batch, Copies, Item, Objective, numbers, part, stack};
+use super::{Algorithm, Batch, Copies, Item, Objective, drawn, numbers, stack};
 use crate::align::AlignConfig;
 use crate::engine::Condition;
 use crate::experience::Experience;
@@ -102,25 +102,9 @@ impl Algorithm for Nft<'_> {
     }
 
     fn updates(&self, experience: &Experience) -> Vec<Vec<Item>> {
-        let (n, k) = (self.config.n_updates(), self.config.n_train_steps());
         let calls = experience.trajectory.transitions();
-        let drawn = family(self.config.seed, Use::Steps);
-        let members: Vec<usize> = (0..experience.group_size).collect();
-        let items = |group: usize, member: usize| {
-            let chosen = drawn.choose(experience.stream(group, member), calls.len(), k);
-            let advantage = experience.advantages[group].values[member];
-            let of = |index: usize| Item { group, member, call: calls[index], advantage };
-            chosen.into_iter().map(of).collect::<Vec<Item>>()
-        };
-        let of_update = |index: usize| {
-            let groups = experience.live().into_iter();
-            groups
-                .flat_map(|group| {
-                    part(&members, n, index).iter().flat_map(move |&m| items(group, m))
-                })
-                .collect()
-        };
-        (0..n).map(of_update).collect()
+        let everybody = |_| (0..experience.group_size).collect();
+        drawn(self.config, experience, &calls, self.config.n_train_steps(), everybody)
     }
 
     fn batch<'b>(

@@ -22,14 +22,13 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::window::WindowConfig;
-use super::{Algorithm, Batch, Copies, Item, Objective, Ratio, numbers, part, stack};
+use super::{Algorithm, Batch, Copies, Item, Objective, Ratio, drawn, numbers, stack};
 use crate::align::AlignConfig;
 use crate::engine::Condition;
 use crate::experience::Experience;
 use crate::model::Model;
 use crate::parameters::Parameters;
 use crate::rollout::{Rollout, Start};
-use crate::seeds::{Use, family};
 
 /// Settings of methods that train on an SDE.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -148,29 +147,9 @@ impl Algorithm for Policy<'_> {
     }
 
     fn updates(&self, experience: &Experience) -> Vec<Vec<Item>> {
-        let noisy = noisy(&experience.rollout);
         let k = self.n_trained(&experience.rollout) / self.config.n_anchors();
-        let drawn = family(self.config.seed, Use::Steps);
-        let items = |group: usize, member: usize| {
-            let stream = experience.stream(group, member);
-            let advantage = experience.advantages[group].values[member];
-            let calls = drawn.choose(stream, noisy.len(), k).into_iter().map(|index| noisy[index]);
-            calls.map(move |call| Item { group, member, call, advantage }).collect::<Vec<Item>>()
-        };
-        let n = self.config.n_updates();
-        let members: Vec<(usize, Vec<usize>)> = experience
-            .live()
-            .into_iter()
-            .map(|group| (group, self.members(experience, group)))
-            .collect();
-        (0..n)
-            .map(|index| {
-                let of = |(group, members): &(usize, Vec<usize>)| {
-                    part(members, n, index).iter().flat_map(|&m| items(*group, m)).collect()
-                };
-                members.iter().flat_map(|group| -> Vec<Item> { of(group) }).collect()
-            })
-            .collect()
+        let members = |group: usize| self.members(experience, group);
+        drawn(self.config, experience, &noisy(&experience.rollout), k, members)
     }
 
     fn batch<'b>(
