@@ -162,7 +162,7 @@ impl Report {
             .map(|name| (name.trim_start_matches("reward/"), metrics::series(&records, name)))
             .collect();
         let series: Vec<Series<'_>> =
-            points.iter().map(|(name, points)| Series { name, points }).collect();
+            points.iter().map(|(name, points)| Series { name, points, is_smooth: false }).collect();
         if series.is_empty() {
             return Ok(());
         }

@@ -122,7 +122,7 @@ fn section(
         let series: Vec<Series<'_>> = runs
             .iter()
             .zip(&curves)
-            .map(|(run, points)| Series { name: run.name, points })
+            .map(|(run, points)| Series { name: run.name, points, is_smooth: true })
             .collect();
         plot::curve(&config.output.join(&file), &table.title, &series, unit, reward)?;
         let _ = write!(text, "\n![{reward} against {unit}]({file})\n");
