@@ -9,6 +9,7 @@ mod errors;
 mod eval;
 mod parity;
 mod record;
+mod score;
 mod server;
 mod tidy;
 mod tokens;
