@@ -8,6 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use flow::checkpoint::{Dtype, View, Weights};
+use flow::reference::{FILE, PRECISION};
 use onnx::{ElementType, Model, Options, Port, Tensor};
 
 use crate::external::MODEL_FILE;
@@ -20,7 +21,7 @@ const MAX_RELATIVE_BF16: f32 = 2e-2;
 
 /// Largest relative difference that passes against `reference`.
 pub fn limit(reference: &Weights) -> f32 {
-    if reference.metadata("precision") == Some("bf16") { MAX_RELATIVE_BF16 } else { MAX_RELATIVE }
+    if reference.metadata(PRECISION) == Some("bf16") { MAX_RELATIVE_BF16 } else { MAX_RELATIVE }
 }
 
 /// How far a graph's outputs are from the reference: the worst of its outputs.
@@ -64,7 +65,7 @@ impl Difference {
 /// # Errors
 /// When the file is missing, with what makes it, or is not whole.
 pub fn reference(checkpoint: &Path) -> Result<Weights> {
-    let path = checkpoint.join("reference.safetensors");
+    let path = checkpoint.join(FILE);
     ensure!(
         path.is_file(),
         "{} is missing: make it with `ng-train reference {}`",

@@ -7,12 +7,8 @@ use std::{
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use sampler::{
-    args::Args,
-    generate,
-    picture::read_parameters,
-    request::{Request, Usage},
-};
+use flow::usage::Usage;
+use sampler::{args::Args, generate, picture::read_parameters, request::Request};
 
 fn main() -> ExitCode {
     let args = Args::parse();

@@ -16,6 +16,7 @@ use flow::{
     schedule::{Schedule, Shift},
     solver::{Solver, Step, plan},
     tokens::MAX_TEXT_TOKENS,
+    usage::Usage,
 };
 
 use crate::{args::Args, engine, outputs, picture::Origin, sheet::Layout};
@@ -24,18 +25,6 @@ use crate::{args::Args, engine, outputs, picture::Origin, sheet::Layout};
 const MAX_PIXELS: usize = 1 << 26;
 /// Most images in one run.
 const MAX_IMAGES: usize = 1_000_000;
-
-/// A mistake in what was typed, as opposed to one in a file.
-#[derive(Debug)]
-pub struct Usage(pub String);
-
-impl std::fmt::Display for Usage {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Usage {}
 
 /// A run, ready to start.
 pub struct Request {

@@ -10,12 +10,9 @@ use clap::Parser;
 use flow::{
     checkpoint::{Entry, write_tensors},
     noise::Noise,
+    usage::Usage,
 };
-use sampler::{
-    args::Args,
-    picture::Origin,
-    request::{Request, Usage},
-};
+use sampler::{args::Args, picture::Origin, request::Request};
 use tempfile::TempDir;
 
 /// A folder with the configs of an export and files where its graphs would be.

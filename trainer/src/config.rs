@@ -7,10 +7,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
 use flow::checkpoint::read_bounded;
+use flow::usage::Usage;
 use serde::de::DeserializeOwned;
 
 use crate::algorithm;
-use crate::usage::Usage;
 
 macro_rules! presets {
     ($($name:literal),* $(,)?) => {

@@ -1,9 +1,8 @@
 //! Choosing where tensors live and what networks compute in.
 
 use anyhow::{Result, bail};
+use flow::usage::Usage;
 use tch::{Cuda, Device, Kind};
-
-use crate::usage::Usage;
 
 /// Libraries of a CUDA build of libtorch, opened when a GPU is asked for; one binary serves both.
 const CUDA_LIBRARIES: [&str; 2] = ["libc10_cuda.so", "libtorch_cuda.so"];

@@ -10,12 +10,12 @@ use flow::noise::Noise;
 use flow::pipeline::{Component, Pipeline};
 use flow::staged::Staged;
 use flow::tokens::MAX_TEXT_TOKENS;
+use flow::usage::Usage;
 
 use crate::interrupt;
 use crate::progress::Progress;
 use crate::save;
 use crate::seeds::{Use, family};
-use crate::usage::Usage;
 
 /// What to write.
 pub struct Options<'a> {

@@ -50,7 +50,6 @@ pub mod signs;
 pub mod splitmix;
 mod state;
 mod update;
-pub mod usage;
 
 /// Does what the command line asks for.
 ///
@@ -98,7 +97,7 @@ pub fn run(cli: &Cli) -> Result<()> {
             let loading = model::Loading::to_sample(compute, false);
             let loaded = model::Model::load(model, loading)?;
             reference::write(&loaded, model)?;
-            println!("{}", model.join(reference::FILE).display());
+            println!("{}", model.join(flow::reference::FILE).display());
             Ok(())
         }
         Command::Embed { model, prompts, import, out } => match (import, model, prompts) {

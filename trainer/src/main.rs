@@ -3,8 +3,8 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use flow::usage::Usage;
 use trainer::args::Cli;
-use trainer::usage::Usage;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();

@@ -9,17 +9,12 @@ use flow::checkpoint::{Entry, write_tensors};
 use flow::latents::LatentSize;
 use flow::models::transformer::GUIDANCE;
 use flow::noise::Noise;
+use flow::reference::{FILE, PRECISION};
 use tch::{Kind, Tensor, no_grad};
 
 use crate::device::precision_name;
 use crate::model::Model;
 use crate::parameters::entry;
-
-/// Name of the file in the pipeline folder.
-pub(crate) const FILE: &str = "reference.safetensors";
-
-/// Metadata of the file: what the networks computed in.
-const PRECISION: &str = "precision";
 
 /// Prompts of the text encoders; their rows also condition the velocity.
 const PROMPTS: [&str; 2] = ["red \"CAT\"", "A blue sign that says \"42\", on a white wall"];

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use flow::checkpoint::{Weights, write_tensors};
+use flow::usage::Usage;
 
 use crate::align::RolloutConfig;
 use crate::device::Compute;
@@ -12,7 +13,6 @@ use crate::experience::solve_in_batches;
 use crate::model::{Loading, Model, unpack};
 use crate::parameters::entry;
 use crate::picture;
-use crate::usage::Usage;
 
 /// What to sample.
 pub struct Options<'a> {

@@ -22,7 +22,7 @@ pub(crate) struct Saved<'a> {
 }
 
 /// Files of a checkpoint that are made anew or not at all.
-const OWN_FILES: [&str; 3] = [crate::reference::FILE, crate::state::FILE, "README.md"];
+const OWN_FILES: [&str; 3] = [flow::reference::FILE, crate::state::FILE, "README.md"];
 
 /// Writes `model` as a pipeline folder at `dir`, replacing what is there: `saved` components anew in
 /// files of at most `max_shard_bytes`, the rest copied. `finish` may add files before the folder gets its

@@ -25,8 +25,7 @@ impl Scratch {
         let home = tempfile::tempdir().unwrap();
         let checkpoint = home.path().join("checkpoint");
         copy_tree(&fixture.join("pipeline"), &checkpoint);
-        fs::copy(fixture.join("case.safetensors"), checkpoint.join("reference.safetensors"))
-            .unwrap();
+        fs::copy(fixture.join("case.safetensors"), checkpoint.join(flow::reference::FILE)).unwrap();
         let target = home.path().join("export");
         let request = Request {
             checkpoint,
@@ -146,7 +145,7 @@ fn one_image_of_a_batch_is_that_image_alone() {
 #[test]
 fn a_changed_weight_fails_verification_and_leaves_nothing() {
     let scratch = Scratch::new("tiny-schnell");
-    let path = scratch.request.checkpoint.join("reference.safetensors");
+    let path = scratch.request.checkpoint.join(flow::reference::FILE);
     change(&path, "vae_decoder.sample");
     let message = scratch.export().unwrap_err().to_string();
     assert!(message.contains("vae_decoder by") && !message.contains("transformer"), "{message}");

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use flow::lora;
 use flow::pipeline::Pipeline;
+use flow::usage::Usage;
 
 use super::stamp;
 use crate::device::Compute;
 use crate::model::{Loading, Model};
-use crate::usage::Usage;
 
 /// Files and folders of a pipeline that images follow from.
 const PARTS: [&str; 8] = [
