@@ -226,6 +226,11 @@ fn ng_train_refuses_with_one_line() {
             mistake("convert @/absent.pt @/b.safetensors", 1, &["@/absent.pt"]),
             mistake("embed --import @/absent.json --out @/cache", 1, &["@/absent.json"]),
             mistake("embed --out @/cache", 2, &["--model", "--prompts"]),
+            mistake(
+                "embed --model @/model --prompts @/empty.txt --out @/cache",
+                1,
+                &["@/empty.txt", "holds no prompt"],
+            ),
             mistake("bench --model flux.9", 2, &["flux.9", "flux.1-dev"]),
             mistake("bench --model @/model --size 100", 2, &["--size", "1024x768"]),
             mistake("reference @/model --precision fp8", 2, &["fp8", "bf16"]),

@@ -152,7 +152,9 @@ impl Reward for Chat {
         let request = |i: usize| self.request(prompts[i], &[&images[i]]);
         let scores = self.remote.ask(images.len(), request, |_, answer| {
             let score = self.verdict(answer)?;
-            Ok(vec![score.parse().with_context(|| format!("{score:?} is no number"))?])
+            let number: f64 = score.parse().with_context(|| format!("{score:?} is no number"))?;
+            ensure!(number.is_finite(), "{score:?} is not finite");
+            Ok(vec![number])
         })?;
         Ok(scores.concat())
     }

@@ -1,6 +1,8 @@
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::super::{
-    RewardConfig, RewardKind, Rewards,
-    loopback::{Loopback, Reply, Seen, images, width},
+    RewardConfig, RewardKind, Rewards, Scores,
+    loopback::{Loopback, Reply, Seen, images, refusing, width},
     pairwise::Pairwise,
 };
 use super::*;
@@ -54,6 +56,8 @@ fn an_answer_without_a_score_is_a_failure() {
     for (reply, expected) in [
         ("I like\nit", "does not match \"Score: (\\\\S+)\": I like it"),
         ("Score: high", "\"high\" is no number"),
+        ("Score: NaN", "\"NaN\" is not finite"),
+        ("Score: 1e999", "\"1e999\" is not finite"),
     ] {
         let server = Loopback::start(move |_, _| says(reply));
         let reward = reward(&server.url(), OWN).unwrap();
@@ -63,6 +67,62 @@ fn an_answer_without_a_score_is_a_failure() {
     let server = Loopback::start(|_, _| Reply::Say(200, "{\"choices\": []}".into()));
     let error = reward(&server.url(), OWN).unwrap().score(&[&Prompt::new("a")], &[&images(1)[0]]);
     assert!(format!("{:#}", error.unwrap_err()).contains("choices[0].message.content"));
+}
+
+type Fault = fn() -> Reply;
+
+/// Answers about an image that are no score, and what is said of each.
+const FAULTS: [(Fault, &str); 6] = [
+    (|| Reply::Stall, "no answer in 0.3 s"),
+    (|| Reply::CutShort, "Peer disconnected"),
+    (|| Reply::Say(500, "it\nbroke".to_owned()), "status 500 Internal Server Error: it broke"),
+    (|| Reply::Say(200, "<html>".to_owned()), "not JSON"),
+    (|| Reply::Say(200, "{\"choices\": []}".to_owned()), "no choices[0].message.content"),
+    (|| says("Score: NaN"), "not finite"),
+];
+
+/// Scores three images with one further attempt.
+fn score_three(url: &str, required: bool) -> Result<Scores> {
+    let table = format!(
+        "kind = 'chat'\nname = 'judge'\nweight = 1\nurl = '{url}'\nmodel = 'm'\ntimeout = 0.3\n\
+         retries = 1\nrequired = {required}\n{OWN}"
+    );
+    let rewards = Rewards::open(&[toml::from_str(&table)?], 1, Device::Cpu)?;
+    rewards.score(&[&Prompt::new("a"); 3], &images(3).iter().collect::<Vec<_>>())
+}
+
+/// The judge scores images by their width, but for one fault at the second.
+#[test]
+fn a_fault_at_one_image_is_asked_about_again_alone() {
+    for (fault, expected) in FAULTS {
+        let failed = AtomicBool::new(false);
+        let server = Loopback::start(move |_, body| {
+            let width = shown(body)[0];
+            let is_bad = width == 2 && !failed.swap(true, Ordering::SeqCst);
+            if is_bad { fault() } else { says(&format!("Score: {width}")) }
+        });
+        let outcome = &score_three(&server.url(), true).unwrap().outcomes[0];
+        assert_eq!(outcome.scores.as_deref(), Some(&[1.0, 2.0, 3.0][..]), "{expected}");
+        assert_eq!((outcome.failures, outcome.retries), (1, 1), "{expected}");
+        assert!(outcome.error.as_deref().unwrap().contains(expected), "{outcome:?}");
+        let n_asked = |width| server.seen().iter().filter(|s| shown(&s.body) == [width]).count();
+        assert_eq!([1, 2, 3].map(n_asked), [1, 2, 1], "{expected}");
+    }
+}
+
+#[test]
+fn a_lasting_fault_leaves_the_judge_out_or_ends_the_run() {
+    for (fault, expected) in FAULTS {
+        let server = Loopback::start(move |_, _| fault());
+        let outcome = &score_three(&server.url(), false).unwrap().outcomes[0];
+        assert_eq!((&outcome.scores, outcome.failures), (&None, 2), "{expected}");
+        let error = format!("{:#}", score_three(&server.url(), true).unwrap_err());
+        for part in ["reward \"judge\" failed, attempts: 2: http://127.0.0.1:", expected] {
+            assert!(error.contains(part), "{part} is not in: {error}");
+        }
+    }
+    let error = format!("{:#}", score_three(&refusing(), true).unwrap_err());
+    assert!(error.contains("attempts: 2") && error.contains("Connection refused"), "{error}");
 }
 
 /// Answers in the form that each question asks for.
