@@ -75,7 +75,7 @@ pub enum Command {
         /// Folder for the results
         #[arg(long, value_name = "DIR", default_value = "out/eval")]
         out: PathBuf,
-        /// Rewards, judges and rollout come from it
+        /// Rewards, judges, rollout, embeddings and stream come from it
         #[command(flatten)]
         source: SourceArgs,
     },

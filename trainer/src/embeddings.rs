@@ -202,6 +202,21 @@ impl Embeddings {
         Ok(Self { folder: folder.to_owned(), files, places })
     }
 
+    /// Refuses `prompts` that it lacks.
+    pub(crate) fn check<'a>(&self, prompts: impl IntoIterator<Item = &'a str>) -> Result<()> {
+        prompts.into_iter().try_for_each(|prompt| self.file(prompt).map(|_| ()))
+    }
+
+    fn file(&self, prompt: &str) -> Result<&Weights> {
+        let place = self.places.get(&key(prompt)).with_context(|| self.unknown(prompt))?;
+        Ok(&self.files[*place])
+    }
+
+    fn unknown(&self, prompt: &str) -> String {
+        let folder = self.folder.display();
+        format!("{folder}: no embedding of {prompt:?}: run `ng-train embed`")
+    }
+
     /// Embeddings of `prompts` in f32 on the CPU: `[B, L, D]` and `[B, P]`.
     ///
     /// # Errors
@@ -209,13 +224,10 @@ impl Embeddings {
     pub(crate) fn rows(&self, prompts: &[&str]) -> Result<[Tensor; 2]> {
         let mut rows = [Vec::new(), Vec::new()];
         for prompt in prompts {
-            let key = key(prompt);
-            let folder = self.folder.display();
-            let unknown = || format!("{folder}: no embedding of {prompt:?}: run `ng-train embed`");
-            let file = &self.files[*self.places.get(&key).with_context(unknown)?];
+            let (key, file) = (key(prompt), self.file(prompt)?);
             for (rows, name) in rows.iter_mut().zip([TEXT, POOLED]) {
                 let name = format!("{key}.{name}");
-                let shape = file.get(&name).with_context(unknown)?.shape;
+                let shape = file.get(&name).with_context(|| self.unknown(prompt))?.shape;
                 let values = parameters::tensor(file, &name)?.to_kind(Kind::Float);
                 rows.push(values.reshape(dims(shape)));
             }

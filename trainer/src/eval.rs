@@ -18,6 +18,7 @@ use self::record::Record;
 use self::table::Column;
 use crate::align::{AlignConfig, Stopped};
 use crate::device::{Compute, precision_name};
+use crate::embeddings::Embeddings;
 use crate::interrupt;
 use crate::model::Model;
 use crate::picture;
@@ -59,6 +60,9 @@ pub struct Options<'a> {
 /// to stop.
 pub fn run(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
     let prompts = prompts::read(options.prompts)?;
+    if let Some(folder) = &config.embeddings {
+        Embeddings::open(folder)?.check(prompts.iter().map(|prompt| &*prompt.text))?;
+    }
     let contestants = Contestant::all(options.models)?;
     let names: Vec<&str> = contestants.iter().map(|one| &*one.name).collect();
     let headers = contestant::short(&names);
@@ -115,8 +119,12 @@ fn settings(
     prompts: &[Prompt],
 ) -> Result<serde_json::Value> {
     let texts: Vec<&str> = prompts.iter().map(|prompt| &*prompt.text).collect();
+    let mut files = contestant.stamps()?;
+    if let Some(folder) = &config.embeddings {
+        files.extend(stamp::of(folder)?);
+    }
     Ok(json!({
-        "files": contestant.stamps()?,
+        "files": files,
         "rollout": config.rollout,
         "seed": options.seed,
         "device": if options.compute.device.is_cuda() { "cuda" } else { "cpu" },
@@ -145,7 +153,7 @@ fn draw(
     if missing.is_empty() {
         return Ok(held);
     }
-    let model = contestant.load(held, options.compute)?;
+    let model = contestant.load(held, config, options.compute)?;
     let size = model.latent_size(rollout.size)?;
     let plan = rollout.plan(&model.pipeline.scheduler, &size)?;
     let total = prompts.len() * options.n_images;

@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
-use flow::checkpoint::{Entry, Weights};
+use flow::checkpoint::{Entry, Weights, write_tensors};
 use flow::lora;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::Deserialize;
 use tempfile::TempDir;
-use tests::fixture::{Fixture, PIPELINES, files_below};
+use tests::fixture::{Fixture, PIPELINES, copy_folder, files_below};
 use tests::program::{Ended, Program, typed};
 
 const LAYER: &str = "transformer_blocks.0.attn.to_q";
@@ -213,6 +213,42 @@ fn what_is_known_is_not_made_again() {
     file.set_modified(SystemTime::now() + Duration::from_secs(5)).unwrap();
     comparison.run(&models, &["--images", "2"]);
     assert_eq!(comparison.images().len(), twice.len() + images.len());
+}
+
+/// All prompts in one batch, as the cache is made: then both ways have the same bits.
+#[test]
+fn embeddings_stand_for_text_encoders_and_weights_may_stay_on_disk() {
+    let comparison = Comparison::new();
+    let place = |name: &str| typed(&comparison.home.path().join(name));
+    let (base, deaf, cache) = (comparison.base(), place("deaf"), place("cache"));
+    copy_folder(Path::new(&base), Path::new(&deaf));
+    forget(&Path::new(&deaf).join("text_encoder_2/model.safetensors"));
+    let whole = ["--set", "rollout.batch=5"];
+    let columns = comparison.run(&[&base, &deaf], &whole);
+    assert_ne!(columns[0].per_prompt, columns[1].per_prompt);
+
+    let embedded = format!("embeddings={cache}");
+    let more = [&whole[..], &["--set", &embedded, "--set", "stream=true"]].concat();
+    let ended = Ended::after(&mut comparison.command(&[&deaf], &more));
+    assert_eq!(ended.status.code(), Some(1), "{}", ended.stderr);
+    let says = format!("error: {cache}: no embedding of {:?}: run `ng-train embed`", PROMPTS[0]);
+    assert_eq!(ended.stderr.trim_end(), says);
+
+    let prompts = place("prompts.txt");
+    let embed = ["embed", "--model", &base, "--prompts", &prompts, "--out", &cache];
+    Program::Train.run(embed).succeeded();
+    assert_eq!(comparison.run(&[&deaf], &more)[0].per_prompt, columns[0].per_prompt);
+}
+
+/// Makes every value of a file 0.
+fn forget(path: &Path) {
+    let weights = Weights::open_file(path).unwrap();
+    let zero = |name| {
+        let view = weights.get(name).unwrap();
+        Entry::raw(name, view.shape, view.dtype, vec![0; view.bytes.len()])
+    };
+    let entries: Vec<Entry<'_>> = weights.names().map(zero).collect();
+    write_tensors(path, &entries, &[]).unwrap();
 }
 
 #[test]

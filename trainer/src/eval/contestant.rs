@@ -8,7 +8,9 @@ use flow::pipeline::Pipeline;
 use flow::usage::Usage;
 
 use super::stamp;
+use crate::align::AlignConfig;
 use crate::device::Compute;
+use crate::embeddings::Embeddings;
 use crate::model::{Loading, Model};
 
 /// Files and folders of a pipeline that images follow from.
@@ -80,15 +82,29 @@ impl Contestant {
     }
 
     /// Its model, which is `held` with other adapters where that is of the same pipeline.
-    pub(super) fn load(&self, held: Option<Model>, compute: Compute) -> Result<Model> {
+    pub(super) fn load(
+        &self,
+        held: Option<Model>,
+        config: &AlignConfig,
+        compute: Compute,
+    ) -> Result<Model> {
         let is_same = |model: &Model| self.lora.is_some() && model.pipeline.dir == self.pipeline;
         let mut model = match held.filter(is_same) {
             Some(model) => model,
-            None => Model::load(&self.pipeline, Loading::to_sample(compute, false))?,
+            None => open(&self.pipeline, config, compute)?,
         };
         model.add_loras(self.lora.as_slice())?;
         Ok(model)
     }
+}
+
+/// The model in `folder`, held as `config` holds its own.
+fn open(folder: &Path, config: &AlignConfig, compute: Compute) -> Result<Model> {
+    let mut loading = Loading::to_sample(compute, config.stream);
+    loading.stream_text |= config.embeddings.is_some();
+    let mut model = Model::load(folder, loading)?;
+    model.embeddings = config.embeddings.as_deref().map(Embeddings::open).transpose()?;
+    Ok(model)
 }
 
 fn is_lora(path: &Path) -> bool {
