@@ -79,7 +79,7 @@ pub fn rotate<O: Ops>(
 
 /// `x·(1 + scale) + shift`.
 pub fn modulate<O: Ops>(ops: &O, x: &O::Tensor, shift: &O::Tensor, scale: &O::Tensor) -> O::Tensor {
-    ops.add(&ops.mul(x, &ops.affine(scale, 1.0, 1.0)), shift)
+    ops.add_product(shift, x, &ops.affine(scale, 1.0, 1.0))
 }
 
 /// `n` modulation vectors `[B, 1, D]` from the conditioning `temb` `[B, D]`.

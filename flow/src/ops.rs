@@ -128,6 +128,10 @@ pub trait Ops {
     fn sub(&self, a: &Self::Tensor, b: &Self::Tensor) -> Self::Tensor;
     /// Product with broadcasting.
     fn mul(&self, a: &Self::Tensor, b: &Self::Tensor) -> Self::Tensor;
+    /// `a + b·c` with broadcasting.
+    fn add_product(&self, a: &Self::Tensor, b: &Self::Tensor, c: &Self::Tensor) -> Self::Tensor {
+        self.add(a, &self.mul(b, c))
+    }
     /// `factor·x + offset`.
     fn affine(&self, x: &Self::Tensor, factor: f64, offset: f64) -> Self::Tensor;
     /// Integers limited to `low..=high`.

@@ -99,6 +99,10 @@ impl Ops for Eager<'_> {
         Rc::new(&**a * &**b)
     }
 
+    fn add_product(&self, a: &T, b: &T, c: &T) -> T {
+        Rc::new(a.addcmul(b, c))
+    }
+
     fn affine(&self, x: &T, factor: f64, offset: f64) -> T {
         let scaled = if factor == 1.0 { x.shallow_clone() } else { &**x * factor };
         Rc::new(if offset == 0.0 { scaled } else { scaled + offset })

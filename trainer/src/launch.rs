@@ -9,6 +9,13 @@ use std::process::{Command, ExitCode, Stdio};
 
 /// Beside this program.
 const PROGRAM: &str = "ng-train-libtorch";
+/// Settings of glibc's heap: what tensors of a few megabytes leave is used again, instead of going back to
+/// the system and being cleared anew; larger ones go back at once.
+const HEAP: [(&str, &str); 3] = [
+    ("MALLOC_MMAP_THRESHOLD_", "16777216"),
+    ("MALLOC_TRIM_THRESHOLD_", "536870912"),
+    ("MALLOC_TOP_PAD_", "67108864"),
+];
 
 fn main() -> ExitCode {
     let Err(message) = start();
@@ -29,7 +36,8 @@ fn start() -> Result<Infallible, String> {
             program.display()
         ));
     }
-    Err(failed(Command::new(&program).args(env::args_os().skip(1)).exec()))
+    let unset = HEAP.into_iter().filter(|(name, _)| env::var_os(name).is_none());
+    Err(failed(Command::new(&program).args(env::args_os().skip(1)).envs(unset).exec()))
 }
 
 /// Libraries that the loader looks for in vain; it does not start the program.

@@ -25,7 +25,7 @@ use crate::parameters::{Parameters, Storage};
 /// Prompts encoded at a time where memory is short.
 const STREAMED_TEXTS: i64 = 8;
 /// Images and pixels decoded at a time.
-const DECODE_BATCH: usize = 16;
+const DECODE_BATCH: usize = 64;
 const DECODE_PIXELS: usize = 1 << 20;
 
 /// All networks of a pipeline on one device.

@@ -54,6 +54,15 @@ fn max_grad_norm() -> f64 {
     1.0
 }
 
+/// Entries that go through all of a step's operations at a time on the processor: they stay in its cache.
+const BLOCK: i64 = 1 << 15;
+
+/// The parts of a flat tensor that are moved at a time.
+fn blocks(flat: &Tensor) -> impl Iterator<Item = Tensor> + use<> {
+    let at_once = if flat.device() == Device::Cpu { BLOCK } else { i64::MAX };
+    flat.split(at_once.min(flat.numel().max(1) as i64), 0).into_iter()
+}
+
 /// What a step reports.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StepReport {
@@ -84,9 +93,8 @@ impl AdamW {
     /// `learning_rate·scale`.
     pub(crate) fn step(&mut self, parameters: &[&Parameters], scale: f64) -> Result<StepReport> {
         let grads: Vec<Tensor> = parameters.iter().flat_map(|p| p.take_gradients()).collect();
-        let square: f64 =
-            grads.iter().map(|g| g.square().sum(Kind::Double).double_value(&[])).sum();
-        let grad_norm = square.sqrt();
+        let squares = grads.iter().flat_map(blocks).map(|g| g.square().sum(Kind::Double));
+        let grad_norm = squares.map(|sum| sum.double_value(&[])).sum::<f64>().sqrt();
         ensure!(grad_norm.is_finite(), "the gradient norm is {grad_norm}: lower the learning rate");
         let below_eps = self.below_eps(&grads);
         let clip = (self.config.max_grad_norm / (grad_norm + 1e-6)).min(1.0);
@@ -94,7 +102,7 @@ impl AdamW {
         let masters: Vec<&Tensor> = parameters.iter().flat_map(|p| p.masters()).collect();
         no_grad(|| {
             for (index, (master, grad)) in masters.iter().zip(&grads).enumerate() {
-                self.move_segment(index, master, &(grad * clip), scale);
+                self.move_segment(index, master, grad, clip, scale);
             }
         });
         for network in parameters {
@@ -111,24 +119,33 @@ impl AdamW {
         small.to_kind(Kind::Double).mean(Kind::Double).double_value(&[])
     }
 
-    fn move_segment(&mut self, index: usize, master: &Tensor, grad: &Tensor, scale: f64) {
+    fn move_segment(
+        &mut self,
+        index: usize,
+        master: &Tensor,
+        grad: &Tensor,
+        clip: f64,
+        scale: f64,
+    ) {
         let OptimizerConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
         let warm = match self.config.warmup {
             0 => 1.0,
             warmup => (self.step as f64 / warmup as f64).min(1.0),
         };
         let rate = self.config.learning_rate * scale * warm;
-        let (m, v) = (&mut self.m[index], &mut self.v[index]);
-        let _ = m.lerp_(grad, 1.0 - beta1);
-        let _ = v.lerp_(&grad.square(), 1.0 - beta2);
-        let m_hat = &*m / (1.0 - beta1.powi(self.step as i32));
-        let v_hat = &*v / (1.0 - beta2.powi(self.step as i32));
-        let direction = m_hat / (v_hat.sqrt() + eps);
-        let mut weights = master.shallow_clone();
-        let _ = weights.g_mul_scalar_(1.0 - rate * weight_decay);
-        let _ = weights.g_sub_(&(direction * rate));
+        let [of_m, of_v] = [beta1, beta2].map(|beta| 1.0 - beta.powi(self.step as i32));
+        let moments = blocks(&self.m[index]).zip(blocks(&self.v[index]));
+        for ((mut w, g), (mut m, mut v)) in blocks(master).zip(blocks(grad)).zip(moments) {
+            let g = g * clip;
+            let _ = m.lerp_(&g, 1.0 - beta1);
+            let _ = v.lerp_(&g.square(), 1.0 - beta2);
+            let mut root = (v / of_v).sqrt_();
+            let mut direction = m / of_m;
+            let _ = direction.g_div_(&root.g_add_scalar_(eps)).g_mul_scalar_(rate);
+            let _ = w.g_mul_scalar_(1.0 - rate * weight_decay).g_sub_(&direction);
+        }
         if let Some(ema) = &mut self.ema {
-            let _ = ema[index].lerp_(&weights, 1.0 - self.config.ema);
+            let _ = ema[index].lerp_(master, 1.0 - self.config.ema);
         }
     }
 

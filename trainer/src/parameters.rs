@@ -187,13 +187,15 @@ impl Parameters {
             self.segments
                 .iter()
                 .map(|segment| {
-                    let flat = segment.master.zeros_like();
+                    let flat = segment.master.empty_like();
                     for place in &segment.places {
                         let mut grad = self.views[&place.name].grad();
+                        let mut part = place.narrow(&flat);
                         if grad.defined() {
-                            let values = grad.reshape([-1]).to_kind(Kind::Float);
-                            place.narrow(&flat).copy_(&values);
+                            part.copy_(&grad.reshape([-1]));
                             let _ = grad.zero_();
+                        } else {
+                            let _ = part.zero_();
                         }
                     }
                     flat

@@ -59,7 +59,7 @@ pub struct Inputs<'a, T> {
 /// What one block hands to the next.
 #[derive(Clone)]
 pub struct State<T> {
-    /// Image tokens `[B, S, D]`; from the first single-stream block on, text and image `[B, L+S, D]`.
+    /// Image tokens `[B, S, D]`; between single-stream blocks, text and image `[B, L+S, D]`.
     pub x: T,
     /// Text tokens `[B, L, D]`.
     pub c: T,
@@ -184,16 +184,16 @@ impl TransformerConfig {
         } else {
             &state.x
         };
-        State { x: self.single_block(ops, &path, x, state), ..state.clone() }
+        let is_last = single + 1 == self.num_single_layers;
+        State { x: self.single_block(ops, &path, x, state, is_last), ..state.clone() }
     }
 
     /// Velocity `[B, S, C]` from the last state.
     pub fn epilogue<O: Ops>(&self, ops: &O, state: &State<O::Tensor>) -> O::Tensor {
         let (root, width) = (ParamPath::root(), self.width());
-        let (_, x) = ops.split_after(&state.x, &state.c, 1);
         let scale_shift =
             nn::modulation(ops, &root.at("norm_out").at("linear"), &state.temb, width, 2);
-        let x = ops.layer_norm(&x, width, None, EPS);
+        let x = ops.layer_norm(&state.x, width, None, EPS);
         let x = nn::modulate(ops, &x, &scale_shift[1], &scale_shift[0]);
         ops.linear(&root.at("proj_out"), &x, width, self.in_channels, true)
     }
@@ -229,12 +229,12 @@ impl TransformerConfig {
         let (c_att, x_att) = ops.split_after(&attended, &state.c, 1);
         let stream = |x: &O::Tensor, att: &O::Tensor, out: &str, ff: &str, m: &[O::Tensor]| {
             let att = ops.linear(&attn.at(out), att, width, width, true);
-            let x = ops.add(x, &ops.mul(&m[2], &att));
+            let x = ops.add_product(x, &m[2], &att);
             let h = normed(&x, &m[3], &m[4]);
             let h = ops.linear(&path.at(ff).at("net.0.proj"), &h, width, 4 * width, true);
             let h = ops.gelu(&h, Gelu::Tanh);
             let h = ops.linear(&path.at(ff).at("net.2"), &h, 4 * width, width, true);
-            ops.add(&x, &ops.mul(&m[5], &h))
+            ops.add_product(&x, &m[5], &h)
         };
         State {
             x: stream(&state.x, &x_att, "to_out.0", "ff", &m_x),
@@ -243,24 +243,29 @@ impl TransformerConfig {
         }
     }
 
+    /// Text tokens leave the network with the last block's keys and values: it returns image tokens alone.
     fn single_block<O: Ops>(
         &self,
         ops: &O,
         path: &ParamPath,
         x: &O::Tensor,
         state: &State<O::Tensor>,
+        is_last: bool,
     ) -> O::Tensor {
         let width = self.width();
+        let going_on = |x: &O::Tensor| {
+            if is_last { ops.split_after(x, &state.c, 1).1 } else { x.clone() }
+        };
         let m = nn::modulation(ops, &path.at("norm").at("linear"), &state.temb, width, 3);
         let h = nn::modulate(ops, &ops.layer_norm(x, width, None, EPS), &m[0], &m[1]);
-        let mlp = ops.linear(&path.at("proj_mlp"), &h, width, 4 * width, true);
+        let mlp = ops.linear(&path.at("proj_mlp"), &going_on(&h), width, 4 * width, true);
         let mlp = ops.gelu(&mlp, Gelu::Tanh);
         let heads =
             self.heads(ops, &path.at("attn"), ["to_q", "to_k", "to_v", "norm_q", "norm_k"], &h);
         let attended = self.attend(ops, heads, &state.rope);
-        let h = ops.concat(&[&attended, &mlp], 2);
+        let h = ops.concat(&[&going_on(&attended), &mlp], 2);
         let h = ops.linear(&path.at("proj_out"), &h, 5 * width, width, true);
-        ops.add(x, &ops.mul(&m[2], &h))
+        ops.add_product(&going_on(x), &m[2], &h)
     }
 
     /// Heads from `x` `[B, S, D]`; queries and keys RMS-normalised. `names`: q, k, v, norm_q, norm_k.
