@@ -13,7 +13,7 @@ OUT     := out
 test parity: export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help runtime parity-runtime build demo signs test parity bench gpu lint clean-runtime
+.PHONY: help runtime parity-runtime build demo signs emoji test parity bench gpu lint clean-runtime
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,9 @@ demo: build ## Align the embedded model, export it, sample it (out/demo)
 
 signs: build ## Make the embedded model again, from the font to the weights (out/signs)
 	OUT=$(OUT)/signs ./setup/signs.sh
+
+emoji: build ## Make a second model: 1,256 emoji in three styles, by name (needs npm, hours; out/emoji)
+	OUT=$(OUT)/emoji ./setup/emoji.sh
 
 test: build ## Run every test
 	$(CARGO) test --release --workspace --locked

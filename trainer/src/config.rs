@@ -19,7 +19,7 @@ macro_rules! presets {
 }
 
 /// Presets of `ng-train align`.
-pub const ALIGN_PRESETS: [(&str, &str); 24] = presets![
+pub const ALIGN_PRESETS: [(&str, &str); 25] = presets![
     "neighbor",
     "neighbor-paper-literal",
     "neighbor-sde-matched",
@@ -44,10 +44,13 @@ pub const ALIGN_PRESETS: [(&str, &str); 24] = presets![
     "signs-mix-grpo-flash-star",
     "signs-branch-grpo",
     "signs-diffusion-nft",
+    "emoji",
 ];
 /// Presets of `ng-train pretrain`.
-pub const PRETRAIN_PRESETS: [(&str, &str); 1] =
-    [("signs", include_str!("../presets/signs-pretrain.toml"))];
+pub const PRETRAIN_PRESETS: [(&str, &str); 2] = [
+    ("signs", include_str!("../presets/signs-pretrain.toml")),
+    ("emoji", include_str!("../presets/emoji-pretrain.toml")),
+];
 
 /// Presets of `ng-train compare`.
 pub const COMPARE_PRESETS: [(&str, &str); 1] =

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
+use flow::checkpoint::Dtype;
 use flow::lora::{A, B, Lora};
 use flow::noise::Noise;
 use flow::ops::ParamPath;
@@ -198,9 +199,10 @@ impl Adapters {
     /// values where given.
     pub(crate) fn save(&self, folder: &Path, averaged: Option<&[Tensor]>) -> Result<()> {
         let scale = |name: &str| if name.ends_with(B) { self.scale } else { 1.0 };
+        let parameters = &self.parameters;
         let entries = match averaged {
-            Some(averaged) => self.parameters.scaled_entries(averaged.iter(), scale),
-            None => self.parameters.scaled_entries(self.parameters.masters(), scale),
+            Some(averaged) => parameters.scaled_entries(averaged.iter(), Dtype::F32, scale),
+            None => parameters.scaled_entries(parameters.masters(), Dtype::F32, scale),
         }?;
         Ok(flow::lora::write(folder, entries)?)
     }

@@ -223,26 +223,28 @@ impl Parameters {
         self.views.get(name).cloned()
     }
 
-    /// The values of `flats` (the masters, or an average of them) as safetensors entries.
+    /// The values of `flats` (the masters, or an average of them) as safetensors entries of `dtype`.
     pub(crate) fn entries<'a>(
-        &'a self,
+        &self,
         flats: impl Iterator<Item = &'a Tensor>,
-    ) -> Result<Vec<Entry<'a>>> {
-        self.scaled_entries(flats, |_| 1.0)
+        dtype: Dtype,
+    ) -> Result<Vec<Entry<'static>>> {
+        self.scaled_entries(flats, dtype, |_| 1.0)
     }
 
     /// [`Parameters::entries`] times a factor a name.
     pub(crate) fn scaled_entries<'a>(
-        &'a self,
+        &self,
         flats: impl Iterator<Item = &'a Tensor>,
+        dtype: Dtype,
         factor: impl Fn(&str) -> f64,
-    ) -> Result<Vec<Entry<'a>>> {
+    ) -> Result<Vec<Entry<'static>>> {
+        let kind = kind_of(dtype)?;
         let mut entries = Vec::new();
         for (segment, flat) in self.segments.iter().zip(flats) {
-            let flat = flat.to_device(Device::Cpu);
             for place in &segment.places {
-                let values = Vec::<f32>::try_from(&(place.narrow(&flat) * factor(&place.name)))?;
-                entries.push(Entry::f32(&place.name, &place.shape, &values));
+                let values = (place.narrow(flat) * factor(&place.name)).to_kind(kind);
+                entries.push(entry(&place.name, &values.reshape(dims(&place.shape)))?);
             }
         }
         entries.sort_by(|a, b| a.name.cmp(&b.name));
@@ -324,4 +326,35 @@ pub(crate) fn entry(name: &str, tensor: &Tensor) -> Result<Entry<'static>> {
     let mut bytes = vec![0; flat.numel() * flat.kind().elt_size_in_bytes()];
     flat.copy_data_u8(&mut bytes, flat.numel());
     Ok(Entry::raw(name, &shape, dtype, bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use flow::ops::shapes::Shapes;
+    use flow::ops::{Ops, ParamPath};
+
+    use super::*;
+
+    #[test]
+    fn entries_are_rounded_to_the_type_asked_for() {
+        let values = [1.0f32, -2.0, 1.0 + 3.0 / 512.0, 0.1];
+        let shapes = Shapes::new();
+        shapes.param(&ParamPath::root().at("w"), &[2, 2]);
+        let parameters =
+            Parameters::build(&[shapes.manifest()], Compute::CPU, Storage::Trainable, |_, _| {
+                Ok(Tensor::from_slice(&values))
+            })
+            .unwrap();
+        for (dtype, expected) in
+            [(Dtype::F32, values), (Dtype::BF16, [1.0, -2.0, 1.0 + 1.0 / 128.0, 0.100_097_656])]
+        {
+            let entries = parameters.entries(parameters.masters(), dtype).unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            flow::checkpoint::write_sharded(folder.path(), "model", &entries, 1 << 20).unwrap();
+            let weights = Weights::open(folder.path(), "model").unwrap();
+            let view = weights.get("w").unwrap();
+            assert_eq!((view.dtype, view.shape), (dtype, &[2, 2][..]));
+            assert_eq!(weights.f32("w").unwrap(), expected);
+        }
+    }
 }

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use flow::checkpoint::MAX_SHARD_BYTES;
+use flow::checkpoint::{Dtype, MAX_SHARD_BYTES};
 use flow::latents::LatentSize;
 use flow::noise::Noise;
 use flow::path;
@@ -35,6 +35,9 @@ pub struct PretrainConfig {
     pub data: PathBuf,
     /// Everything random follows from it.
     pub seed: u64,
+    /// Whether weights are written in bf16: half the bytes of f32.
+    #[serde(default)]
+    pub bf16: bool,
     /// Trains the autoencoder, where given.
     #[serde(default)]
     pub autoencoder: Option<AutoencoderConfig>,
@@ -266,7 +269,8 @@ fn write(model: &Model, config: &PretrainConfig, averaged: Option<&[Tensor]>) ->
         Some(head)
     };
     let (of_transformer, of_clip, of_t5) = (take(transformer), take(clip), take(t5));
-    let part = |component, parameters, averaged| Saved { component, parameters, averaged };
+    let dtype = if config.bf16 { Dtype::BF16 } else { Dtype::F32 };
+    let part = |component, parameters, averaged| Saved { component, parameters, averaged, dtype };
     let saved = [
         part(Component::Transformer, transformer, of_transformer),
         part(Component::TextEncoder, clip, of_clip),

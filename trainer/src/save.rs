@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use flow::checkpoint::{write_atomically, write_sharded};
+use flow::checkpoint::{Dtype, write_atomically, write_sharded};
 use flow::pipeline::Component;
 use flow::staged::Staged;
 use serde_json::Value;
@@ -19,6 +19,8 @@ pub(crate) struct Saved<'a> {
     pub(crate) parameters: &'a Parameters,
     /// Flat weights to save in place of the masters: their moving average.
     pub(crate) averaged: Option<&'a [Tensor]>,
+    /// Type of the values in the file.
+    pub(crate) dtype: Dtype,
 }
 
 /// Files of a checkpoint that are made anew or not at all.
@@ -40,8 +42,8 @@ pub(crate) fn pipeline(
     for part in saved {
         let folder = staged.path().join(part.component.folder());
         let entries = match part.averaged {
-            Some(averaged) => part.parameters.entries(averaged.iter()),
-            None => part.parameters.entries(part.parameters.masters()),
+            Some(averaged) => part.parameters.entries(averaged.iter(), part.dtype),
+            None => part.parameters.entries(part.parameters.masters(), part.dtype),
         }?;
         write_sharded(&folder, part.component.stem(), &entries, max_shard_bytes)?;
     }
@@ -59,7 +61,8 @@ pub(crate) fn trained(
 ) -> Result<()> {
     let Some(adapters) = model.engine.adapters() else {
         let parameters = model.engine.trained();
-        let saved = Saved { component: Component::Transformer, parameters, averaged };
+        let component = Component::Transformer;
+        let saved = Saved { component, parameters, averaged, dtype: Dtype::F32 };
         return pipeline(model, dir, &[saved], max_shard_bytes, finish);
     };
     let staged = Staged::begin(dir)?;
