@@ -19,6 +19,11 @@ pub struct Compute {
 impl Compute {
     /// f32 on the CPU.
     pub const CPU: Self = Self { device: Device::Cpu, kind: Kind::Float };
+
+    /// Whether it is [`Self::CPU`].
+    pub(crate) fn is_plain(self) -> bool {
+        self.device == Device::Cpu && self.kind == Kind::Float
+    }
 }
 
 /// Names of [`Compute::kind`]; `auto` is bf16 on a GPU and f32 on the CPU.

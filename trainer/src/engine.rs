@@ -1,6 +1,7 @@
 //! The velocity network as training uses it: without gradients for rollouts, and forward with backward
 //! for updates, block by block where memory matters.
 
+use std::cell::RefCell;
 use std::rc::Rc;
 
 use flow::models::transformer::{Inputs, State, TransformerConfig};
@@ -9,6 +10,7 @@ use flow::ops::shapes::{Manifest, Shapes};
 use tch::{Tensor, no_grad};
 
 use crate::eager::Eager;
+use crate::inference::Inference;
 use crate::lora::Adapters;
 use crate::parameters::Parameters;
 
@@ -42,6 +44,8 @@ pub(crate) struct Engine {
     parameters: Parameters,
     /// Low-rank adapters on its linear layers.
     adapters: Option<Adapters>,
+    /// The network without gradients where libtorch is slower, and the version of its parameters.
+    inference: RefCell<Option<(u64, Rc<Inference>)>>,
     /// Whether backward recomputes each block from its input, so that activations of one block at a
     /// time are held.
     pub(crate) recompute: bool,
@@ -80,7 +84,8 @@ type T = Rc<Tensor>;
 
 impl Engine {
     pub(crate) fn new(config: TransformerConfig, parameters: Parameters) -> Self {
-        Self { config, parameters, adapters: None, recompute: false }
+        let inference = RefCell::new(None);
+        Self { config, parameters, adapters: None, inference, recompute: false }
     }
 
     /// Puts adapters on the linear layers.
@@ -115,7 +120,28 @@ impl Engine {
 
     /// Velocity `[B, S, C]` of `x_t` `[B, S, C]` at times `t` `[B]`, in f32, without gradients.
     pub(crate) fn velocity(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Tensor {
-        no_grad(|| self.forward(x_t, t, condition))
+        let tokens = (x_t.size()[1] + condition.text.size()[1]) as usize;
+        match self.inference(tokens) {
+            Some(inference) => inference.velocity(x_t, t, condition),
+            None => no_grad(|| self.forward(x_t, t, condition)),
+        }
+    }
+
+    /// Another way to velocities, where it is faster, with the parameters as they are.
+    fn inference(&self, tokens: usize) -> Option<Rc<Inference>> {
+        let parameters = &self.parameters;
+        let is_plain =
+            parameters.compute().is_plain() && !parameters.is_streamed() && self.adapters.is_none();
+        if !is_plain || !Inference::is_worthwhile(&self.config, tokens) {
+            return None;
+        }
+        let mut known = self.inference.borrow_mut();
+        if known.as_ref().is_none_or(|(version, _)| *version != parameters.version()) {
+            *known = None;
+            let made = Inference::new(&self.config, parameters);
+            *known = Some((parameters.version(), Rc::new(made)));
+        }
+        known.as_ref().map(|(_, inference)| inference.clone())
     }
 
     /// The velocity with its graph, for losses that train the text encoders as well.
@@ -361,6 +387,7 @@ mod tests {
                 no_grad(|| {
                     let _ = master.shallow_clone().g_add_(&(&direction * by));
                 });
+                engine.trained().refresh();
                 value(&engine)
             };
             let (ahead, behind) = (moved(h), moved(-2.0 * h));

@@ -22,6 +22,7 @@ mod engine;
 pub mod eval;
 mod experience;
 pub mod font;
+mod inference;
 pub mod init;
 pub mod interrupt;
 pub mod lora;

@@ -5,6 +5,7 @@
 //! Parameters that do not train are held in the compute type, or left on disk and read a segment at a
 //! time.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::ops::Deref;
 use std::rc::Rc;
@@ -81,6 +82,8 @@ pub(crate) struct Parameters {
     device: Device,
     kind: Kind,
     trainable: bool,
+    /// How often the values have changed.
+    version: Cell<u64>,
 }
 
 impl Parameters {
@@ -105,7 +108,9 @@ impl Parameters {
             segments.push(Segment { places, master });
         }
         let views = HashMap::new();
-        let mut parameters = Self { segments, views, source: None, device, kind, trainable: false };
+        let (trainable, version) = (false, Cell::new(0));
+        let mut parameters =
+            Self { segments, views, source: None, device, kind, trainable, version };
         parameters.make_views();
         Ok(parameters)
     }
@@ -127,7 +132,7 @@ impl Parameters {
             .map(|manifest| Segment { places: places(manifest), master: nothing() })
             .collect();
         let (views, source) = (HashMap::new(), Some(weights));
-        Ok(Self { segments, views, source, device, kind, trainable: false })
+        Ok(Self { segments, views, source, device, kind, trainable: false, version: Cell::new(0) })
     }
 
     /// Lets gradients accumulate on every view.
@@ -171,6 +176,25 @@ impl Parameters {
         named
     }
 
+    /// Where they are and what networks compute in.
+    pub(crate) fn compute(&self) -> Compute {
+        Compute { device: self.device, kind: self.kind }
+    }
+
+    /// Changes with the values.
+    pub(crate) fn version(&self) -> u64 {
+        self.version.get()
+    }
+
+    /// Name, shape and values of each parameter that is held, as networks see it.
+    pub(crate) fn values(&self) -> impl Iterator<Item = (&str, &[usize], Vec<f32>)> {
+        self.segments.iter().flat_map(|segment| &segment.places).map(|place| {
+            let flat = self.views[&place.name].reshape([-1]).to_kind(Kind::Float);
+            let values = Vec::try_from(&flat).expect("a tensor of f32");
+            (&*place.name, &*place.shape, values)
+        })
+    }
+
     /// Whether they stay on disk.
     pub(crate) fn is_streamed(&self) -> bool {
         self.source.is_some()
@@ -206,6 +230,7 @@ impl Parameters {
 
     /// Renews the views after the masters changed; nothing to do where they share storage.
     pub(crate) fn refresh(&self) {
+        self.version.set(self.version.get() + 1);
         if self.kind == Kind::Float || !self.trainable {
             return;
         }

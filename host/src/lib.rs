@@ -1,0 +1,25 @@
+//! The processor's interpreter of [`flow::ops::Ops`]: plain Rust on f32 tensors of a few samples, which
+//! stay in the cache from one operator to the next.
+//!
+//! libtorch takes a whole batch through each operator; in a small network every activation then goes out
+//! to memory and back, and an operator's call costs as much as its arithmetic. Here a few samples go
+//! through all operators, and weights are laid out once as products read them. Integers are held as f32,
+//! exact below 2²⁴. Nothing keeps gradients.
+
+mod interpreter;
+mod kernels;
+mod parameters;
+mod tensor;
+
+pub use interpreter::Interpreter;
+pub use parameters::Parameters;
+pub use tensor::Tensor;
+
+/// Whether this processor has the fused multiply-add that the products are made of; where it has not, each
+/// costs a call.
+pub fn is_fast() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma");
+    #[cfg(not(target_arch = "x86_64"))]
+    return cfg!(target_arch = "aarch64");
+}

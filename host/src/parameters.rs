@@ -1,0 +1,41 @@
+//! What a network computes with.
+
+use std::collections::HashMap;
+use std::sync::OnceLock;
+
+use crate::kernels::panels;
+use crate::tensor::Tensor;
+
+/// Tensors by their names in a checkpoint.
+#[derive(Debug, Default)]
+pub struct Parameters(HashMap<String, Parameter>);
+
+/// One of them.
+#[derive(Debug)]
+pub(crate) struct Parameter {
+    pub(crate) tensor: Tensor,
+    panels: OnceLock<Vec<f32>>,
+}
+
+impl FromIterator<(String, Tensor)> for Parameters {
+    fn from_iter<I: IntoIterator<Item = (String, Tensor)>>(tensors: I) -> Self {
+        let parameter = |tensor| Parameter { tensor, panels: OnceLock::new() };
+        Self(tensors.into_iter().map(|(name, tensor)| (name, parameter(tensor))).collect())
+    }
+}
+
+impl Parameters {
+    pub(crate) fn get(&self, name: &str) -> Option<&Parameter> {
+        self.0.get(name)
+    }
+}
+
+impl Parameter {
+    /// The values `[n, …]` as products read them.
+    pub(crate) fn panels(&self) -> &[f32] {
+        self.panels.get_or_init(|| {
+            let (values, n) = (self.tensor.values(), self.tensor.shape()[0]);
+            panels(values, n, values.len() / n)
+        })
+    }
+}
