@@ -251,6 +251,9 @@ impl AlignConfig {
         }
         model.engine.train();
         model.engine.recompute = self.recompute || self.stream;
+        // Without the mean over an image's numbers a ratio feels the last bits of each.
+        model.engine.rounds_alike =
+            self.method() == Method::Neighbor && self.neighbor.distance == Distance::Sum;
         Ok(model)
     }
 

@@ -46,6 +46,8 @@ pub(crate) struct Engine {
     adapters: Option<Adapters>,
     /// The network without gradients where libtorch is slower, and the version of its parameters.
     inference: RefCell<Option<(u64, Rc<Inference>)>>,
+    /// Whether velocities without gradients must round as those with gradients do.
+    pub(crate) rounds_alike: bool,
     /// Whether backward recomputes each block from its input, so that activations of one block at a
     /// time are held.
     pub(crate) recompute: bool,
@@ -84,8 +86,8 @@ type T = Rc<Tensor>;
 
 impl Engine {
     pub(crate) fn new(config: TransformerConfig, parameters: Parameters) -> Self {
-        let inference = RefCell::new(None);
-        Self { config, parameters, adapters: None, inference, recompute: false }
+        let (adapters, inference) = (None, RefCell::new(None));
+        Self { config, parameters, adapters, inference, rounds_alike: false, recompute: false }
     }
 
     /// Puts adapters on the linear layers.
@@ -130,9 +132,9 @@ impl Engine {
     /// Another way to velocities, where it is faster, with the parameters as they are.
     fn inference(&self, tokens: usize) -> Option<Rc<Inference>> {
         let parameters = &self.parameters;
-        let is_plain =
-            parameters.compute().is_plain() && !parameters.is_streamed() && self.adapters.is_none();
-        if !is_plain || !Inference::is_worthwhile(&self.config, tokens) {
+        let is_free = !self.rounds_alike && self.adapters.is_none();
+        let is_plain = parameters.compute().is_plain() && !parameters.is_streamed();
+        if !is_free || !is_plain || !Inference::is_worthwhile(&self.config, tokens) {
             return None;
         }
         let mut known = self.inference.borrow_mut();
