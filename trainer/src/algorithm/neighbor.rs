@@ -268,8 +268,11 @@ impl NeighborConfig {
 #[cfg(test)]
 mod tests {
     use flow::noise::Noise;
+    use flow::schedule::Schedule;
+    use flow::solver::{Solver, plan};
 
     use super::*;
+    use crate::rollout;
 
     const M: i64 = 2;
     const G: i64 = 5;
@@ -327,6 +330,38 @@ mod tests {
             let found = config(distance).objective(&transitions, &transitions.v_old);
             assert!(largest(&log_ratio(&found)) < 1e-6, "{distance:?}");
         }
+    }
+
+    /// Algorithm 1 as printed takes the solver's arrival for the old policy's: no ratio of 1 from the second
+    /// step on.
+    #[test]
+    fn the_old_policy_steps_once_wherever_the_solver_arrived() {
+        let steps = plan(Solver::Dpmpp2m, &Schedule::new(8, Shift::Factor(3.0)).unwrap());
+        let group = rollout::solve(
+            &steps,
+            normal(5, &[G, S, C]),
+            |x, t| (x * 2.0).sin() + x * (t - 0.3),
+            |_, x| x,
+        );
+        let (call, arrived) = (&group.calls[3], group.arrived(3));
+        let anchor = |x: &Tensor| x.narrow(0, 0, 1);
+        let [t_in, t_next] =
+            [call.step.t, call.step.t_next].map(|t| Tensor::from_slice(&[t as f32]));
+        let by_arrival = (anchor(arrived) - anchor(&call.x_t)) / (&t_next - &t_in);
+        let log_ratio_with = |v_old: Tensor| {
+            let transitions = Transitions {
+                x_in: anchor(&call.x_t),
+                v_old,
+                t_in: t_in.shallow_clone(),
+                t_next: t_next.shallow_clone(),
+                candidates: arrived.unsqueeze(0),
+                advantages: normal(3, &[1, G]),
+            };
+            let found = config(Distance::Sum).objective(&transitions, &anchor(&call.v));
+            largest(&log_ratio(&found))
+        };
+        assert!(log_ratio_with(anchor(&call.v)) < 1e-6);
+        assert!(log_ratio_with(by_arrival) > 1e-3, "the solver is of first order");
     }
 
     #[test]
