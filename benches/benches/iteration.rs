@@ -6,7 +6,7 @@
 
 use anyhow::{Context, Result};
 use benches::align::{Cost, measure};
-use benches::table;
+use benches::{program, table};
 
 /// Iterations measured after one that warms up.
 const ITERATIONS: usize = 5;
@@ -28,12 +28,13 @@ const SETTINGS: [(&str, &[&str]); 3] = [
 
 fn main() -> Result<()> {
     let folder = tempfile::tempdir().context("cannot make a folder for the runs")?;
+    let model = program::root().join(program::model());
     let costs = SETTINGS
         .iter()
         .enumerate()
         .map(|(index, (name, settings))| {
             let settings = [&SHARED[..], settings].concat();
-            measure(&settings, ITERATIONS, &folder.path().join(index.to_string()))
+            measure(&model, &settings, ITERATIONS, &folder.path().join(index.to_string()))
                 .with_context(|| format!("cannot measure {name}"))
         })
         .collect::<Result<Vec<Cost>>>()?;

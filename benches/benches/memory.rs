@@ -1,12 +1,11 @@
 //! Memory of a training pass against the depth of the network: blocks computed again from their inputs,
 //! and all activations kept. Widths are those of the embedded model, on more tokens.
 
-use std::fs;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use benches::{program, table};
+use benches::{program, table, variant};
 use serde_json::{Value, json};
 
 const DEPTHS: [usize; 4] = [4, 8, 16, 32];
@@ -18,7 +17,8 @@ fn main() -> Result<()> {
     let mut rows = Vec::new();
     for depth in DEPTHS {
         let folder = home.path().join(depth.to_string());
-        deepened(&folder, depth)?;
+        let half = json!(depth / 2);
+        variant::configs(&folder, &[("num_layers", half.clone()), ("num_single_layers", half)])?;
         let again = training_mb(&folder, &[])?;
         let kept = training_mb(&folder, &["--plain"])?;
         let ratio = format!("{:.1}×", kept / again);
@@ -29,28 +29,6 @@ fn main() -> Result<()> {
     );
     table::print(["blocks", "computed again", "all kept", ""], &rows);
     Ok(())
-}
-
-/// The model's configs with a transformer of `depth` blocks.
-fn deepened(folder: &Path, depth: usize) -> Result<()> {
-    let model = program::root().join(program::model());
-    fs::create_dir_all(folder)?;
-    fs::copy(model.join("model_index.json"), folder.join("model_index.json"))?;
-    for part in ["transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"] {
-        let source = model.join(part);
-        fs::create_dir_all(folder.join(part))?;
-        for entry in fs::read_dir(&source).with_context(|| source.display().to_string())? {
-            let path = entry?.path();
-            if path.extension().is_some_and(|extension| extension == "json") {
-                fs::copy(&path, folder.join(part).join(path.file_name().context("a file")?))?;
-            }
-        }
-    }
-    let path = folder.join("transformer/config.json");
-    let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
-    config["num_layers"] = json!(depth / 2);
-    config["num_single_layers"] = json!(depth / 2);
-    Ok(fs::write(&path, config.to_string())?)
 }
 
 fn training_mb(model: &Path, flags: &[&str]) -> Result<f64> {

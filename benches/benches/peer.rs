@@ -1,25 +1,53 @@
 //! Seconds of an iteration of Neighbor GRPO by `ng-train` against the same in plain PyTorch with
-//! diffusers (`peers/neighbor_grpo.py`): the embedded model, 4 prompts of 12 members, DPM-Solver++ 2M
-//! with 8 steps, 4 anchors of 4 trained steps, an AdamW step an anchor, f32. The two take turns on one
-//! thread, so that other work on the machine disturbs both alike; the reward is the size as JPEG and its
-//! seconds are left out.
+//! diffusers (`peers/neighbor_grpo.py`): the embedded model and random ones of more width and tokens,
+//! groups of 12 members, DPM-Solver++ 2M with 8 steps, 4 anchors of 4 trained steps, an AdamW step an
+//! anchor, f32. The two take turns on one thread, so that other work on the machine disturbs both alike;
+//! the reward is the size as JPEG and its seconds are left out.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use benches::align::{self, Cost};
-use benches::{median, program, table};
-use serde_json::Value;
+use benches::{median, program, table, variant};
+use serde_json::{Value, json};
 
-/// Turns of both programs, and iterations of a turn after one that warms up.
-const TURNS: usize = 5;
-const ITERATIONS: usize = 5;
+/// What is measured at one size.
+struct Size {
+    name: &'static str,
+    /// Heads, their width, double and single blocks of a random transformer; none for the model itself.
+    transformer: Option<[usize; 4]>,
+    /// Width and height of an image in pixels.
+    side: usize,
+    prompts: usize,
+    /// Turns of both programs, and iterations of a turn after one that warms up.
+    turns: usize,
+    iterations: usize,
+}
+
+const SIZES: [Size; 3] = [
+    Size { name: "the model", transformer: None, side: 32, prompts: 4, turns: 5, iterations: 5 },
+    Size {
+        name: "512 wide",
+        transformer: Some([8, 64, 2, 4]),
+        side: 64,
+        prompts: 1,
+        turns: 3,
+        iterations: 2,
+    },
+    Size {
+        name: "1536 wide",
+        transformer: Some([12, 128, 1, 2]),
+        side: 64,
+        prompts: 1,
+        turns: 3,
+        iterations: 1,
+    },
+];
 /// The peer's flags and our settings that mean the same.
-const SHARED: [[&str; 3]; 8] = [
-    ["--prompts-per-iteration", "prompts_per_iteration", "4"],
+const SHARED: [[&str; 3]; 7] = [
     ["--group", "group_size", "12"],
     ["--steps", "rollout.steps", "8"],
     ["--anchors", "anchors", "4"],
@@ -44,9 +72,20 @@ const STAGES: [&str; 4] = ["rollout", "decode", "update", "iteration"];
 type Seconds = [f64; 4];
 
 fn main() -> Result<()> {
+    for size in &SIZES {
+        compare(size).with_context(|| format!("cannot measure {}", size.name))?;
+    }
+    Ok(())
+}
+
+fn compare(size: &Size) -> Result<()> {
     let folder = tempfile::tempdir().context("cannot make a folder for the runs")?;
-    let turns = (0..TURNS)
-        .map(|turn| Ok([ours(&folder.path().join(turn.to_string()))?, theirs()?]))
+    let model = size.model(folder.path())?;
+    let turns = (0..size.turns)
+        .map(|_| {
+            let ours = ours(size, &model, &folder.path().join("run"))?;
+            Ok([ours, theirs(size, &model)?])
+        })
         .collect::<Result<Vec<[(Seconds, Work); 2]>>>()?;
     let work = &turns[0][0].1;
     for (_, other) in turns.iter().flatten() {
@@ -71,11 +110,39 @@ fn main() -> Result<()> {
         })
         .collect();
     println!(
-        "\nan iteration of 48 images on one thread, without rewards: medians of {TURNS} turns of \
-         {ITERATIONS}; both: {work:?}"
+        "\n{}, {side}×{side} pixels: an iteration of {} images on one thread, without rewards: medians of {} \
+         turns of {}; both: {work:?}",
+        size.name,
+        12 * size.prompts,
+        size.turns,
+        size.iterations,
+        side = size.side,
     );
     table::print(["seconds", "ng-train", "diffusers", "ratio", "of the turns"], &rows);
     Ok(())
+}
+
+impl Size {
+    /// The model's folder, made under `home` where it is a random one.
+    fn model(&self, home: &Path) -> Result<PathBuf> {
+        let Some([heads, width, double, single]) = self.transformer else {
+            return Ok(program::root().join(program::model()));
+        };
+        let model = home.join("model");
+        // Axes of the rotary embedding in FLUX's proportions.
+        let axes = [width / 8, width * 7 / 16, width * 7 / 16];
+        variant::random(
+            &model,
+            &[
+                ("num_attention_heads", json!(heads)),
+                ("attention_head_dim", json!(width)),
+                ("axes_dims_rope", json!(axes)),
+                ("num_layers", json!(double)),
+                ("num_single_layers", json!(single)),
+            ],
+        )?;
+        Ok(model)
+    }
 }
 
 /// What both must do alike; passes an image follow from the sizes of groups, anchors and steps.
@@ -89,28 +156,39 @@ struct Work {
     parameters: u64,
 }
 
-fn ours(folder: &Path) -> Result<(Seconds, Work)> {
-    let shared: Vec<String> =
-        SHARED.iter().map(|[_, setting, value]| format!("{setting}={value}")).collect();
-    let prompts = format!("prompts={PROMPTS}");
-    let mut settings: Vec<&str> = shared.iter().map(String::as_str).collect();
-    settings.extend(OURS);
-    settings.push(&prompts);
+fn ours(size: &Size, model: &Path, folder: &Path) -> Result<(Seconds, Work)> {
+    let shared = SHARED.map(|[_, setting, value]| format!("{setting}={value}"));
+    let side = size.side;
+    let own = [
+        format!("prompts={PROMPTS}"),
+        format!("prompts_per_iteration={}", size.prompts),
+        format!("rollout.size=[{side},{side}]"),
+    ];
+    let settings: Vec<&str> = shared.iter().chain(&own).map(String::as_str).chain(OURS).collect();
     let Cost { nfe: [old, new], seconds: [rollout, update, all], decode } =
-        align::measure(&settings, ITERATIONS, folder).context("cannot measure ng-train")?;
+        align::measure(model, &settings, size.iterations, folder)
+            .context("cannot measure ng-train")?;
     let weights = folder.join("aligned/transformer/diffusion_pytorch_model.safetensors");
     let parameters = n_numbers(&weights)
         .with_context(|| format!("cannot count what {} holds", weights.display()))?;
+    fs::remove_dir_all(folder)?;
     let work = Work { rollout: old, update: new, parameters };
     Ok(([rollout, decode, update, all], work))
 }
 
-fn theirs() -> Result<(Seconds, Work)> {
+fn theirs(size: &Size, model: &Path) -> Result<(Seconds, Work)> {
     let mut command = Command::new(program::python()?);
-    command.args(["-B", "benches/peers/neighbor_grpo.py", &program::model()]);
+    command.args(["-B", "benches/peers/neighbor_grpo.py"]).arg(model);
     command.args(SHARED.iter().flat_map(|[flag, _, value]| [flag, value]));
-    command.args(["--prompts", PROMPTS, "--iterations", &ITERATIONS.to_string()]);
-    command.args(["--threads", "1"]).env("HF_HUB_OFFLINE", "1");
+    for (flag, number) in [
+        ("--prompts-per-iteration", size.prompts),
+        ("--size", size.side),
+        ("--iterations", size.iterations),
+        ("--threads", 1),
+    ] {
+        command.args([flag, &number.to_string()]);
+    }
+    command.args(["--prompts", PROMPTS]).env("HF_HUB_OFFLINE", "1");
     let stdout = program::run(&mut command).context("cannot measure the peer")?.stdout;
     let told: Value =
         serde_json::from_str(&stdout).with_context(|| format!("no JSON: {stdout}"))?;

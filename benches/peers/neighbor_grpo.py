@@ -1,7 +1,7 @@
 """The peer of `ng-train align`: iterations of Neighbor GRPO in plain PyTorch with diffusers.
 
-    python benches/peers/neighbor_grpo.py MODEL --prompts FILE --prompts-per-iteration 4 --group 12
-        --steps 8 --anchors 4 --train-steps 4 --sigma 0.5 --shift 3 --learning-rate 5e-5
+    python benches/peers/neighbor_grpo.py MODEL --prompts FILE --size 32 --prompts-per-iteration 4
+        --group 12 --steps 8 --anchors 4 --train-steps 4 --sigma 0.5 --shift 3 --learning-rate 5e-5
 
 Whole groups are rolled out by DPM-Solver++ 2M and decoded in one batch each, scored by their size as JPEG,
 and each anchor's update is a batch of its trained steps of all groups: forward, surrogate policy (paper
@@ -121,6 +121,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--size", type=int, required=True, help="width and height in pixels")
     parser.add_argument("--prompts-per-iteration", type=int, required=True)
     parser.add_argument("--group", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
@@ -147,7 +148,7 @@ def main():
         transformer.parameters(), lr=args.learning_rate, eps=1e-12, weight_decay=1e-4, fused=True,
     )
     prompts = args.prompts.read_text().splitlines()
-    side = pipe.vae.config.sample_size // pipe.vae_scale_factor
+    side = args.size // pipe.vae_scale_factor
     seconds = {"rollout": [], "decode": [], "update": [], "iteration": []}
     for iteration in range(args.iterations + 1):
         first = iteration * args.prompts_per_iteration

@@ -19,16 +19,16 @@ pub struct Cost {
     pub decode: f64,
 }
 
-/// Runs `iterations` after one that warms up, of the preset `signs` with `settings` on one thread;
-/// `folder` gets the run.
+/// Runs `iterations` after one that warms up, of the preset `signs` with `settings` from `model` on one
+/// thread; `folder` gets the run.
 ///
 /// # Errors
 /// When the run fails.
-pub fn measure(settings: &[&str], iterations: usize, folder: &Path) -> Result<Cost> {
+pub fn measure(model: &Path, settings: &[&str], iterations: usize, folder: &Path) -> Result<Cost> {
     let mut command = Command::new(program::built("ng-train")?);
     command.args(["align", "--threads", "1", "--preset", "signs"]);
     let iterations = format!("iterations={}", iterations + 1);
-    let model = format!("model={}", program::model());
+    let model = format!("model={}", model.display());
     let output = format!("output={}", folder.display());
     for setting in settings.iter().copied().chain([&*iterations, &*model, &*output]) {
         command.args(["--set", setting]);

@@ -4,6 +4,7 @@
 pub mod align;
 pub mod program;
 pub mod table;
+pub mod variant;
 
 /// The middle of `values`, the mean of the middle two for an even number of them.
 ///

@@ -5,12 +5,16 @@
 //! to memory and back, and an operator's call costs as much as its arithmetic. Here a few samples go
 //! through all operators, and weights are laid out once as products read them. Integers are held as f32,
 //! exact below 2²⁴. Nothing keeps gradients.
+//!
+//! Beside it, what an optimiser does to flat f32 parameters, for the same reason: each number is read once.
 
+mod adamw;
 mod interpreter;
 mod kernels;
 mod parameters;
 mod tensor;
 
+pub use adamw::{AdamW, sum_of_squares};
 pub use interpreter::Interpreter;
 pub use parameters::Parameters;
 pub use tensor::Tensor;

@@ -282,7 +282,7 @@ mod tests {
 
     use super::*;
     use crate::device::Compute;
-    use crate::parameters::Storage;
+    use crate::parameters::{Gradient, Storage};
 
     fn config(depth: usize) -> TransformerConfig {
         TransformerConfig {
@@ -326,11 +326,19 @@ mod tests {
         }
     }
 
+    /// One flat gradient a segment.
+    fn taken(engine: &Engine) -> Vec<Tensor> {
+        let flat = |parts: &Vec<Gradient>| {
+            Tensor::cat(&parts.iter().map(|part| &part.values).collect::<Vec<&Tensor>>(), 0)
+        };
+        engine.trained().take_gradients().iter().map(flat).collect()
+    }
+
     fn gradients_of(engine: &mut Engine, recompute: bool) -> Vec<Tensor> {
         engine.recompute = recompute;
         let (x_t, t) = (normal(3, &[3, 6, 8]), Tensor::from_slice(&[0.2f32, 0.5, 0.9]));
         engine.forward_backward(&x_t, &t, &condition(), |v| v * 2.0 + normal(4, &[3, 6, 8]));
-        engine.trained().take_gradients()
+        taken(engine)
     }
 
     #[test]
@@ -379,7 +387,7 @@ mod tests {
         };
         engine.recompute = true;
         engine.forward_backward(&x_t, &t, &condition, Tensor::shallow_clone);
-        let gradients = engine.trained().take_gradients();
+        let gradients = taken(&engine);
         for (segment, gradient) in gradients.iter().enumerate() {
             let master = engine.trained().segments[segment].master.shallow_clone();
             let direction = gradient / gradient.norm();

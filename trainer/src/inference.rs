@@ -2,7 +2,6 @@
 
 use flow::models::transformer::{Inputs, TransformerConfig};
 use host::Interpreter;
-use rayon::ThreadPool;
 use rayon::prelude::*;
 use tch::{Kind, Tensor};
 
@@ -18,8 +17,6 @@ const WIDEST: usize = 1 << 20;
 pub(crate) struct Inference {
     config: TransformerConfig,
     parameters: host::Parameters,
-    /// As many threads as libtorch has.
-    threads: ThreadPool,
 }
 
 impl Inference {
@@ -30,12 +27,7 @@ impl Inference {
 
     /// Copies the values of `parameters`.
     pub(crate) fn new(config: &TransformerConfig, parameters: &Parameters) -> Self {
-        let tensors = parameters
-            .values()
-            .map(|(name, shape, values)| (name.to_owned(), host::Tensor::new(shape, values)));
-        let threads = rayon::ThreadPoolBuilder::new().num_threads(tch::get_num_threads() as usize);
-        let threads = threads.build().expect("threads can be started");
-        Self { config: config.clone(), parameters: tensors.collect(), threads }
+        Self { config: config.clone(), parameters: values(parameters) }
     }
 
     /// Velocity `[B, S, C]` of `x_t` `[B, S, C]` at times `t` `[B]`, on all threads.
@@ -55,8 +47,7 @@ impl Inference {
             host::Tensor::new(&[n_text as usize, 3], vec![0.0; 3 * n_text as usize]),
         ];
         let part = |sample| self.part(sample, &ids);
-        let parts: Vec<host::Tensor> =
-            self.threads.install(|| samples.par_iter().map(part).collect());
+        let parts: Vec<host::Tensor> = samples.par_iter().map(part).collect();
         let values: Vec<f32> = parts.iter().flat_map(host::Tensor::values).copied().collect();
         Tensor::from_slice(&values).reshape(&size)
     }
@@ -77,6 +68,11 @@ impl Inference {
         };
         self.config.forward(&Interpreter::new(&self.parameters), &inputs)
     }
+}
+
+fn values(parameters: &Parameters) -> host::Parameters {
+    let named = parameters.values();
+    named.map(|(name, shape, x)| (name.to_owned(), host::Tensor::new(shape, x))).collect()
 }
 
 fn copied(x: &Tensor) -> host::Tensor {
@@ -107,11 +103,6 @@ mod tests {
     fn normal(stream: u64, shape: &[i64]) -> Tensor {
         let n = shape.iter().product::<i64>() as usize;
         Tensor::from_slice(&Noise::new(8).normal(stream, n)).reshape(shape)
-    }
-
-    fn in_rust(parameters: &Parameters) -> host::Parameters {
-        let named = parameters.values();
-        named.map(|(name, shape, x)| (name.to_owned(), host::Tensor::new(shape, x))).collect()
     }
 
     fn assert_near(what: &str, ours: &host::Tensor, torch: &Tensor) {
@@ -148,7 +139,7 @@ mod tests {
     fn other_networks_are_those_of_libtorch() {
         for dir in MODELS {
             let model = model(dir);
-            let parts = [&model.text_encoder, &model.text_encoder_2, &model.vae].map(in_rust);
+            let parts = [&model.text_encoder, &model.text_encoder_2, &model.vae].map(values);
             let [clip, t5, vae] = parts.each_ref().map(Interpreter::new);
             let ids = model.tokenise(&["red \"CAT\"", "a", "green \"DOGS\" and more"]).unwrap();
             let pipeline = &model.pipeline;

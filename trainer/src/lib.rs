@@ -60,6 +60,7 @@ pub fn run(cli: &Cli) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let threads = cli.threads.unwrap_or(cores);
     tch::set_num_threads(threads as i32);
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     let compute = device::compute(&cli.device, &cli.precision)?;
     interrupt::listen()?;
     match &cli.command {

@@ -304,8 +304,11 @@ mod tests {
         let (x_t, t, condition) = inputs(&model);
         model.engine.forward_backward(&x_t, &t, &condition, Tensor::ones_like);
         let gradients = model.engine.trained().take_gradients();
-        let total: f64 =
-            gradients.iter().map(|g| g.abs().sum(Kind::Double).double_value(&[])).sum();
+        let total: f64 = gradients
+            .iter()
+            .flatten()
+            .map(|gradient| gradient.values.abs().sum(Kind::Double).double_value(&[]))
+            .sum();
         assert!(total > 0.0);
     }
 

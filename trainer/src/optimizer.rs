@@ -3,10 +3,11 @@
 
 use anyhow::{Result, ensure};
 use flow::checkpoint::{Entry, Weights};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::parameters::Parameters;
+use crate::parameters::{Gradient, Parameters, numbers_of};
 
 /// Settings of the optimiser.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -54,14 +55,10 @@ fn max_grad_norm() -> f64 {
     1.0
 }
 
-/// Entries that go through all of a step's operations at a time on the processor: they stay in its cache.
-const BLOCK: i64 = 1 << 15;
-
-/// The parts of a flat tensor that are moved at a time.
-fn blocks(flat: &Tensor) -> impl Iterator<Item = Tensor> + use<> {
-    let at_once = if flat.device() == Device::Cpu { BLOCK } else { i64::MAX };
-    flat.split(at_once.min(flat.numel().max(1) as i64), 0).into_iter()
-}
+/// Numbers that a thread moves at a time on the processor.
+const PART: usize = 1 << 16;
+/// One gradient in so many is held against eps.
+const SEEN: i64 = 64;
 
 /// What a step reports.
 #[derive(Clone, Copy, Debug)]
@@ -92,41 +89,28 @@ impl AdamW {
     /// Takes the accumulated gradients of `parameters` and moves them by one step at
     /// `learning_rate·scale`.
     pub(crate) fn step(&mut self, parameters: &[&Parameters], scale: f64) -> Result<StepReport> {
-        let grads: Vec<Tensor> = parameters.iter().flat_map(|p| p.take_gradients()).collect();
-        let squares = grads.iter().flat_map(blocks).map(|g| g.square().sum(Kind::Double));
-        let grad_norm = squares.map(|sum| sum.double_value(&[])).sum::<f64>().sqrt();
+        let segments: Vec<Vec<Gradient>> =
+            parameters.iter().flat_map(|p| p.take_gradients()).collect();
+        let report = no_grad(|| self.survey(segments.iter().flatten()));
+        let grad_norm = report.grad_norm;
         ensure!(grad_norm.is_finite(), "the gradient norm is {grad_norm}: lower the learning rate");
-        let below_eps = self.below_eps(&grads);
         let clip = (self.config.max_grad_norm / (grad_norm + 1e-6)).min(1.0);
         self.step += 1;
+        let scalars = self.scalars(clip, scale);
         let masters: Vec<&Tensor> = parameters.iter().flat_map(|p| p.masters()).collect();
         no_grad(|| {
-            for (index, (master, grad)) in masters.iter().zip(&grads).enumerate() {
-                self.move_segment(index, master, grad, clip, scale);
+            for (index, (master, gradients)) in masters.iter().zip(segments).enumerate() {
+                self.move_segment(index, master, gradients, &scalars);
             }
         });
         for network in parameters {
             network.refresh();
         }
-        Ok(StepReport { grad_norm, below_eps })
+        Ok(report)
     }
 
-    /// Estimated on every 64th parameter.
-    fn below_eps(&self, grads: &[Tensor]) -> f64 {
-        let sample: Vec<Tensor> = grads.iter().map(|g| g.slice(0, None, None, 64)).collect();
-        let sample = Tensor::cat(&sample, 0).abs();
-        let small = sample.lt(self.config.eps).logical_and(&sample.ne(0.0));
-        small.to_kind(Kind::Double).mean(Kind::Double).double_value(&[])
-    }
-
-    fn move_segment(
-        &mut self,
-        index: usize,
-        master: &Tensor,
-        grad: &Tensor,
-        clip: f64,
-        scale: f64,
-    ) {
+    /// What a step at `learning_rate·scale` does to each number.
+    fn scalars(&self, clip: f64, scale: f64) -> host::AdamW {
         let OptimizerConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
         let warm = match self.config.warmup {
             0 => 1.0,
@@ -134,15 +118,49 @@ impl AdamW {
         };
         let rate = self.config.learning_rate * scale * warm;
         let [of_m, of_v] = [beta1, beta2].map(|beta| 1.0 - beta.powi(self.step as i32));
-        let moments = blocks(&self.m[index]).zip(blocks(&self.v[index]));
-        for ((mut w, g), (mut m, mut v)) in blocks(master).zip(blocks(grad)).zip(moments) {
-            let g = g * clip;
-            let _ = m.lerp_(&g, 1.0 - beta1);
-            let _ = v.lerp_(&g.square(), 1.0 - beta2);
-            let mut root = (v / of_v).sqrt_();
-            let mut direction = m / of_m;
-            let _ = direction.g_div_(&root.g_add_scalar_(eps)).g_mul_scalar_(rate);
-            let _ = w.g_mul_scalar_(1.0 - rate * weight_decay).g_sub_(&direction);
+        // rate·(m/of_m) / (√(v/of_v) + eps) = m / (√v·of_m/(rate·√of_v) + eps·of_m/rate)
+        host::AdamW {
+            clip: clip as f32,
+            of_m: (1.0 - beta1) as f32,
+            of_v: (1.0 - beta2) as f32,
+            keep: (1.0 - rate * weight_decay) as f32,
+            factor: (-of_m / (rate * of_v.sqrt())) as f32,
+            offset: (-of_m * eps / rate) as f32,
+        }
+    }
+
+    /// The norm of all gradients, and the share below eps by every [`SEEN`]th of them.
+    fn survey<'a>(&self, gradients: impl Iterator<Item = &'a Gradient>) -> StepReport {
+        let sum = |x: Tensor| x.sum(Kind::Double).double_value(&[]);
+        let (mut squares, mut small, mut n_seen) = (0.0, 0.0, 0);
+        for Gradient { values, .. } in gradients {
+            squares += match values.device() {
+                Device::Cpu => sum_of_squares(&mut values.to_kind(Kind::Float)),
+                _ => sum(values.to_kind(Kind::Float).square()),
+            };
+            let seen = values.slice(0, None, None, SEEN).abs();
+            n_seen += seen.numel();
+            small += sum(seen.lt(self.config.eps).logical_and(&seen.ne(0.0)));
+        }
+        StepReport { grad_norm: f64::sqrt(squares), below_eps: small / n_seen.max(1) as f64 }
+    }
+
+    fn move_segment(
+        &mut self,
+        index: usize,
+        master: &Tensor,
+        gradients: Vec<Gradient>,
+        step: &host::AdamW,
+    ) {
+        // Each gradient is let go when its parameter has moved.
+        for gradient in gradients {
+            let flats = [master, &self.m[index], &self.v[index]];
+            let moved = flats.map(|flat| gradient.narrow(flat));
+            let g = gradient.values.to_kind(Kind::Float);
+            match g.device() {
+                Device::Cpu => on_processor(step, moved, g),
+                _ => on_device(step, moved, &g),
+            }
         }
         if let Some(ema) = &mut self.ema {
             let _ = ema[index].lerp_(master, 1.0 - self.config.ema);
@@ -196,8 +214,33 @@ impl AdamW {
     }
 }
 
+/// Moves weights and moments in one pass over memory, a part a thread.
+fn on_processor(step: &host::AdamW, mut moved: [Tensor; 3], mut g: Tensor) {
+    let [w, m, v] = moved.each_mut().map(|flat| numbers_of(flat).par_chunks_mut(PART));
+    let g = numbers_of(&mut g).par_chunks(PART);
+    w.zip(m).zip(v).zip(g).for_each(|(((w, m), v), g)| step.step([w, m, v], g));
+}
+
+/// The same by libtorch.
+fn on_device(step: &host::AdamW, [mut w, mut m, mut v]: [Tensor; 3], g: &Tensor) {
+    let [clip, of_m, of_v, keep, factor, offset] =
+        [step.clip, step.of_m, step.of_v, step.keep, step.factor, step.offset].map(f64::from);
+    let g = g * clip;
+    let _ = m.lerp_(&g, of_m);
+    let _ = v.lerp_(&g.square(), of_v);
+    let root = v.sqrt().g_mul_scalar_(factor).g_add_scalar_(offset);
+    let _ = w.g_mul_scalar_(keep).addcdiv_(&m, &root);
+}
+
+fn sum_of_squares(values: &mut Tensor) -> f64 {
+    // In order, so that threads change nothing.
+    let parts: Vec<f64> = numbers_of(values).par_chunks(PART).map(host::sum_of_squares).collect();
+    parts.iter().sum()
+}
+
 #[cfg(test)]
 mod tests {
+    use flow::noise::Noise;
     use flow::ops::shapes::Shapes;
     use flow::ops::{Ops, ParamPath};
 
@@ -253,6 +296,22 @@ mod tests {
         }
         for (found, expected) in weights(&parameters).iter().zip(w) {
             assert!((f64::from(*found) - expected).abs() < 1e-5, "{found} {expected}");
+        }
+    }
+
+    #[test]
+    fn the_processor_steps_as_other_devices_do() {
+        let flat = |seed: u64| Tensor::from_slice(&Noise::new(seed).normal(0, 100_001));
+        let step = AdamW { step: 7, ..AdamW::new(config(), &[]) }.scalars(0.3, 1.0);
+        let start = || [flat(1), flat(2), flat(3).square()];
+        let (ours, torch) = (start(), start());
+        on_processor(&step, ours.each_ref().map(Tensor::shallow_clone), flat(4));
+        on_device(&step, torch.each_ref().map(Tensor::shallow_clone), &flat(4));
+        for ((ours, torch), before) in ours.iter().zip(&torch).zip(start()) {
+            let difference = (ours - torch).abs().max().double_value(&[]);
+            let [largest, change] =
+                [torch.shallow_clone(), torch - before].map(|x| x.abs().max().double_value(&[]));
+            assert!(difference < 3e-7 * largest && change > 1e-3, "{difference:e} of {largest}");
         }
     }
 

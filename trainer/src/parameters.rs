@@ -5,7 +5,7 @@
 //! Parameters that do not train are held in the compute type, or left on disk and read a segment at a
 //! time.
 
-use std::cell::Cell;
+use std::cell::{Cell, Ref, RefCell};
 use std::collections::HashMap;
 use std::ops::Deref;
 use std::rc::Rc;
@@ -43,6 +43,21 @@ pub(crate) struct Segment {
     pub(crate) master: Tensor,
 }
 
+/// What reached one parameter.
+pub(crate) struct Gradient {
+    /// Where the parameter begins in its segment.
+    pub(crate) offset: i64,
+    /// Flat, in the type networks compute in.
+    pub(crate) values: Tensor,
+}
+
+impl Gradient {
+    /// This parameter's part of a flat tensor of its segment.
+    pub(crate) fn narrow(&self, flat: &Tensor) -> Tensor {
+        flat.narrow(0, self.offset, self.values.numel() as i64)
+    }
+}
+
 /// How parameters are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Storage {
@@ -58,7 +73,7 @@ type Named = HashMap<String, Rc<Tensor>>;
 
 /// Parameters by name: those that are held, or a segment just read.
 pub(crate) enum Views<'a> {
-    Held(&'a Named),
+    Held(Ref<'a, Named>),
     Read(Named),
 }
 
@@ -76,7 +91,7 @@ impl Deref for Views<'_> {
 /// The parameters of a network, in segments.
 pub(crate) struct Parameters {
     pub(crate) segments: Vec<Segment>,
-    views: Named,
+    views: RefCell<Named>,
     /// Where streamed values are.
     source: Option<Weights>,
     device: Device,
@@ -107,7 +122,7 @@ impl Parameters {
             }
             segments.push(Segment { places, master });
         }
-        let views = HashMap::new();
+        let views = RefCell::default();
         let (trainable, version) = (false, Cell::new(0));
         let mut parameters =
             Self { segments, views, source: None, device, kind, trainable, version };
@@ -131,7 +146,7 @@ impl Parameters {
             .iter()
             .map(|manifest| Segment { places: places(manifest), master: nothing() })
             .collect();
-        let (views, source) = (HashMap::new(), Some(weights));
+        let (views, source) = (RefCell::default(), Some(weights));
         Ok(Self { segments, views, source, device, kind, trainable: false, version: Cell::new(0) })
     }
 
@@ -150,13 +165,13 @@ impl Parameters {
 
     /// The interpreter over parameters that are held.
     pub(crate) fn ops(&self) -> Eager<'_> {
-        Eager::new(Views::Held(&self.views), self.device, self.kind)
+        Eager::new(Views::Held(self.views.borrow()), self.device, self.kind)
     }
 
     /// The interpreter over segment `index`, which is read now if it is on disk.
     pub(crate) fn segment(&self, index: usize) -> Eager<'_> {
         let views = match &self.source {
-            None => Views::Held(&self.views),
+            None => Views::Held(self.views.borrow()),
             Some(weights) => Views::Read(self.read(weights, index)),
         };
         Eager::new(views, self.device, self.kind)
@@ -189,7 +204,7 @@ impl Parameters {
     /// Name, shape and values of each parameter that is held, as networks see it.
     pub(crate) fn values(&self) -> impl Iterator<Item = (&str, &[usize], Vec<f32>)> {
         self.segments.iter().flat_map(|segment| &segment.places).map(|place| {
-            let flat = self.views[&place.name].reshape([-1]).to_kind(Kind::Float);
+            let flat = self.views.borrow()[&place.name].reshape([-1]).to_kind(Kind::Float);
             let values = Vec::try_from(&flat).expect("a tensor of f32");
             (&*place.name, &*place.shape, values)
         })
@@ -205,27 +220,25 @@ impl Parameters {
         self.kind
     }
 
-    /// Gathers the accumulated gradients into one flat f32 tensor a segment and clears them.
-    pub(crate) fn take_gradients(&self) -> Vec<Tensor> {
-        no_grad(|| {
-            self.segments
-                .iter()
-                .map(|segment| {
-                    let flat = segment.master.empty_like();
-                    for place in &segment.places {
-                        let mut grad = self.views[&place.name].grad();
-                        let mut part = place.narrow(&flat);
-                        if grad.defined() {
-                            part.copy_(&grad.reshape([-1]));
-                            let _ = grad.zero_();
-                        } else {
-                            let _ = part.zero_();
-                        }
-                    }
-                    flat
-                })
-                .collect()
-        })
+    /// The gradients that have accumulated, a list a segment that covers it in order; they start anew.
+    ///
+    /// # Panics
+    /// While an interpreter over these parameters is in use.
+    pub(crate) fn take_gradients(&self) -> Vec<Vec<Gradient>> {
+        let mut views = self.views.borrow_mut();
+        let mut take = |place: &Place| {
+            let view = views.get_mut(&place.name).expect("what trains is held");
+            let grad = view.grad();
+            // A leaf without a past: the next gradient to arrive is kept, not added to zeros.
+            *view = Rc::new(view.detach().set_requires_grad(true));
+            let values = if grad.defined() {
+                grad.detach().reshape([-1])
+            } else {
+                Tensor::zeros([place.len()], (Kind::Float, self.device))
+            };
+            Gradient { offset: place.offset, values }
+        };
+        self.segments.iter().map(|segment| segment.places.iter().map(&mut take).collect()).collect()
     }
 
     /// Renews the views after the masters changed; nothing to do where they share storage.
@@ -234,10 +247,11 @@ impl Parameters {
         if self.kind == Kind::Float || !self.trainable {
             return;
         }
+        let views = self.views.borrow();
         no_grad(|| {
             for segment in &self.segments {
                 for place in &segment.places {
-                    self.views[&place.name].shallow_clone().copy_(&segment.view(place));
+                    views[&place.name].shallow_clone().copy_(&segment.view(place));
                 }
             }
         });
@@ -245,7 +259,7 @@ impl Parameters {
 
     /// The parameter called `name`, if there is one and it is held.
     pub(crate) fn named(&self, name: &str) -> Option<Rc<Tensor>> {
-        self.views.get(name).cloned()
+        self.views.borrow().get(name).cloned()
     }
 
     /// The values of `flats` (the masters, or an average of them) as safetensors entries of `dtype`.
@@ -290,11 +304,12 @@ impl Parameters {
     }
 
     fn make_views(&mut self) {
+        let views = self.views.get_mut();
         for segment in &self.segments {
             for place in &segment.places {
                 let view = segment.view(place).detach().to_kind(self.kind);
                 let view = view.set_requires_grad(self.trainable);
-                self.views.insert(place.name.clone(), Rc::new(view));
+                views.insert(place.name.clone(), Rc::new(view));
             }
         }
     }
@@ -314,6 +329,22 @@ fn places(manifest: &Manifest) -> Vec<Place> {
         Place { name: name.to_owned(), shape: shape.to_vec(), offset }
     };
     manifest.entries().map(place).collect()
+}
+
+/// The numbers of a tensor; others that share its storage must not be in use meanwhile.
+///
+/// # Panics
+/// When it is not contiguous, of f32 and on the processor.
+#[expect(unsafe_code, reason = "libtorch's bindings only copy")]
+pub(crate) fn numbers_of(tensor: &mut Tensor) -> &mut [f32] {
+    let is_plain = tensor.kind() == Kind::Float && tensor.device() == Device::Cpu;
+    assert!(is_plain && tensor.is_contiguous(), "{tensor:?} is not plain memory");
+    match tensor.numel() {
+        0 => &mut [],
+        // SAFETY: from its address on, a contiguous tensor of f32 has `n` of them, initialised by the operator
+        // that made it; its storage stays while the tensor is borrowed.
+        n => unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<f32>(), n) },
+    }
 }
 
 /// The tensor called `name`, flat, in the type it is stored in.

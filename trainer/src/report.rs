@@ -129,6 +129,9 @@ impl Report {
                 put(name, value);
             }
         }
+        if let Some(clipped) = outcome.clipped() {
+            line.push(format!("clipped {:.0} %", 100.0 * clipped));
+        }
         put("optimizer/updates", outcome.n_updates as f64);
         let per_image = |passes: usize| passes as f64 / (n_groups * config.group_size as f64);
         let rollout = experience.rollout.nfe(config.group_size);

@@ -36,6 +36,16 @@ pub(crate) struct Outcome {
     pub(crate) seconds: f64,
 }
 
+/// Shares of the terms that the clip silences, by its upper and its lower end.
+const CLIPPED: [&str; 2] = ["policy/clip_fraction_high", "policy/clip_fraction_low"];
+
+impl Outcome {
+    /// The share of all terms that the clip silenced, of an algorithm that has ratios.
+    pub(crate) fn clipped(&self) -> Option<f64> {
+        CLIPPED.into_iter().map(|name| self.means.get(name)).sum()
+    }
+}
+
 /// Makes the updates of an iteration.
 pub(crate) fn run(
     config: &AlignConfig,
@@ -104,8 +114,9 @@ impl Statistics {
         let ratio = log.exp();
         let high = ratio.gt(1.0 + clip).logical_and(&advantages.gt(0.0));
         let low = ratio.lt(1.0 - clip).logical_and(&advantages.lt(0.0));
-        put("policy/clip_fraction_high", mean(&high));
-        put("policy/clip_fraction_low", mean(&low));
+        for (name, silenced) in CLIPPED.into_iter().zip([high, low]) {
+            put(name, mean(&silenced));
+        }
         let largest = log.abs().max().double_value(&[]);
         self.log_ratio_max = Some(self.log_ratio_max.unwrap_or(0.0).max(largest));
         self.clip = *clip;
