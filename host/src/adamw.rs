@@ -35,7 +35,7 @@ impl AdamW {
     }
 }
 
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+#[multiversion(targets = "simd")]
 fn step(scalars: &AdamW, w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
     let AdamW { clip, of_m, of_v, keep, factor, offset } = *scalars;
     for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
@@ -47,7 +47,7 @@ fn step(scalars: &AdamW, w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32])
 }
 
 /// Σ g².
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+#[multiversion(targets = "simd")]
 pub fn sum_of_squares(g: &[f32]) -> f64 {
     g.chunks(EXACT).map(|part| f64::from(sum(part, |x| x * x))).sum()
 }

@@ -53,44 +53,44 @@ fn folded(lanes: [f32; LANES], of: impl Fn(f32, f32) -> f32) -> f32 {
 }
 
 /// `a + b`, appended.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+#[multiversion(targets = "simd")]
 pub(crate) fn add(out: &mut Vec<f32>, [a, b]: [&[f32]; 2]) {
     out.extend(a.iter().zip(b).map(|(a, b)| a + b));
 }
 
 /// `a·b`, appended.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+#[multiversion(targets = "simd")]
 pub(crate) fn mul(out: &mut Vec<f32>, [a, b]: [&[f32]; 2]) {
     out.extend(a.iter().zip(b).map(|(a, b)| a * b));
 }
 
 /// `a + b·c`, appended.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+#[multiversion(targets = "simd")]
 pub(crate) fn add_product(out: &mut Vec<f32>, [a, b, c]: [&[f32]; 3]) {
     out.extend(a.iter().zip(b).zip(c).map(|((a, b), c)| a + b * c));
 }
 
 /// The tanh form: x·sigmoid(2·√(2/π)·(x + 0.044715·x³)).
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+#[multiversion(targets = "simd")]
 pub(crate) fn gelu_tanh(x: &[f32]) -> Vec<f32> {
     const TWICE: f32 = 2.0 * 0.797_884_6;
     x.iter().map(|&x| x / (1.0 + exp(-TWICE * (x + 0.044_715 * x * x * x)))).collect()
 }
 
 /// 1 / (1 + e^−x).
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+#[multiversion(targets = "simd")]
 pub(crate) fn sigmoid(x: &[f32]) -> Vec<f32> {
     x.iter().map(|&x| 1.0 / (1.0 + exp(-x))).collect()
 }
 
 /// x / (1 + e^−x).
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+#[multiversion(targets = "simd")]
 pub(crate) fn silu(x: &[f32]) -> Vec<f32> {
     x.iter().map(|&x| x / (1.0 + exp(-x))).collect()
 }
 
 /// Rows of `width` to mean 0 and variance 1.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+#[multiversion(targets = "simd")]
 pub(crate) fn standardise(x: &[f32], width: usize, eps: f32) -> Vec<f32> {
     let mut out = Vec::with_capacity(x.len());
     for row in x.chunks_exact(width) {
@@ -103,7 +103,7 @@ pub(crate) fn standardise(x: &[f32], width: usize, eps: f32) -> Vec<f32> {
 }
 
 /// Rows of the width of `weight` divided by their root mean square, times `weight`.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+#[multiversion(targets = "simd")]
 pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let mut out = Vec::with_capacity(x.len());
     for row in x.chunks_exact(weight.len()) {
@@ -114,7 +114,7 @@ pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
 }
 
 /// Pairs (x₀, x₁) of each row turned by the row's angles, given by `cos` and `sin` of half the width.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+#[multiversion(targets = "simd")]
 pub(crate) fn rotate(x: &[f32], cos: &[f32], sin: &[f32]) -> Vec<f32> {
     let mut out = x.to_vec();
     for head in out.chunks_exact_mut(2 * cos.len()) {
@@ -128,7 +128,7 @@ pub(crate) fn rotate(x: &[f32], cos: &[f32], sin: &[f32]) -> Vec<f32> {
 }
 
 /// Rows of `width` to their softmax.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+#[multiversion(targets = "simd")]
 fn softmax(values: &mut [f32], width: usize) {
     for row in values.chunks_exact_mut(width) {
         let larger = |a: f32, b: f32| if a > b { a } else { b };
@@ -165,7 +165,7 @@ pub(crate) fn panels(rows: &[f32], n: usize, k: usize) -> Vec<f32> {
 
 /// `out` `[m, n]` = `x·Wᵀ + b` of rows `x` `[m, k]`: `panels` holds W as [`panels()`] lays it out, and `bias`
 /// a number an output, filled up to whole parts like them.
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+#[multiversion(targets = "simd")]
 pub(crate) fn product(
     out: &mut [f32],
     x: &[f32],
