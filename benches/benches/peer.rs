@@ -81,9 +81,13 @@ fn main() -> Result<()> {
 fn compare(size: &Size) -> Result<()> {
     let folder = tempfile::tempdir().context("cannot make a folder for the runs")?;
     let model = size.model(folder.path())?;
+    let run = folder.path().join("run");
+    // One picture a sheet: what a run draws is no part of what is measured.
+    let sheet = folder.path().join("sheet.txt");
+    fs::write(&sheet, "red \"CAT\"\n")?;
     let turns = (0..size.turns)
         .map(|_| {
-            let ours = ours(size, &model, &folder.path().join("run"))?;
+            let ours = ours(size, &model, &sheet, &run)?;
             Ok([ours, theirs(size, &model)?])
         })
         .collect::<Result<Vec<[(Seconds, Work); 2]>>>()?;
@@ -156,11 +160,12 @@ struct Work {
     parameters: u64,
 }
 
-fn ours(size: &Size, model: &Path, folder: &Path) -> Result<(Seconds, Work)> {
+fn ours(size: &Size, model: &Path, sheet: &Path, folder: &Path) -> Result<(Seconds, Work)> {
     let shared = SHARED.map(|[_, setting, value]| format!("{setting}={value}"));
     let side = size.side;
     let own = [
         format!("prompts={PROMPTS}"),
+        format!("sheet_prompts={}", sheet.display()),
         format!("prompts_per_iteration={}", size.prompts),
         format!("rollout.size=[{side},{side}]"),
     ];

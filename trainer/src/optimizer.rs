@@ -131,18 +131,24 @@ impl AdamW {
 
     /// The norm of all gradients, and the share below eps by every [`SEEN`]th of them.
     fn survey<'a>(&self, gradients: impl Iterator<Item = &'a Gradient>) -> StepReport {
-        let sum = |x: Tensor| x.sum(Kind::Double).double_value(&[]);
-        let (mut squares, mut small, mut n_seen) = (0.0, 0.0, 0);
+        // Sums stay where they are until all are there: a device is waited for once.
+        let (mut squares, mut small, mut n_seen) = (Vec::new(), Vec::new(), 0);
         for Gradient { values, .. } in gradients {
-            squares += match values.device() {
-                Device::Cpu => sum_of_squares(&mut values.to_kind(Kind::Float)),
-                _ => sum(values.to_kind(Kind::Float).square()),
-            };
-            let seen = values.slice(0, None, None, SEEN).abs();
+            let mut plain = values.to_kind(Kind::Float);
+            squares.push(match plain.device() {
+                Device::Cpu => Tensor::from(sum_of_squares(&mut plain)),
+                _ => plain.square().sum(Kind::Double),
+            });
+            let seen = plain.slice(0, None, None, SEEN).abs();
             n_seen += seen.numel();
-            small += sum(seen.lt(self.config.eps).logical_and(&seen.ne(0.0)));
+            let below = seen.lt(self.config.eps).logical_and(&seen.ne(0.0));
+            small.push(below.sum(Kind::Double));
         }
-        StepReport { grad_norm: f64::sqrt(squares), below_eps: small / n_seen.max(1) as f64 }
+        let total = |sums: &[Tensor]| Tensor::stack(sums, 0).sum(Kind::Double).double_value(&[]);
+        StepReport {
+            grad_norm: total(&squares).sqrt(),
+            below_eps: total(&small) / n_seen.max(1) as f64,
+        }
     }
 
     fn move_segment(
