@@ -71,7 +71,8 @@ pub struct AlignConfig {
     /// SDE method trains fewer, they are the best and the worst.
     #[serde(default)]
     pub anchors: Option<usize>,
-    /// Optimiser steps an iteration; B of them is Algorithm 1.
+    /// Optimiser steps an iteration; B of them is Algorithm 1. Steps of Neighbor GRPO over one group share its
+    /// rewards' noise: where much is clipped, take fewer, or a lower rate.
     #[serde(default)]
     pub updates: Option<usize>,
     /// Trained transitions of a member, K; without it, the fraction below.

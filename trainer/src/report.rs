@@ -85,29 +85,7 @@ impl Report {
     ) -> Result<String> {
         let mut values: Vec<(String, f64)> = Vec::new();
         let mut put = |name: &str, value: f64| values.push((name.to_owned(), value));
-        let mut line: Vec<String> = Vec::new();
-        for (index, reward) in config.rewards.iter().enumerate() {
-            let groups: Vec<&[f64]> = experience
-                .scores
-                .iter()
-                .filter_map(|scores| scores.outcomes[index].scores.as_deref())
-                .collect();
-            let outcomes = experience.scores.iter().map(|scores| &scores.outcomes[index]);
-            put(
-                &format!("reward_failures/{}", reward.name),
-                outcomes.map(|o| f64::from(o.failures)).sum(),
-            );
-            if groups.is_empty() {
-                continue;
-            }
-            let reward_mean = mean(groups.iter().map(|group| mean(group.iter().copied())));
-            put(&format!("reward/{}", reward.name), reward_mean);
-            put(
-                &format!("reward_std/{}", reward.name),
-                mean(groups.iter().map(|group| std(group))),
-            );
-            line.push(format!("{} {reward_mean:.3}", reward.name));
-        }
+        let mut line = of_rewards(config, experience, &mut put);
         let flat = experience.advantages.iter().filter(|group| group.is_flat).count();
         let n_groups = experience.advantages.len() as f64;
         let norms = experience
@@ -171,6 +149,35 @@ impl Report {
         }
         plot::curve(&self.folder.join("curve.png"), "Reward", &series, "iteration", "mean reward")
     }
+}
+
+/// Puts failures, mean and spread of each reward, and says the means.
+fn of_rewards(
+    config: &AlignConfig,
+    experience: &Experience,
+    put: &mut impl FnMut(&str, f64),
+) -> Vec<String> {
+    let mut line: Vec<String> = Vec::new();
+    for (index, reward) in config.rewards.iter().enumerate() {
+        let groups: Vec<&[f64]> = experience
+            .scores
+            .iter()
+            .filter_map(|scores| scores.outcomes[index].scores.as_deref())
+            .collect();
+        let outcomes = experience.scores.iter().map(|scores| &scores.outcomes[index]);
+        put(
+            &format!("reward_failures/{}", reward.name),
+            outcomes.map(|o| f64::from(o.failures)).sum(),
+        );
+        if groups.is_empty() {
+            continue;
+        }
+        let reward_mean = mean(groups.iter().map(|group| mean(group.iter().copied())));
+        put(&format!("reward/{}", reward.name), reward_mean);
+        put(&format!("reward_std/{}", reward.name), mean(groups.iter().map(|group| std(group))));
+        line.push(format!("{} {reward_mean:.3}", reward.name));
+    }
+    line
 }
 
 /// One image a prompt; image i starts from the noise of `seed` + i.
