@@ -46,9 +46,10 @@ const SIZES: [Size; 3] = [
         iterations: 1,
     },
 ];
+/// Members of a group.
+const GROUP: usize = 12;
 /// The peer's flags and our settings that mean the same.
-const SHARED: [[&str; 3]; 7] = [
-    ["--group", "group_size", "12"],
+const SHARED: [[&str; 3]; 6] = [
     ["--steps", "rollout.steps", "8"],
     ["--anchors", "anchors", "4"],
     ["--train-steps", "train_steps", "4"],
@@ -117,7 +118,7 @@ fn compare(size: &Size) -> Result<()> {
         "\n{}, {side}×{side} pixels: an iteration of {} images on one thread, without rewards: medians of {} \
          turns of {}; both: {work:?}",
         size.name,
-        12 * size.prompts,
+        GROUP * size.prompts,
         size.turns,
         size.iterations,
         side = size.side,
@@ -167,6 +168,7 @@ fn ours(size: &Size, model: &Path, sheet: &Path, folder: &Path) -> Result<(Secon
         format!("prompts={PROMPTS}"),
         format!("sheet_prompts={}", sheet.display()),
         format!("prompts_per_iteration={}", size.prompts),
+        format!("group_size={GROUP}"),
         format!("rollout.size=[{side},{side}]"),
     ];
     let settings: Vec<&str> = shared.iter().chain(&own).map(String::as_str).chain(OURS).collect();
@@ -187,6 +189,7 @@ fn theirs(size: &Size, model: &Path) -> Result<(Seconds, Work)> {
     command.args(SHARED.iter().flat_map(|[flag, _, value]| [flag, value]));
     for (flag, number) in [
         ("--prompts-per-iteration", size.prompts),
+        ("--group", GROUP),
         ("--size", size.side),
         ("--iterations", size.iterations),
         ("--threads", 1),
