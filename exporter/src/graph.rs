@@ -2,7 +2,7 @@
 //!
 //! [`Builder`] interprets [`flow::ops::Ops`]: every method appends the nodes of its operator and
 //! returns a handle to their result. Nothing is traced and no weight is read; a [`Graph`] names the
-//! parameters it needs, and [`crate::external`] fetches them when the file is written.
+//! parameters it needs, and who writes the file fetches them.
 //!
 //! Only standard operators of opset 23 are used. A node that reads a parameter is named by the
 //! parameter's path; the same node recorded twice is one node; what no output needs is left out.

@@ -56,7 +56,7 @@ pub struct Step {
     pub v_prev: f64,
     /// Coefficient of the data prediction of the previous call.
     pub x0_prev: f64,
-    /// Standard deviation of the noise that [`crate::sde`] adds; 0 in every other plan.
+    /// Standard deviation of the noise that a stochastic step adds; 0 in every plan of an ODE.
     pub noise: f64,
 }
 

@@ -1,4 +1,4 @@
-//! What was typed. [`Request`](crate::request::Request) is what it means.
+//! What was typed; a request is what it means.
 
 use std::path::PathBuf;
 
