@@ -14,6 +14,7 @@ pub mod known;
 pub mod latents;
 pub mod lora;
 pub mod models;
+pub mod naming;
 pub mod nn;
 pub mod noise;
 pub mod ops;
