@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
@@ -320,17 +320,27 @@ pub fn is_pickle(path: &Path) -> bool {
     path.extension().is_some_and(|extension| PICKLES.iter().any(|known| extension == *known))
 }
 
-/// Reads a small text file whole.
+/// Reads a small file whole: a regular one, since a pipe or a device has no end that can be known.
 ///
 /// # Errors
-/// When it is missing or larger than any config or index is.
+/// When it is missing, no regular file, or larger than any config or index is.
 pub fn read_bounded(path: &Path) -> Result<Vec<u8>> {
-    let size = fs::metadata(path).map_err(CheckpointError::io(path))?.len();
-    if size > MAX_INDEX_BYTES {
-        let why = format!("is {size} bytes long, more than a file of its kind can be");
+    let metadata = fs::metadata(path).map_err(CheckpointError::io(path))?;
+    if !metadata.is_file() {
+        let why = "is no regular file: give a file instead of a folder, pipe or device";
         return Err(CheckpointError::malformed(path, why));
     }
-    fs::read(path).map_err(CheckpointError::io(path))
+    let file = File::open(path).map_err(CheckpointError::io(path))?;
+    let mut bytes = Vec::new();
+    file.take(MAX_INDEX_BYTES + 1).read_to_end(&mut bytes).map_err(CheckpointError::io(path))?;
+    if bytes.len() as u64 > MAX_INDEX_BYTES {
+        let why = format!(
+            "is {} bytes long, more than a file of its kind can be",
+            metadata.len().max(MAX_INDEX_BYTES + 1)
+        );
+        return Err(CheckpointError::malformed(path, why));
+    }
+    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -10,6 +10,8 @@
 #![warn(missing_docs)]
 
 pub mod checkpoint;
+pub mod checksums;
+mod disk;
 pub mod known;
 pub mod latents;
 pub mod lora;

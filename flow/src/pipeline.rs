@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 
 use crate::checkpoint::{CheckpointError, Weights, read_bounded};
+use crate::checksums::Checksums;
 use crate::known;
 use crate::latents::{LatentSize, PATCH, SizeError};
 use crate::models::clip::ClipTextConfig;
@@ -83,6 +84,8 @@ pub struct Pipeline {
     pub text_encoder_2: T5Config,
     /// `scheduler/scheduler_config.json`.
     pub scheduler: SchedulerConfig,
+    /// What its files were when it was finished, where it says so.
+    checksums: Option<Checksums>,
 }
 
 impl Pipeline {
@@ -102,7 +105,13 @@ impl Pipeline {
             .into_iter()
             .find(|file| dir.join(file).is_file())
             .unwrap_or("vae/config.json");
-        Self::from_configs(dir, vae, &|file| read_bounded(&dir.join(file)).map(Cow::Owned))
+        let checksums = Checksums::open(dir)?;
+        let read = |file: &str| {
+            let bytes = read_bounded(&dir.join(file))?;
+            checksums.iter().try_for_each(|list| list.check_bytes(file, &bytes))?;
+            Ok(Cow::Owned(bytes))
+        };
+        Ok(Self { checksums: checksums.clone(), ..Self::from_configs(dir, vae, &read)? })
     }
 
     /// The configs of a published model, one of [`known::MODELS`]; its `dir` is the name and no folder.
@@ -134,6 +143,7 @@ impl Pipeline {
             text_encoder_2: source.config("text_encoder_2/config.json", T5Config::validate)?,
             scheduler: source
                 .config("scheduler/scheduler_config.json", SchedulerConfig::validate)?,
+            checksums: None,
         };
         pipeline.check_seams()?;
         Ok(pipeline)
@@ -222,10 +232,10 @@ impl Pipeline {
         );
     }
 
-    /// The weights of `component`, checked against its manifest.
+    /// The weights of `component`, checked against its manifest and the folder's `SHA256SUMS`.
     ///
     /// # Errors
-    /// When files are missing or broken, or one message listing every tensor that does not fit.
+    /// When files are missing, broken or damaged, or one message listing every tensor that does not fit.
     pub fn weights(&self, component: Component) -> Result<Weights> {
         let dir = self.dir.join(component.folder());
         if !dir.is_dir() {
@@ -237,7 +247,18 @@ impl Pipeline {
             weights = weights.with_prefix("text_model.");
         }
         weights.check(&self.manifest(component), component.ignored())?;
+        self.check_folder(component.folder())?;
         Ok(weights)
+    }
+
+    /// Compares the files of one of the pipeline's folders with its `SHA256SUMS`, where it has any: reads
+    /// all of them once.
+    ///
+    /// # Errors
+    /// Names the first that is missing or differs.
+    pub fn check_folder(&self, folder: &str) -> Result<()> {
+        let is_inside = |file: &str| file.strip_prefix(folder).is_some_and(|f| f.starts_with('/'));
+        self.checksums.iter().try_for_each(|list| list.check_where(is_inside))
     }
 }
 

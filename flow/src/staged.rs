@@ -1,9 +1,11 @@
-//! Folders that appear complete or not at all.
+//! Folders that appear complete or not at all, and stay so after a power cut.
 //!
-//! A folder is filled under a hidden name on the same file system and renamed at the end; dropped
-//! before that, it removes itself.
+//! A folder is filled under a hidden name on the same file system. At its end the SHA-256 of its files are
+//! listed in it, all of it is brought to disk, it is renamed, and the new name is brought to disk. Dropped
+//! before that, it removes itself; what a killed process left is removed by the next that makes it.
 
-use std::fs;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -11,12 +13,16 @@ use rustix::io::Errno;
 use tempfile::TempDir;
 
 use crate::checkpoint::CheckpointError;
+use crate::checksums::Checksums;
+use crate::disk;
 
 type Result<T> = std::result::Result<T, CheckpointError>;
 
 /// A folder that is not there yet.
 pub struct Staged {
     work: TempDir,
+    /// Says, as long as it is open, that somebody writes.
+    _lock: File,
     target: PathBuf,
 }
 
@@ -31,12 +37,9 @@ impl Staged {
         let name = target.file_name().ok_or_else(no_parent)?;
         let mut homes = target.ancestors().skip(1);
         let home = homes.find(|folder| folder.exists()).ok_or_else(no_parent)?;
-        let work = tempfile::Builder::new()
-            .prefix(&format!(".{}.partial-", name.display()))
-            .permissions(open_permissions())
-            .tempdir_in(home)
-            .map_err(CheckpointError::io(home))?;
-        Ok(Self { work, target })
+        disk::remove_leftovers(home, &disk::hidden(name)).map_err(CheckpointError::io(home))?;
+        let (work, lock) = disk::begin_folder(home, name).map_err(CheckpointError::io(home))?;
+        Ok(Self { work, _lock: lock, target })
     }
 
     /// Where to put the contents.
@@ -50,20 +53,49 @@ impl Staged {
     /// When the name is taken, or the file system refuses; nothing changes then.
     pub fn publish(self, replace: bool) -> Result<()> {
         let refused = |reason| CheckpointError::Io { path: self.target.clone(), reason };
+        Checksums::write(self.work.path(), &BTreeMap::new())?;
+        disk::sync_tree(self.work.path()).map_err(refused)?;
+        let parent = disk::parent(&self.target);
         if replace && self.target.is_dir() {
-            return exchange(self.work.path(), &self.target).map_err(refused);
+            exchange(self.work.path(), &self.target).map_err(refused)?;
+            return disk::sync_folder(parent).map_err(refused);
         }
-        if let Some(parent) = self.target.parent() {
-            fs::create_dir_all(parent).map_err(refused)?;
-        }
+        disk::create_folders(parent).map_err(refused)?;
         match renameat_with(CWD, self.work.path(), CWD, &self.target, RenameFlags::NOREPLACE) {
             Err(Errno::INVAL | Errno::NOSYS) => fs::rename(self.work.path(), &self.target),
             result => result.map_err(Into::into),
         }
         .map_err(refused)?;
         let _renamed = self.work.keep();
-        Ok(())
+        disk::sync_folder(parent)
+            .map_err(|reason| CheckpointError::Io { path: self.target, reason })
     }
+}
+
+/// Removes what killed writers left in `folder`, and returns how many there were; what is still being
+/// written, by whomever, stays.
+///
+/// # Errors
+/// When the folder cannot be read or a leftover not be removed.
+pub fn remove_leftovers(folder: &Path) -> Result<usize> {
+    disk::remove_leftovers(folder, ".").map_err(CheckpointError::io(folder))
+}
+
+/// Removes `folder` so that no half of it is ever seen under its name.
+///
+/// # Errors
+/// When it cannot be renamed or removed.
+pub fn remove(folder: &Path) -> Result<()> {
+    let failed = CheckpointError::io(folder);
+    let removed = || {
+        let (home, name) = (disk::parent(folder), folder.file_name().unwrap_or_default());
+        let (aside, _lock) = disk::begin_folder(home, name)?;
+        // Over the empty folder, which is gone with that.
+        fs::rename(folder, aside.path())?;
+        disk::sync_folder(home)?;
+        aside.close()
+    };
+    removed().map_err(failed)
 }
 
 /// Swaps two folders: in one step where the file system can, else in three that undo themselves. The
@@ -80,12 +112,6 @@ fn exchange(new: &Path, target: &Path) -> std::io::Result<()> {
         return Err(error);
     }
     fs::rename(&aside, new)
-}
-
-/// What `mkdir` gives a folder, before the user's mask.
-fn open_permissions() -> fs::Permissions {
-    use std::os::unix::fs::PermissionsExt;
-    fs::Permissions::from_mode(0o777)
 }
 
 #[cfg(test)]
@@ -121,6 +147,7 @@ mod tests {
         assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "second");
         assert_eq!(entries(&home.path().join("a")), ["new"]);
         assert_eq!(entries(home.path()), ["a"]);
+        Checksums::open(&target).unwrap().unwrap().check_all().unwrap();
     }
 
     #[test]
@@ -132,5 +159,43 @@ mod tests {
         assert!(late.publish(true).is_err());
         assert_eq!(fs::read_to_string(&target).unwrap(), "somebody else's");
         assert_eq!(entries(home.path()), ["new"]);
+    }
+
+    #[test]
+    fn a_folder_lists_its_files() {
+        let home = tempfile::tempdir().unwrap();
+        let target = home.path().join("new");
+        staged(&target, "text").publish(false).unwrap();
+        let list = Checksums::open(&target).unwrap().unwrap();
+        assert_eq!(list.files().collect::<Vec<_>>(), ["file"]);
+        list.check_all().unwrap();
+    }
+
+    #[test]
+    fn the_next_of_a_name_removes_what_a_killed_one_left() {
+        let home = tempfile::tempdir().unwrap();
+        let target = home.path().join("new");
+        let killed = staged(&target, "half");
+        let living = staged(&target, "half, too");
+        // What a kill does: the lock is gone, the folder stays.
+        let Staged { work, _lock: lock, .. } = killed;
+        let left = work.keep();
+        drop(lock);
+        staged(&target, "whole").publish(false).unwrap();
+        assert!(!left.exists());
+        assert!(living.path().exists());
+        drop(living);
+        assert_eq!(entries(home.path()), ["new"]);
+    }
+
+    #[test]
+    fn a_folder_is_removed_at_once() {
+        let home = tempfile::tempdir().unwrap();
+        let target = home.path().join("old");
+        staged(&target, "text").publish(false).unwrap();
+        remove(&target).unwrap();
+        assert!(entries(home.path()).is_empty());
+        assert!(remove(&target).is_err());
+        assert!(entries(home.path()).is_empty());
     }
 }

@@ -3,6 +3,7 @@
 use std::num::NonZero;
 
 use anyhow::{Context, Result};
+use flow::checksums::Checksums;
 
 use crate::args::{Cli, Command, SampleArgs, SourceArgs};
 use crate::config::Source;
@@ -99,6 +100,7 @@ pub fn run(cli: &Cli) -> Result<()> {
             let loading = model::Loading::to_sample(compute, false);
             let loaded = model::Model::load(model, loading)?;
             reference::write(&loaded, model)?;
+            Checksums::renew(model, flow::reference::FILE)?;
             println!("{}", model.join(flow::reference::FILE).display());
             Ok(())
         }

@@ -1,19 +1,23 @@
 //! Writing weights: one file or shards with their index, a tensor at a time, each file whole or not at all.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use half::bf16;
 use safetensors::Dtype;
-use safetensors::tensor::{Metadata, TensorInfo};
-use serde_json::json;
+use safetensors::tensor::TensorInfo;
+use serde::ser::{Serialize, SerializeMap, Serializer};
+use serde_json::{Value, json};
 use tempfile::NamedTempFile;
 
 use super::{CheckpointError, Result};
+use crate::disk;
 
+/// Name of what is no tensor in a header.
+const METADATA: &str = "__metadata__";
 /// Where diffusers splits files, too.
 pub const MAX_SHARD_BYTES: usize = 10_000_000_000;
 
@@ -86,6 +90,29 @@ impl<'a> Entry<'a> {
     pub fn n_bytes(&self) -> usize {
         self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
     }
+
+    /// `bytes`, if they are as many as type and shape say.
+    fn whole<'b>(&self, bytes: &'b [u8]) -> io::Result<&'b [u8]> {
+        let expected = self.n_bytes();
+        if bytes.len() == expected {
+            return Ok(bytes);
+        }
+        let why = format!("{} has {} bytes instead of {expected}", self.name, bytes.len());
+        Err(io::Error::new(io::ErrorKind::InvalidData, why))
+    }
+}
+
+/// The start of a file: names and what they stand for, in this order.
+struct Header(Vec<(String, Value)>);
+
+impl Serialize for Header {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.0.len()))?;
+        for (name, value) in &self.0 {
+            map.serialize_entry(name, value)?;
+        }
+        map.end()
+    }
 }
 
 /// Writes one safetensors file beside its place and renames it. Values of 0 that need not be written
@@ -98,27 +125,44 @@ pub fn write_tensors<'a>(
     entries: impl IntoIterator<Item = &'a Entry<'a>>,
     metadata: &[(&str, String)],
 ) -> Result<()> {
-    let mut metadata: HashMap<String, String> =
-        metadata.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
-    metadata.insert("format".into(), "pt".into());
     let mut entries: Vec<&Entry<'_>> = entries.into_iter().collect();
     // Wide types first, so that all are aligned.
     entries.sort_by(|a, b| (b.dtype, &a.name).cmp(&(a.dtype, &b.name)));
-    let mut end = 0;
-    let infos = entries.iter().map(|entry| {
-        let data_offsets = (end, end + entry.n_bytes());
-        end = data_offsets.1;
-        let (dtype, shape) = (entry.dtype, entry.shape.clone());
-        (entry.name.clone(), TensorInfo { dtype, shape, data_offsets })
-    });
-    let header = Metadata::new(Some(metadata), infos.collect())
-        .map_err(|error| CheckpointError::malformed(path, error))?;
-    let mut header =
-        serde_json::to_vec(&header).map_err(|error| CheckpointError::malformed(path, error))?;
+    let mut header = header(&entries, metadata)
+        .and_then(|header| serde_json::to_vec(&header).map_err(|error| error.to_string()))
+        .map_err(|why| CheckpointError::malformed(path, why))?;
     header.resize(header.len().next_multiple_of(8), b' ');
     let mut beside = Beside::begin(path)?;
     write_parts(beside.file.as_file_mut(), &header, &entries).map_err(CheckpointError::io(path))?;
     beside.finish()
+}
+
+/// Tensors by their places in the file, metadata by name: equal contents make equal bytes.
+fn header(
+    entries: &[&Entry<'_>],
+    metadata: &[(&str, String)],
+) -> std::result::Result<Header, String> {
+    let metadata: BTreeMap<&str, &str> = metadata
+        .iter()
+        .map(|(key, value)| (*key, value.as_str()))
+        .chain([("format", "pt")])
+        .collect();
+    let mut header = Header(vec![(METADATA.to_owned(), json!(metadata))]);
+    let mut names = BTreeSet::from([METADATA]);
+    let mut end = 0;
+    for entry in entries {
+        if !names.insert(&entry.name) {
+            return Err(format!(
+                "cannot hold a tensor of the name {:?} beside another",
+                entry.name
+            ));
+        }
+        let data_offsets = (end, end + entry.n_bytes());
+        end = data_offsets.1;
+        let info = TensorInfo { dtype: entry.dtype, shape: entry.shape.clone(), data_offsets };
+        header.0.push((entry.name.clone(), json!(info)));
+    }
+    Ok(header)
 }
 
 fn write_parts(file: &mut File, header: &[u8], entries: &[&Entry<'_>]) -> io::Result<()> {
@@ -127,8 +171,8 @@ fn write_parts(file: &mut File, header: &[u8], entries: &[&Entry<'_>]) -> io::Re
     writer.write_all(header)?;
     for entry in entries {
         match &entry.values {
-            Values::Held(bytes) => writer.write_all(bytes)?,
-            Values::Made(make) => writer.write_all(&make()?)?,
+            Values::Held(bytes) => writer.write_all(entry.whole(bytes)?)?,
+            Values::Made(make) => writer.write_all(entry.whole(&make()?)?)?,
             Values::Zero => {
                 writer.seek(SeekFrom::Current(entry.n_bytes() as i64))?;
             }
@@ -200,38 +244,30 @@ struct Beside {
 
 impl Beside {
     fn begin(path: &Path) -> Result<Self> {
-        let folder = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
+        let begin = || {
+            let folder = disk::parent(path);
+            disk::create_folders(folder)?;
+            disk::begin_file(folder, path.file_name().unwrap_or_default())
         };
-        fs::create_dir_all(folder).map_err(CheckpointError::io(path))?;
-        let file = NamedTempFile::new_in(folder).map_err(CheckpointError::io(path))?;
+        let file = begin().map_err(CheckpointError::io(path))?;
         Ok(Self { file, path: path.to_owned() })
     }
 
     fn finish(self) -> Result<()> {
-        let failed = CheckpointError::io(&self.path);
+        let Self { file, path } = self;
         let whole = || {
-            self.file.as_file().sync_all()?;
-            make_readable(self.file.as_file())?;
-            self.file.persist(&self.path).map_err(|error| error.error)
+            file.as_file().sync_all()?;
+            file.persist(&path).map_err(|error| error.error)?;
+            disk::sync_folder(disk::parent(&path))
         };
-        whole().map(|_| ()).map_err(failed)
+        whole().map_err(CheckpointError::io(&path))
     }
-}
-
-/// Temporary files are private; what is left for people is not.
-fn make_readable(file: &File) -> io::Result<()> {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        file.set_permissions(fs::Permissions::from_mode(0o644))?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::super::Weights;
     use super::*;
 
@@ -269,6 +305,41 @@ mod tests {
         write_tensors(&dir.path().join("w.safetensors"), [&made], &[]).unwrap();
         let weights = Weights::open(dir.path(), "w").unwrap();
         assert_eq!(weights.f32("a").unwrap(), [1.0, -0.5, 0.25, 3.0]);
+    }
+
+    #[test]
+    fn equal_contents_are_equal_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, keys: &[&str]| {
+            let entries = [Entry::f32("b", &[1], &[1.0]), Entry::f32("a", &[1], &[2.0])];
+            let metadata: Vec<_> = keys.iter().map(|key| (*key, format!("of {key}"))).collect();
+            let path = dir.path().join(name);
+            write_tensors(&path, &entries, &metadata).unwrap();
+            fs::read(path).unwrap()
+        };
+        let keys = ["one", "two", "three", "four", "five"];
+        let mut reversed = keys;
+        reversed.reverse();
+        let first = file("1", &keys);
+        assert_eq!(first, file("2", &reversed));
+        assert_ne!(first, file("3", &keys[1..]));
+        let weights = Weights::open_file(&dir.path().join("1")).unwrap();
+        assert_eq!(weights.metadata("three"), Some("of three"));
+    }
+
+    #[test]
+    fn what_cannot_be_read_again_is_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("w.safetensors");
+        for (entries, part) in [
+            (vec![Entry::f32("__metadata__", &[1], &[1.0])], "__metadata__"),
+            (vec![Entry::f32("a", &[1], &[1.0]), Entry::f32("a", &[1], &[1.0])], "\"a\""),
+            (vec![Entry::f32("a", &[2], &[1.0])], "a has 4 bytes instead of 8"),
+        ] {
+            let message = write_tensors(&path, &entries, &[]).unwrap_err().to_string();
+            assert!(message.contains(part), "{message}");
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        }
     }
 
     #[test]
