@@ -34,8 +34,9 @@ signs: build ## Make the embedded model again, from the font to the weights (out
 emoji: build ## Make a second model: 1,256 emoji in three styles, by name (needs npm, hours; out/emoji)
 	OUT=$(OUT)/emoji ./setup/emoji.sh
 
-test: build ## Run every test
+test: build ## Run every test, and those that compute once more as on lesser processors
 	$(CARGO) test --release --workspace --locked
+	./setup/limited.sh
 
 parity: build $(PARITY) ## Compare our programs live with diffusers and onnxruntime (out/parity)
 	HF_HUB_OFFLINE=1 $(PYTHON) -B tests/parity/run.py --programs $(NG) --out $(OUT)/parity \

@@ -20,8 +20,14 @@ pub use parameters::Parameters;
 pub use tensor::Tensor;
 
 /// Whether this processor has the fused multiply-add that the products are made of; where it has not, each
-/// costs a call.
+/// costs a call. `ATEN_CPU_CAPABILITY=default`, which keeps libtorch from it, keeps this interpreter out too.
+///
+/// The width of vectors does not matter: every kernel adds in one order and rounds once a step, so that its
+/// bits are the same on each of them.
 pub fn is_fast() -> bool {
+    if std::env::var_os("ATEN_CPU_CAPABILITY").is_some_and(|limit| limit == "default") {
+        return false;
+    }
     #[cfg(target_arch = "x86_64")]
     return std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma");
     #[cfg(not(target_arch = "x86_64"))]

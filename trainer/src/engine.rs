@@ -93,6 +93,7 @@ impl Engine {
     /// Puts adapters on the linear layers.
     pub(crate) fn adapt(&mut self, adapters: Adapters) {
         self.adapters = Some(adapters);
+        *self.inference.get_mut() = None;
     }
 
     /// What training changes: the adapters where there are any, else every parameter.
@@ -132,7 +133,8 @@ impl Engine {
     /// Another way to velocities, where it is faster, with the parameters as they are.
     fn inference(&self, tokens: usize) -> Option<Rc<Inference>> {
         let parameters = &self.parameters;
-        let is_free = !self.rounds_alike && self.adapters.is_none();
+        let adapters = self.adapters.as_ref();
+        let is_free = !self.rounds_alike && !adapters.is_some_and(Adapters::are_training);
         let is_plain = parameters.compute().is_plain() && !parameters.is_streamed();
         if !is_free || !is_plain || !Inference::is_worthwhile(&self.config, tokens) {
             return None;
@@ -140,7 +142,7 @@ impl Engine {
         let mut known = self.inference.borrow_mut();
         if known.as_ref().is_none_or(|(version, _)| *version != parameters.version()) {
             *known = None;
-            let made = Inference::new(&self.config, parameters);
+            let made = Inference::new(&self.config, parameters, adapters);
             *known = Some((parameters.version(), Rc::new(made)));
         }
         known.as_ref().map(|(_, inference)| inference.clone())

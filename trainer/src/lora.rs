@@ -10,7 +10,7 @@ use flow::noise::Noise;
 use flow::ops::ParamPath;
 use flow::ops::shapes::Manifest;
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Kind, Tensor, no_grad};
 
 use crate::device::Compute;
 use crate::parameters::{Parameters, Storage};
@@ -195,6 +195,19 @@ impl Adapters {
         Some(x.linear(&a, none).linear(&b, none) * self.scale)
     }
 
+    /// (α/r)·B·A, row by row, of the weight `name`, if its layer has an adapter.
+    pub(crate) fn added_to(&self, name: &str) -> Option<Vec<f32>> {
+        let layer = name.strip_suffix(".weight")?;
+        let [a, b] = [A, B].map(|factor| self.parameters.named(&format!("{layer}.{factor}")));
+        let added = no_grad(|| b.zip(a).map(|(b, a)| (b.matmul(&a) * self.scale).reshape([-1])))?;
+        Some(Vec::try_from(&added.to_kind(Kind::Float)).expect("a tensor of f32"))
+    }
+
+    /// Whether they are training.
+    pub(crate) fn are_training(&self) -> bool {
+        self.parameters.is_trainable()
+    }
+
     /// Writes `pytorch_lora_weights.safetensors` into `folder`, with `averaged` in place of the current
     /// values where given.
     pub(crate) fn save(&self, folder: &Path, averaged: Option<&[Tensor]>) -> Result<()> {
@@ -237,12 +250,10 @@ fn open(path: &Path, scale: f64, segments: &[Manifest]) -> Result<Lora> {
 
 #[cfg(test)]
 mod tests {
-    use flow::latents::LatentSize;
-    use tch::{Kind, no_grad};
-
     use super::*;
     use crate::engine::segments;
     use crate::model::{Loading, Model};
+    use flow::latents::LatentSize;
 
     const SIZE: LatentSize = LatentSize { channels: 16, height: 4, width: 6 };
 

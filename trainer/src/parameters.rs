@@ -210,6 +210,11 @@ impl Parameters {
         })
     }
 
+    /// Whether gradients accumulate on them.
+    pub(crate) fn is_trainable(&self) -> bool {
+        self.trainable
+    }
+
     /// Whether they stay on disk.
     pub(crate) fn is_streamed(&self) -> bool {
         self.source.is_some()

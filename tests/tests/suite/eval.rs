@@ -137,8 +137,8 @@ fn a_lora_is_compared_on_the_same_noise_and_wins_are_counted() {
     let models: Vec<&str> = columns.iter().map(|column| &*column.model).collect();
     assert_eq!(models, [&base, &lora, &silent]);
     let [plain, adapted, same] = &columns[..] else { panic!("{columns:?}") };
-    // Adapters at scale 0 change nothing.
-    plain.assert_near(same);
+    // Adapters at scale 0 change nothing, in no bit: what is compared is computed by one path.
+    assert_eq!(plain.per_prompt, same.per_prompt);
     assert!(plain.per_prompt.iter().zip(&adapted.per_prompt).all(|(a, b)| a != b));
 
     let n = PROMPTS.len() as f64;
