@@ -1,0 +1,36 @@
+//! Compiles the shim over libtorch's c10d, and says where libtorch lies: to this package's programs, and
+//! as `DEP_C10D_LIBTORCH` to the build scripts of the packages above.
+
+use std::{env, path::PathBuf};
+
+fn main() {
+    println!("cargo:rerun-if-env-changed=LIBTORCH");
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=shim");
+    let root = PathBuf::from(env::var_os("LIBTORCH").unwrap_or_default());
+    // The folder inside the package, not the link to it: libtorch_cpu looks for the CUDA runtime
+    // relative to the folder that it was opened from.
+    let Ok(library) = root.join("lib/libtorch_cpu.so").canonicalize() else {
+        eprintln!("error: no libtorch in `{}`: run `make runtime` first", root.display());
+        std::process::exit(1);
+    };
+    println!("cargo:rerun-if-changed={}", library.display());
+    let abi = env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".to_owned());
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .opt_level(1)
+        .define("USE_C10D_GLOO", None)
+        .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
+        .include("shim")
+        .flag(format!("-isystem{}", root.join("include").display()))
+        .flag(format!("-isystem{}", root.join("include/torch/csrc/api/include").display()))
+        .file("shim/c10d.cpp")
+        .compile("c10d_shim");
+    let folder = library.parent().unwrap_or(&root);
+    println!("cargo:rustc-link-search=native={}", root.join("lib").display());
+    println!("cargo:rustc-link-lib=torch_cpu");
+    println!("cargo:rustc-link-lib=c10");
+    println!("cargo:libtorch={}", folder.display());
+    println!("cargo:rustc-link-arg=-Wl,-rpath,{}", folder.display());
+}

@@ -1,0 +1,27 @@
+//! Process groups: what ranks of one run say to each other, over libtorch's own c10d.
+//!
+//! A [`Group`] gathers, scatters, reduces and broadcasts tensors between the processes that a
+//! [`Topology`] describes; a process that is alone has one too, whose operations are identities. It knows
+//! tensors, and nothing of models.
+//!
+//! Tensors in the host's memory go through c10d's Gloo, which libtorch holds whole. A `TCPStore` brings the
+//! ranks together, keeps a sign of life of each, and is where a rank that stops says why, so that the others
+//! stop within a tenth of a second and can name it. A frozen rank is seen when the operation's time is over.
+//!
+//! Who listens: the store at the address that the launcher names, on loopback alone if all ranks are on one
+//! machine and on every interface otherwise, without authentication; Gloo at the address that leads to it.
+#![expect(unsafe_code, reason = "calls of libtorch's C++ and of NCCL")]
+
+mod c10d;
+mod call;
+mod error;
+mod group;
+mod store;
+mod topology;
+mod watch;
+
+pub use call::Reduce;
+pub use error::Error;
+pub use group::{Group, Pending, Timeouts};
+pub use store::serve;
+pub use topology::{Launch, Node, PORT, Topology};

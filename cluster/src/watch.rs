@@ -1,0 +1,312 @@
+//! Signs of life: each rank says in the store that it lives and where it is, so that an operation that
+//! fails can say whose fault it is, and a rank that stops takes the others with it.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crate::c10d::Store;
+use crate::error::Error;
+use crate::store::Place;
+use crate::topology::Topology;
+
+/// Key of the first fault that any rank reports.
+const FAULT: &str = "fault";
+/// Number of ranks that have left in good order.
+const LEFT: &str = "left";
+/// Time between two signs of life; larger worlds take longer, so that one store can serve them.
+const BEAT: Duration = Duration::from_millis(100);
+const BEAT_A_RANK: Duration = Duration::from_millis(1);
+/// Beats without a change after which a rank is silent.
+const SILENCE: u32 = 3;
+
+/// Why the group has ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Fault {
+    /// The rank that found it.
+    pub(crate) reporter: usize,
+    /// Ranks to blame; none: the reporter itself.
+    pub(crate) peers: Vec<usize>,
+    pub(crate) what: String,
+}
+
+impl Fault {
+    fn to_text(&self) -> String {
+        let peers: Vec<String> = self.peers.iter().map(ToString::to_string).collect();
+        format!("{}|{}|{}", self.reporter, peers.join(","), self.what)
+    }
+
+    fn from_text(text: &str) -> Self {
+        let mut parts = text.splitn(3, '|');
+        let mut part = || parts.next().unwrap_or_default();
+        let reporter = part().parse().unwrap_or(0);
+        let peers = part().split(',').filter_map(|peer| peer.parse().ok()).collect();
+        Self { reporter, peers, what: part().to_owned() }
+    }
+
+    /// As an operation of rank `rank` reports it.
+    pub(crate) fn error(&self, operation: &str, rank: usize) -> Error {
+        let (operation, what) = (operation.to_owned(), self.what.clone());
+        if self.peers.is_empty() && self.reporter == rank {
+            return Error::Failed { operation, rank, what };
+        }
+        if self.peers.is_empty() {
+            return Error::Stopped { operation, rank, peer: self.reporter, what };
+        }
+        Error::Lost { operation, rank, peers: self.peers.clone(), what }
+    }
+}
+
+/// Where a rank was at its last sign of life.
+struct Sign {
+    beat: u64,
+    calls: u64,
+    at: String,
+}
+
+/// The other ranks, after a while of looking.
+struct Others {
+    silent: Vec<usize>,
+    signs: Vec<(usize, Sign)>,
+}
+
+pub(crate) struct Watch {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    rank: usize,
+    world: usize,
+    store: Store,
+    beat: Duration,
+    /// The rank that serves the store, if one does.
+    server: Option<usize>,
+    address: String,
+    calls: AtomicU64,
+    at: Mutex<String>,
+    fault: Mutex<Option<Fault>>,
+    faulty: AtomicBool,
+    stop: Mutex<bool>,
+    stopped: Condvar,
+}
+
+impl Watch {
+    /// Over `store`; a second connection to it says the signs of life.
+    pub(crate) fn start(
+        topology: &Topology,
+        place: &Place,
+        store: Store,
+        patience: Duration,
+    ) -> Result<Self, String> {
+        let shared = Arc::new(Shared {
+            rank: topology.rank,
+            world: topology.world,
+            store,
+            beat: BEAT.max(BEAT_A_RANK * topology.world as u32),
+            server: (!topology.launcher_serves).then_some(0),
+            address: place.address(),
+            calls: AtomicU64::new(0),
+            at: Mutex::new("joining".to_owned()),
+            fault: Mutex::default(),
+            faulty: AtomicBool::new(false),
+            stop: Mutex::new(false),
+            stopped: Condvar::new(),
+        });
+        let own = place.again(patience)?;
+        shared.sign(&own, 0)?;
+        let thread = {
+            let shared = Arc::clone(&shared);
+            thread::Builder::new().name("signs-of-life".to_owned()).spawn(move || shared.live(&own))
+        };
+        Ok(Self { shared, thread: Some(thread.map_err(|error| error.to_string())?) })
+    }
+
+    pub(crate) fn store(&self) -> &Store {
+        &self.shared.store
+    }
+
+    /// Counts a call of the group, from 1.
+    pub(crate) fn enter(&self, call: &str) -> u64 {
+        let number = self.shared.calls.fetch_add(1, Ordering::Relaxed) + 1;
+        *lock(&self.shared.at) = format!("in {call} (call {number})");
+        number
+    }
+
+    pub(crate) fn pass(&self) {
+        let number = self.shared.calls.load(Ordering::Relaxed);
+        *lock(&self.shared.at) = format!("past call {number}");
+    }
+
+    /// What ended the group, once this rank has heard of it.
+    pub(crate) fn fault(&self) -> Option<Fault> {
+        if !self.shared.faulty.load(Ordering::Acquire) {
+            return None;
+        }
+        lock(&self.shared.fault).clone()
+    }
+
+    /// Says that the group has ended; the fault that stands, which is the first one reported.
+    pub(crate) fn report(&self, fault: Fault) -> Fault {
+        let standing = match self.shared.store.set_first(FAULT, &fault.to_text()) {
+            Ok(text) => Fault::from_text(&text),
+            Err(_) => fault,
+        };
+        self.shared.keep(standing.clone());
+        standing
+    }
+
+    /// Who is to blame for an operation that failed with `failure`: silent ranks, ranks behind this one, or
+    /// nobody known. Looks for [`SILENCE`] beats.
+    pub(crate) fn blame(&self, operation: &str, failure: &str, step: Duration) -> Error {
+        let rank = self.shared.rank;
+        let operation = operation.to_owned();
+        let timed_out =
+            ["timed out", "timeout"].iter().any(|word| failure.to_lowercase().contains(word));
+        let Some(Others { silent, signs }) = self.look() else {
+            let fault = self.fault().unwrap_or_else(|| self.shared.store_is_gone());
+            return fault.error(&operation, rank);
+        };
+        let seconds = step.as_secs_f64();
+        if !silent.is_empty() {
+            let what = if timed_out {
+                format!("gave no sign of life in {seconds} s: frozen, or its machine is gone")
+            } else {
+                "has ended or cannot be reached".to_owned()
+            };
+            return Error::Lost { operation, rank, peers: silent, what };
+        }
+        let own = self.shared.calls.load(Ordering::Relaxed);
+        match signs.into_iter().find(|(_, sign)| sign.calls < own) {
+            Some((peer, sign)) if timed_out => {
+                let what = format!("did not come along in {seconds} s: it is {}", sign.at);
+                Error::Lost { operation, rank, peers: vec![peer], what }
+            }
+            _ => Error::Failed { operation, rank, what: failure.to_owned() },
+        }
+    }
+
+    /// `None` where the store does not answer.
+    fn look(&self) -> Option<Others> {
+        let before = self.shared.signs()?;
+        thread::sleep(self.shared.beat * SILENCE);
+        let after = self.shared.signs()?;
+        let mut silent = Vec::new();
+        let mut others = Vec::new();
+        for (rank, (before, after)) in before.into_iter().zip(after).enumerate() {
+            if rank == self.shared.rank {
+                continue;
+            }
+            if before.beat == after.beat {
+                silent.push(rank);
+            } else {
+                others.push((rank, after));
+            }
+        }
+        Some(Others { silent, signs: others })
+    }
+
+    /// Leaves in good order: whoever serves the store stays until all have left.
+    fn leave(&self) {
+        let shared = &self.shared;
+        let Ok(mut left) = shared.store.add(LEFT, 1) else { return };
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while shared.server == Some(shared.rank)
+            && left < shared.world as i64
+            && Instant::now() < deadline
+            && self.fault().is_none()
+        {
+            thread::sleep(Duration::from_millis(5));
+            let Ok(now) = shared.store.add(LEFT, 0) else { return };
+            left = now;
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if self.fault().is_none() {
+            self.leave();
+        } else if self.shared.server == Some(self.shared.rank) {
+            // The others look into the store for whom to blame.
+            thread::sleep(self.shared.beat * (2 * SILENCE));
+        }
+        *lock(&self.shared.stop) = true;
+        self.shared.stopped.notify_all();
+        if let Some(thread) = self.thread.take() {
+            _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn sign(&self, store: &Store, beat: u64) -> Result<(), String> {
+        let calls = self.calls.load(Ordering::Relaxed);
+        let sign = format!("{beat} {calls} {}", lock(&self.at));
+        store.set(&key(self.rank), &sign)
+    }
+
+    /// The thread: signs, and hears of faults.
+    fn live(&self, store: &Store) {
+        let mut beat = 0;
+        loop {
+            beat += 1;
+            let heard = self.sign(store, beat).and_then(|()| store.has(FAULT));
+            match heard {
+                Ok(false) => {}
+                Ok(true) => {
+                    if let Ok(text) = store.get(FAULT) {
+                        self.keep(Fault::from_text(&text));
+                    }
+                }
+                Err(_) => {
+                    self.keep(self.store_is_gone());
+                    return;
+                }
+            }
+            let stop = lock(&self.stop);
+            let waited = self.stopped.wait_timeout_while(stop, self.beat, |stop| !*stop);
+            if *waited.unwrap_or_else(PoisonError::into_inner).0 {
+                return;
+            }
+        }
+    }
+
+    fn store_is_gone(&self) -> Fault {
+        let peers: Vec<usize> = self.server.into_iter().filter(|&rank| rank != self.rank).collect();
+        let address = &self.address;
+        let what = if peers.is_empty() {
+            format!("the launcher's store at {address} is gone")
+        } else {
+            format!("has ended or cannot be reached: its store at {address} is gone")
+        };
+        Fault { reporter: self.rank, peers, what }
+    }
+
+    /// The first fault that this rank hears of stands.
+    fn keep(&self, fault: Fault) {
+        lock(&self.fault).get_or_insert(fault);
+        self.faulty.store(true, Ordering::Release);
+    }
+
+    fn signs(&self) -> Option<Vec<Sign>> {
+        (0..self.world)
+            .map(|rank| {
+                let text = self.store.get(&key(rank)).ok()?;
+                let mut parts = text.splitn(3, ' ');
+                let beat = parts.next()?.parse().ok()?;
+                let calls = parts.next()?.parse().ok()?;
+                Some(Sign { beat, calls, at: parts.next()?.to_owned() })
+            })
+            .collect()
+    }
+}
+
+fn key(rank: usize) -> String {
+    format!("sign/{rank}")
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
