@@ -9,16 +9,18 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use exporter::args::Args;
 use exporter::export::{Table, export};
+use flow::panics;
 use indicatif::{ProgressBar, ProgressStyle};
 
 fn main() -> ExitCode {
-    match run(Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let args = Args::parse();
+    let said = match panics::reported(|| run(args)) {
+        Ok(Ok(())) => return ExitCode::SUCCESS,
+        Ok(Err(error)) => format!("{error:#}"),
+        Err(panic) => panic,
+    };
+    eprintln!("error: {}", panics::without_frames(&said));
+    ExitCode::FAILURE
 }
 
 fn run(args: Args) -> Result<()> {

@@ -20,6 +20,7 @@ pub mod naming;
 pub mod nn;
 pub mod noise;
 pub mod ops;
+pub mod panics;
 pub mod path;
 pub mod pipeline;
 pub mod prompts;

@@ -16,6 +16,9 @@ const MAX_LINE: usize = 8 * 1024;
 /// Largest accepted prompt file, in bytes.
 const MAX_FILE: u64 = 256 * 1024 * 1024;
 
+/// Most line ends and commas of a prompt file: a byte on disk can be a hundred in memory.
+const MAX_PARTS: usize = 20_000_000;
+
 /// Colour words that a prompt is searched for, in the spelling of the colour reward.
 const COLOURS: [&str; 14] = [
     "red", "green", "blue", "black", "white", "yellow", "orange", "purple", "pink", "brown",
@@ -42,6 +45,12 @@ impl Prompt {
     /// A prompt of text alone.
     pub fn new(text: impl Into<String>) -> Self {
         Self { text: text.into(), ..Self::default() }
+    }
+
+    /// About how much memory it takes.
+    pub fn n_bytes(&self) -> usize {
+        let fields = self.fields.iter().map(|(name, value)| name.len() + text_bytes(value) + 100);
+        size_of::<Self>() + self.text.len() + fields.sum::<usize>()
     }
 
     /// The words to be rendered: `target`, or what stands between the first pair of double quotes.
@@ -86,16 +95,35 @@ pub fn read(path: &Path) -> Result<Vec<Prompt>, CheckpointError> {
         "jsonl" => parse_json_lines,
         _ => return Err(malformed("a prompt file ends in .txt, .json or .jsonl".into())),
     };
-    let size = fs::metadata(path).map_err(CheckpointError::io(path))?.len();
+    let metadata = fs::metadata(path).map_err(CheckpointError::io(path))?;
+    if !metadata.is_file() {
+        return Err(malformed(
+            "is no regular file: give a file instead of a pipe or device".into(),
+        ));
+    }
+    let size = metadata.len();
     if size > MAX_FILE {
         return Err(malformed(format!("{size} bytes, a prompt file has at most {MAX_FILE}")));
     }
     let bytes = fs::read(path).map_err(CheckpointError::io(path))?;
+    let n_parts = bytes.iter().filter(|byte| matches!(byte, b'\n' | b',')).count();
+    if n_parts > MAX_PARTS {
+        return Err(malformed(format!("more than {MAX_PARTS} lines and fields")));
+    }
     let prompts = utf8(&bytes).and_then(parse).map_err(malformed)?;
     if prompts.is_empty() {
         return Err(malformed("holds no prompt".into()));
     }
     Ok(prompts)
+}
+
+fn text_bytes(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(values) => values.iter().map(text_bytes).sum(),
+        Value::Object(fields) => fields.values().map(text_bytes).sum(),
+        _ => 0,
+    }
 }
 
 /// Refuses what no tokenizer or PNG text chunk should see: more than 8 KiB, or control characters other

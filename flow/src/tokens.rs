@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use tokenizers::models::bpe::BPE;
-use tokenizers::normalizers::Lowercase;
-use tokenizers::{Tokenizer, TruncationParams};
+use tokenizers::normalizers::{Lowercase, NormalizerWrapper};
+use tokenizers::{NormalizedString, Normalizer, Tokenizer, TruncationParams};
 
-use crate::checkpoint::CheckpointError;
+use crate::checkpoint::{CheckpointError, read_bounded};
+use crate::panics::caught;
 use crate::pipeline::read_json;
 
 /// Both tokenizers of a pipeline, each padding to its fixed length as `FluxPipeline` does.
@@ -38,6 +39,10 @@ struct Padded {
 const T5_PAD: u32 = 0;
 /// FLUX.1-dev's text length, and the most `FluxPipeline` accepts.
 pub const MAX_TEXT_TOKENS: usize = 512;
+
+/// Most bytes that a tokenizer's rules may make of a prompt, and one of them put in place of a match.
+const MAX_REWRITTEN: usize = 256 << 10;
+const MAX_REPLACEMENT: usize = 64;
 
 #[derive(Deserialize)]
 struct TokenizerConfig {
@@ -117,7 +122,14 @@ impl Truncated {
     /// # Errors
     /// When the tokenizer cannot encode it.
     pub fn encode(&self, text: &str) -> Result<Vec<i64>, tokenizers::Error> {
-        let encoding = self.0.encode(text, true)?;
+        let encode = || {
+            if let Some(normalizer) = self.0.get_normalizer() {
+                rewrite(normalizer, &mut NormalizedString::from(text))?;
+            }
+            self.0.encode(text, true)
+        };
+        let encoding =
+            caught(encode).map_err(|why| format!("the tokenizer is damaged: {why}"))??;
         Ok(encoding.get_ids().iter().map(|&id| i64::from(id)).collect())
     }
 
@@ -184,7 +196,28 @@ fn max_length(dir: &Path) -> usize {
 
 fn from_json(dir: &Path) -> Result<Tokenizer, CheckpointError> {
     let path = dir.join("tokenizer.json");
-    Tokenizer::from_file(&path).map_err(|error| CheckpointError::malformed(&path, error))
+    let bytes = read_bounded(&path)?;
+    caught(|| Tokenizer::from_bytes(&bytes))
+        .map_err(|why| CheckpointError::malformed(&path, format!("damaged: {why}")))?
+        .map_err(|error| CheckpointError::malformed(&path, error))
+}
+
+/// Rewrites `text` rule by rule, so that no list of rules lets it grow without end.
+fn rewrite(rule: &NormalizerWrapper, text: &mut NormalizedString) -> Result<(), tokenizers::Error> {
+    match rule {
+        NormalizerWrapper::Sequence(rules) => {
+            return rules.as_ref().iter().try_for_each(|rule| rewrite(rule, text));
+        }
+        NormalizerWrapper::Replace(rule) if rule.content.len() > MAX_REPLACEMENT => {
+            let n = rule.content.len();
+            return Err(format!("the tokenizer puts {n} bytes in place of a match").into());
+        }
+        rule => rule.normalize(text)?,
+    }
+    if text.get().len() > MAX_REWRITTEN {
+        return Err(format!("the tokenizer makes more than {MAX_REWRITTEN} bytes of it").into());
+    }
+    Ok(())
 }
 
 /// `tokenizer.json` where there is one, else the byte-level BPE of `vocab.json` and `merges.txt`.
@@ -198,6 +231,8 @@ fn clip_tokenizer(dir: &Path) -> Result<Tokenizer, CheckpointError> {
             let why = format!("neither tokenizer.json nor {name} is in it");
             return Err(CheckpointError::malformed(dir, why));
         }
+        // Its kind and size; the library reads it itself.
+        read_bounded(&path)?;
         Ok(path.to_string_lossy().into_owned())
     };
     let malformed = |error: tokenizers::Error| CheckpointError::malformed(dir, error);
@@ -252,7 +287,49 @@ fn clip_stages(tokenizer: &mut Tokenizer) -> Result<(), tokenizers::Error> {
 
 #[cfg(test)]
 mod tests {
-    use super::plain;
+    use std::fs;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// What `rules` make of a prompt.
+    fn encoded(rules: &Value) -> Result<Vec<i64>, String> {
+        let home = tempfile::tempdir().unwrap();
+        let tokenizer = json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+            "normalizer": {"type": "Sequence", "normalizers": rules}, "pre_tokenizer": null,
+            "post_processor": null, "decoder": null,
+            "model": {"type": "BPE", "dropout": null, "unk_token": "a",
+                "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": false,
+                "byte_fallback": false, "vocab": {"a": 0}, "merges": []}
+        });
+        fs::write(home.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        let tokenizer = Truncated::open(home.path(), 4).map_err(|error| error.to_string())?;
+        tokenizer.encode("aa").map_err(|error| error.to_string())
+    }
+
+    fn twice(content: &str) -> Value {
+        json!({"type": "Replace", "pattern": {"String": "a"}, "content": content})
+    }
+
+    #[test]
+    fn rules_do_not_let_a_prompt_grow_without_end() {
+        assert_eq!(encoded(&json!([twice("aa")])).unwrap(), [0, 0, 0, 0]);
+        let said = encoded(&json!(vec![twice("aa"); 40])).unwrap_err();
+        assert!(said.contains("more than 262144 bytes"), "{said}");
+        let said = encoded(&json!([twice(&"a".repeat(1 << 20))])).unwrap_err();
+        assert!(said.contains("1048576 bytes in place of a match"), "{said}");
+    }
+
+    /// A table whose first unit points behind its end; the library looks there without asking.
+    #[test]
+    fn a_broken_character_map_is_an_error() {
+        let map = "BAAAAP///38=";
+        let said =
+            encoded(&json!([{"type": "Precompiled", "precompiled_charsmap": map}])).unwrap_err();
+        assert!(said.contains("damaged"), "{said}");
+    }
 
     #[test]
     fn quotes_and_entities_become_plain() {

@@ -16,15 +16,12 @@ use ort::environment::Environment;
 /// 1. what the environment variable `ORT_DYLIB_PATH` names (nothing else is tried when it is set);
 /// 2. `libonnxruntime.so*` beside the running program;
 /// 3. the same in `../lib` seen from the program;
-/// 4. the same in `.runtime/lib` of the program's folder, the current folder or any folder above
-///    either.
+/// 4. the same in `.runtime/lib` of the program's folder or any folder above it.
+///
+/// Never what lies where the program was started: the library is code that runs.
 pub fn library() -> Result<PathBuf> {
     let program = env::current_exe().ok();
-    find(
-        env::var_os("ORT_DYLIB_PATH"),
-        program.as_deref().and_then(Path::parent),
-        env::current_dir().ok().as_deref(),
-    )
+    find(env::var_os("ORT_DYLIB_PATH"), program.as_deref().and_then(Path::parent))
 }
 
 /// The process's environment: the library is loaded and checked by the first call that succeeds.
@@ -48,11 +45,7 @@ pub(crate) fn environment() -> Result<Environment> {
 const REMEDY: &str = "run `make runtime`, put libonnxruntime.so beside the program, \
                       or set ORT_DYLIB_PATH to the library";
 
-fn find(
-    chosen: Option<OsString>,
-    program_folder: Option<&Path>,
-    current_folder: Option<&Path>,
-) -> Result<PathBuf> {
+fn find(chosen: Option<OsString>, program_folder: Option<&Path>) -> Result<PathBuf> {
     if let Some(chosen) = chosen.filter(|path| !path.is_empty()) {
         let path = std::path::absolute(&chosen)
             .with_context(|| format!("cannot resolve ORT_DYLIB_PATH={}", chosen.display()))?;
@@ -67,22 +60,18 @@ fn find(
     let beside = program_folder.into_iter().flat_map(|folder| {
         [Some(folder.to_path_buf()), folder.parent().map(|parent| parent.join("lib"))]
     });
-    let above = [program_folder, current_folder]
+    let above = program_folder
         .into_iter()
-        .flatten()
         .flat_map(Path::ancestors)
         .map(|folder| Some(folder.join(".runtime/lib")));
     if let Some(path) = beside.chain(above).flatten().find_map(|folder| library_in(&folder)) {
         return Ok(path);
     }
-    let shown = |folder: Option<&Path>| {
-        folder.map_or_else(|| "(unknown)".to_owned(), |folder| folder.display().to_string())
-    };
+    let program = program_folder
+        .map_or_else(|| "(unknown)".to_owned(), |folder| folder.display().to_string());
     bail!(
         "ONNX Runtime is not installed: no libonnxruntime.{DLL_EXTENSION} in {program}, in its \
-         ../lib, or in .runtime/lib of {program}, of {current} or of a folder above them; {REMEDY}",
-        program = shown(program_folder),
-        current = shown(current_folder),
+         ../lib, or in .runtime/lib of {program} or of a folder above it; {REMEDY}"
     )
 }
 
@@ -143,18 +132,16 @@ mod tests {
     fn order_of_places() {
         let root = tempfile::tempdir().unwrap();
         let bin = root.path().join("app/bin");
-        let work = root.path().join("work/deep");
         fs::create_dir_all(&bin).unwrap();
-        fs::create_dir_all(&work).unwrap();
         let look = |chosen: Option<&Path>| {
-            find(chosen.map(|path| path.as_os_str().to_owned()), Some(&bin), Some(&work))
+            find(chosen.map(|path| path.as_os_str().to_owned()), Some(&bin))
         };
 
         let nothing = look(None).unwrap_err().to_string();
         for part in ["not installed", "make runtime", "ORT_DYLIB_PATH", &bin.to_string_lossy()] {
             assert!(nothing.contains(part), "{part} is not in: {nothing}");
         }
-        let runtime = touch(&root.path().join("work/.runtime/lib"), "libonnxruntime.so.1.31.1");
+        let runtime = touch(&root.path().join(".runtime/lib"), "libonnxruntime.so.1.31.1");
         assert_eq!(look(None).unwrap(), runtime);
         let lib = touch(&root.path().join("app/lib"), "libonnxruntime.so");
         assert_eq!(look(None).unwrap(), lib);

@@ -331,7 +331,8 @@ pub fn run(config: &AlignConfig, options: &Options) -> Result<()> {
         config.output.display()
     );
     let train_prompts = prompts::read(&config.prompts)?;
-    let rewards = Rewards::open(&config.rewards, options.threads, options.compute.device)?;
+    let mut rewards = Rewards::open(&config.rewards, options.threads, options.compute.device)?;
+    rewards.stop_when(interrupt::asked);
     rewards.check(&train_prompts)?;
     let model = config.load(options.compute)?;
     let size = model.latent_size(config.rollout.size)?;

@@ -7,8 +7,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use image::{ImageReader, Limits, RgbImage};
+use image::RgbImage;
 use serde::Deserialize;
+
+use crate::picture;
 
 /// The file that lists pictures and captions, one JSON object a line.
 pub const METADATA: &str = "metadata.jsonl";
@@ -76,17 +78,7 @@ fn picture(dir: &Path, name: &str) -> Result<RgbImage> {
     if !inside || name.is_empty() {
         bail!("file_name `{name}` is not a path inside the folder");
     }
-    let path = dir.join(name);
-    let mut reader = ImageReader::open(&path)
-        .with_context(|| format!("opening {}", path.display()))?
-        .with_guessed_format()
-        .with_context(|| format!("reading {}", path.display()))?;
-    let mut limits = Limits::default();
-    limits.max_image_width = Some(MAX_EDGE);
-    limits.max_image_height = Some(MAX_EDGE);
-    reader.limits(limits);
-    let image = reader.decode().with_context(|| format!("decoding {}", path.display()))?;
-    Ok(image.into_rgb8())
+    picture::open(&dir.join(name), MAX_EDGE)
 }
 
 #[cfg(test)]
@@ -121,7 +113,7 @@ mod tests {
         for (row, expected) in [
             ("{\"file_name\":\"none.png\",\"text\":\"x\"}", "none.png"),
             ("{\"file_name\":\"tall.png\",\"text\":\"x\"}", "4 by 5 pixels"),
-            ("{\"file_name\":\"torn.png\",\"text\":\"x\"}", "decoding"),
+            ("{\"file_name\":\"torn.png\",\"text\":\"x\"}", "torn.png"),
             ("{\"file_name\":\"../a.png\",\"text\":\"x\"}", "inside the folder"),
             ("{\"file_name\":\"a.png\"}", "missing field `text`"),
             ("{\"file_name\":", "EOF"),

@@ -3,17 +3,29 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use flow::panics;
 use flow::usage::Usage;
 use trainer::args::Cli;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    match trainer::run(&cli) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) if error.is::<trainer::align::Stopped>() => ExitCode::from(130),
-        Err(error) => {
+    let said = match panics::reported(|| trainer::run(&cli)) {
+        Ok(Ok(())) => return ExitCode::SUCCESS,
+        Ok(Err(error)) if error.is::<trainer::align::Stopped>() => return ExitCode::from(130),
+        Ok(Err(error)) if error.is::<Usage>() => {
             eprintln!("error: {error:#}");
-            ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+            return ExitCode::from(2);
         }
+        Ok(Err(error)) => panics::without_frames(&format!("{error:#}")),
+        Err(panic) => panic,
+    };
+    if panics::is_out_of_memory(&said) {
+        eprintln!(
+            "error: out of memory: lower rollout.batch, rollout.size or prompts_per_iteration (or --batch, \
+             --width and --height), set recompute = true, or train [lora] with stream = true ({said})"
+        );
+    } else {
+        eprintln!("error: {said}");
     }
+    ExitCode::FAILURE
 }

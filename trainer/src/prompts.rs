@@ -15,9 +15,10 @@ use serde_json::{Map, Value};
 const TEXT: [&str; 3] = ["prompt", "text", "caption"];
 /// Columns that are read with it, where they are there.
 const MORE: [&str; 3] = ["target", "colour", "color"];
-/// Most rows of a file, and bytes in the columns that are read.
+/// Most rows of a file, bytes in the columns that are read, and bytes of memory for their prompts.
 const MAX_ROWS: i64 = 20_000_000;
 const MAX_BYTES: i64 = 1 << 30;
+const MAX_HELD: usize = 256 << 20;
 
 /// Reads a prompt file: `.parquet` with a column `prompt`, `text` or `caption` (and maybe `target`
 /// and `colour`), its other columns left on disk; else as [`flow::prompts::read`].
@@ -34,9 +35,10 @@ pub(crate) fn read(path: &Path) -> Result<Vec<Prompt>> {
 }
 
 fn parquet(path: &Path) -> Result<Vec<Prompt>> {
+    ensure!(std::fs::metadata(path)?.is_file(), "is no regular file");
     let reader = SerializedFileReader::new(File::open(path)?)?;
     let columns = columns(reader.metadata())?;
-    let mut prompts = Vec::new();
+    let (mut prompts, mut n_held) = (Vec::new(), 0);
     for (at, row) in reader.get_row_iter(Some(columns))?.enumerate() {
         let fields = row.map_err(anyhow::Error::from).and_then(|row| {
             let fields = row.into_columns().into_iter();
@@ -44,7 +46,11 @@ fn parquet(path: &Path) -> Result<Vec<Prompt>> {
         });
         let prompt =
             fields.and_then(|fields| from_json(&Value::Object(fields)).map_err(anyhow::Error::msg));
-        prompts.push(prompt.with_context(|| format!("row {}", at + 1))?);
+        let prompt = prompt.with_context(|| format!("row {}", at + 1))?;
+        // A dictionary stores a text once, however many rows repeat it.
+        n_held += prompt.n_bytes();
+        ensure!(n_held <= MAX_HELD, "row {}: more than {MAX_HELD} bytes of prompts", at + 1);
+        prompts.push(prompt);
     }
     ensure!(!prompts.is_empty(), "holds no prompt");
     Ok(prompts)
@@ -110,6 +116,7 @@ mod tests {
         let cut = dir.path().join("cut.parquet");
         let whole = std::fs::read(fixture("snappy.parquet")).unwrap();
         std::fs::write(&cut, &whole[..whole.len() - 9]).unwrap();
+        std::fs::create_dir(dir.path().join("pipe.parquet")).unwrap();
         let text = dir.path().join("text.parquet");
         std::fs::write(&text, "a cat\n").unwrap();
         for (path, says) in [
@@ -119,6 +126,8 @@ mod tests {
             (fixture("columns.parquet"), "no column `prompt`, `text` or `caption` among image, id"),
             (cut, "Parquet"),
             (text, "Parquet"),
+            (fixture("dictionary.parquet"), "more than 268435456 bytes of prompts"),
+            (dir.path().to_owned().join("pipe.parquet"), "no regular file"),
             (dir.path().join("absent.parquet"), "No such file"),
         ] {
             let error = format!("{:#}", read(&path).unwrap_err());

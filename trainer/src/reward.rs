@@ -4,16 +4,19 @@
 //! over rewards, not the rewards themselves (METHOD section 2), so scales need not match.
 //!
 //! A reward that fails (an error, a list of the wrong length, a number that is not finite) is
-//! tried again after a pause that doubles, unless the fault is known to last. If it keeps failing,
-//! it ends the run when it is required; else the group's sum goes without it. A failure never
-//! becomes a score.
+//! tried again after a pause that doubles, unless the fault is known to last. One that is required
+//! and away (not reached, busy, out of order) is waited for for minutes. If it keeps failing, it
+//! ends the run when it is required; else the group's sum goes without it. A failure never becomes
+//! a score.
 
+mod address;
 mod aesthetic;
 mod bicubic;
 mod chat;
 mod clip;
 mod colour;
 mod config;
+mod connection;
 mod constant;
 mod ctc;
 mod image_reward;
@@ -25,6 +28,7 @@ mod pairwise;
 mod pool;
 mod preparation;
 mod remote;
+mod secret;
 mod server;
 mod text;
 
@@ -91,11 +95,39 @@ impl fmt::Display for Lasting {
 
 impl std::error::Error for Lasting {}
 
+/// Why a reward failed, where it is likely to be back: not reached, busy, restarting.
+#[derive(Debug)]
+struct Away {
+    why: String,
+    /// How long the server asks to be left alone.
+    wait: Option<Duration>,
+}
+
+impl Away {
+    fn error(why: impl Into<String>) -> anyhow::Error {
+        anyhow!(Self { why: why.into(), wait: None })
+    }
+}
+
+impl fmt::Display for Away {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.why)?;
+        match self.wait {
+            Some(wait) => write!(f, " (asks to wait {} s)", wait.as_secs()),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for Away {}
+
 /// The rewards of a run.
 pub struct Rewards {
     entries: Vec<Entry>,
     threads: usize,
     first_pause: Duration,
+    /// Says whether nobody waits for scores any more.
+    is_stopped: fn() -> bool,
 }
 
 /// One group scored by every reward, in the order of the configuration.
@@ -123,11 +155,16 @@ struct Entry {
     weight: f64,
     required: bool,
     retries: u32,
+    patience: Duration,
     reward: Box<dyn Reward>,
 }
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// Most minutes that a reward may be waited for.
+const MAX_PATIENCE: f64 = 7.0 * 24.0 * 60.0;
+/// Most further attempts.
+const MAX_RETRIES: u32 = 1000;
 
 impl Rewards {
     /// Opens every reward, each for up to `threads` worker threads that use one core each; networks on
@@ -142,7 +179,7 @@ impl Rewards {
             .map(|config| {
                 let name = &config.name;
                 ensure!(names.insert(name), "two rewards are named {name:?}");
-                ensure!(config.weight.is_finite(), "weight of reward {name:?} is not finite");
+                config.validate()?;
                 let reward = open(&config.kind, threads, device)
                     .with_context(|| format!("cannot open reward {name:?}"))?;
                 Ok(Entry {
@@ -150,6 +187,7 @@ impl Rewards {
                     weight: config.weight,
                     required: config.required,
                     retries: config.retries,
+                    patience: Duration::from_secs_f64(60.0 * config.patience),
                     reward,
                 })
             })
@@ -193,35 +231,39 @@ impl Rewards {
     fn new(entries: Vec<Entry>, threads: usize) -> Result<Self> {
         ensure!(!entries.is_empty(), "a run needs at least one reward");
         ensure!(threads > 0, "rewards need at least one thread");
-        Ok(Self { entries, threads, first_pause: FIRST_PAUSE })
+        Ok(Self { entries, threads, first_pause: FIRST_PAUSE, is_stopped: || false })
+    }
+
+    /// Ends every wait for a reward, by an error, once `is_stopped` says so.
+    pub(crate) fn stop_when(&mut self, is_stopped: fn() -> bool) {
+        self.is_stopped = is_stopped;
     }
 
     fn outcome(&self, entry: &Entry, prompts: &[&Prompt], images: &[&RgbImage]) -> Result<Outcome> {
         let start = Instant::now();
-        let mut pause = self.first_pause;
         let threads = if entry.reward.wants_groups() { 1 } else { self.threads };
+        let mut tries = Tries { pause: self.first_pause, failures: 0, away_since: None };
         let mut last_error: Option<anyhow::Error> = None;
-        let mut failures = 0;
         let scores = loop {
-            match score_in_parallel(&*entry.reward, prompts, images, threads) {
+            let error = match score_in_parallel(&*entry.reward, prompts, images, threads) {
                 Ok(scores) => break Some(scores),
-                Err(error) => {
-                    failures += 1;
-                    if failures > entry.retries || error.is::<Lasting>() {
-                        if entry.required {
-                            let name = &entry.name;
-                            let what = format!("reward {name:?} failed, attempts: {failures}");
-                            return Err(error.context(what));
-                        }
-                        last_error = Some(error);
-                        break None;
-                    }
+                Err(error) => error,
+            };
+            match tries.after(&error, entry) {
+                Some(pause) => self.wait(pause, entry)?,
+                None if entry.required => {
+                    let what =
+                        format!("reward {:?} failed, attempts: {}", entry.name, tries.failures);
+                    return Err(error.context(what));
+                }
+                None => {
                     last_error = Some(error);
+                    break None;
                 }
             }
-            thread::sleep(pause);
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            last_error = Some(error);
         };
+        let failures = tries.failures;
         Ok(Outcome {
             retries: if scores.is_some() { failures } else { failures - 1 },
             scores,
@@ -229,6 +271,58 @@ impl Rewards {
             seconds: start.elapsed().as_secs_f64(),
             error: last_error.map(|error| format!("{error:#}")),
         })
+    }
+
+    /// Sleeps, unless the run is asked to stop.
+    fn wait(&self, pause: Duration, entry: &Entry) -> Result<()> {
+        let until = Instant::now() + pause;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            ensure!(!(self.is_stopped)(), "stopped while waiting for reward {:?}", entry.name);
+            thread::sleep(left.min(Duration::from_millis(100)));
+        }
+    }
+}
+
+/// What has become of one group's attempts so far.
+struct Tries {
+    /// After the next failure.
+    pause: Duration,
+    failures: u32,
+    /// When the present absence began.
+    away_since: Option<Instant>,
+}
+
+impl Tries {
+    /// How long to pause after `error` until the next attempt; nothing where that was the last.
+    fn after(&mut self, error: &anyhow::Error, entry: &Entry) -> Option<Duration> {
+        self.failures += 1;
+        let pause = self.pause;
+        self.pause = (pause * 2).min(LONGEST_PAUSE);
+        if error.is::<Lasting>() {
+            return None;
+        }
+        let has_retries = self.failures <= entry.retries;
+        let Some(away) = error.downcast_ref::<Away>() else {
+            self.away_since = None;
+            return has_retries.then_some(pause);
+        };
+        let is_new = self.away_since.is_none();
+        let absence = self.away_since.get_or_insert_with(Instant::now).elapsed();
+        let pause = pause.max(away.wait.unwrap_or_default());
+        let patience = if entry.required { entry.patience } else { Duration::ZERO };
+        let is_patient = absence + pause <= patience;
+        if is_patient && is_new {
+            eprintln!(
+                "warning: reward {:?} is away: {error:#}; waiting for it for up to {:.3} minutes",
+                entry.name,
+                patience.as_secs_f64() / 60.0
+            );
+        }
+        (is_patient || has_retries && pause <= LONGEST_PAUSE).then_some(pause)
     }
 }
 

@@ -3,14 +3,17 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use flow::prompts::Prompt;
-use image::RgbImage;
 use serde::Serialize;
 use tch::Device;
 
 use crate::align::AlignConfig;
+use crate::picture;
 use crate::reward::Rewards;
+
+/// Largest side of an image, pixels.
+const MAX_EDGE: u32 = 12_000;
 
 /// What to score.
 pub struct Options<'a> {
@@ -35,7 +38,11 @@ struct Line<'a> {
 /// # Errors
 /// When an image cannot be read, a reward cannot be opened or one that is required fails.
 pub fn run(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
-    let images = options.images.iter().map(|path| open(path)).collect::<Result<Vec<_>>>()?;
+    let images = options
+        .images
+        .iter()
+        .map(|path| picture::open(path, MAX_EDGE))
+        .collect::<Result<Vec<_>>>()?;
     let scorers: Vec<_> = config.rewards.iter().chain(&config.judges).cloned().collect();
     let rewards = Rewards::open(&scorers, options.threads, options.device)?;
     let prompt = Prompt::new(options.prompt);
@@ -57,9 +64,4 @@ pub fn run(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn open(path: &Path) -> Result<RgbImage> {
-    let image = image::open(path).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(image.to_rgb8())
 }

@@ -13,7 +13,7 @@ use crate::align::{MODEL, SHORT};
 fn run(output: &Path, is_required: bool) -> Ended {
     let gone = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let rewards = format!(
-        "rewards=[{{name='far', kind='server', url='http://{gone}/score', weight=1, retries=1, \
+        "rewards=[{{name='far', kind='server', url='http://{gone}/score', weight=1, retries=1, patience=0, \
          required={is_required}}}, {{name='near', kind='jpeg', prefer='small', weight=1}}]"
     );
     let places = [format!("model={MODEL}"), format!("output={}", typed(output))];

@@ -5,7 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use object::Object;
+use object::elf::{DT_RPATH, DT_RUNPATH};
+use object::read::elf::ElfFile64;
+use object::{Endianness, Object};
 use tests::fixture::{files_below, root};
 use tests::program::{Ended, Program};
 
@@ -77,6 +79,26 @@ fn programs_need_only_their_own_libraries() {
         assert_eq!(needs("torch") || needs("c10"), program == Program::Train, "{needed:?}");
         for part in ["python", "onnxruntime", "cuda"] {
             assert!(!needs(part), "{} needs {part}: {needed:?}", program.name());
+        }
+    }
+}
+
+/// A program must not look for code where somebody else may put it, nor know the machine it was built on.
+#[test]
+fn libraries_are_looked_for_beside_the_program() {
+    for program in Program::ALL {
+        let bytes = fs::read(program.proper()).unwrap();
+        let file = ElfFile64::<Endianness>::parse(&*bytes).unwrap();
+        let endian = file.endian();
+        let table = file.elf_section_table().dynamic_table(endian, &*bytes).unwrap();
+        let paths: Vec<String> = table
+            .iter()
+            .filter(|entry| [DT_RPATH, DT_RUNPATH].contains(&entry.tag))
+            .map(|entry| String::from_utf8_lossy(table.string(entry).unwrap()).into())
+            .collect();
+        assert_eq!(paths.is_empty(), program != Program::Train, "{}: {paths:?}", program.name());
+        for folder in paths.iter().flat_map(|paths| paths.split(':')) {
+            assert!(folder.starts_with("$ORIGIN"), "{}: {paths:?}", program.name());
         }
     }
 }

@@ -17,9 +17,10 @@
 
 use std::path::PathBuf;
 
+use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::{ChatConfig, ServerConfig};
+use super::{ChatConfig, MAX_PATIENCE, MAX_RETRIES, ServerConfig};
 
 /// One reward of a run. Unknown keys are refused, those of [`RewardKind`] included.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -39,8 +40,33 @@ pub struct RewardConfig {
     /// Further attempts after a failed one.
     #[serde(default = "default_retries")]
     pub retries: u32,
+    /// Minutes that a required reward's server may be away (not reached, status 5xx or 429) before the run
+    /// saves and ends.
+    #[serde(default = "default_patience")]
+    pub patience: f64,
     #[serde(flatten)]
     pub kind: RewardKind,
+}
+
+impl RewardConfig {
+    /// Refuses what every kind of reward must not have.
+    pub(super) fn validate(&self) -> Result<()> {
+        let Self { name, weight, std_floor, retries, patience, .. } = self;
+        ensure!(weight.is_finite(), "weight of reward {name:?} is not finite");
+        ensure!(
+            std_floor.is_finite() && *std_floor >= 0.0,
+            "std_floor of reward {name:?} is {std_floor}: at least 0"
+        );
+        ensure!(
+            *retries <= MAX_RETRIES,
+            "retries of reward {name:?} are {retries}: at most {MAX_RETRIES}"
+        );
+        ensure!(
+            (0.0..=MAX_PATIENCE).contains(patience),
+            "patience of reward {name:?} is {patience} minutes: from 0 to {MAX_PATIENCE}"
+        );
+        Ok(())
+    }
 }
 
 /// What a reward measures; `kind` in the table.
@@ -172,6 +198,10 @@ fn default_retries() -> u32 {
     2
 }
 
+fn default_patience() -> f64 {
+    10.0
+}
+
 fn default_quality() -> u8 {
     95
 }
@@ -180,7 +210,7 @@ fn default_quality() -> u8 {
 mod tests {
     use super::*;
 
-    fn parse(table: &str) -> Result<RewardConfig, toml::de::Error> {
+    fn parse(table: &str) -> std::result::Result<RewardConfig, toml::de::Error> {
         toml::from_str(table)
     }
 

@@ -20,6 +20,8 @@ use serde_json::Value;
 pub(super) enum Reply {
     /// Status and body.
     Say(u16, String),
+    /// Too many requests: again after so many seconds.
+    Later(u64),
     /// A body that ends before its announced length.
     CutShort,
     /// Nothing, until the server is dropped.
@@ -51,7 +53,23 @@ const MAX_CONNECTIONS: usize = 1000;
 impl Loopback {
     /// `answer(n, body)` answers request n, from 0.
     pub(super) fn start(answer: impl Fn(usize, &Value) -> Reply + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Self::listen(&TcpListener::bind("127.0.0.1:0").unwrap(), answer)
+    }
+
+    /// The same at the address of `url`, as [`refusing`] gave it.
+    pub(super) fn start_at(
+        url: &str,
+        answer: impl Fn(usize, &Value) -> Reply + Send + Sync + 'static,
+    ) -> Self {
+        let address = url.trim_start_matches("http://").trim_end_matches("/score");
+        Self::listen(&TcpListener::bind(address).unwrap(), answer)
+    }
+
+    fn listen(
+        listener: &TcpListener,
+        answer: impl Fn(usize, &Value) -> Reply + Send + Sync + 'static,
+    ) -> Self {
+        let listener = listener.try_clone().unwrap();
         let (stalling, stalled) = mpsc::channel::<()>();
         let mut server = Self {
             address: listener.local_addr().unwrap(),
@@ -157,8 +175,13 @@ fn receive(stream: &TcpStream) -> Seen {
 
 /// Clients may have gone away, so failures to write are theirs.
 fn send(stream: &mut TcpStream, reply: &Reply, stalled: &Mutex<mpsc::Receiver<()>>) {
+    let mut more = String::new();
     let (status, body, missing) = match reply {
         Reply::Say(status, body) => (*status, body.as_str(), 0),
+        Reply::Later(seconds) => {
+            more = format!("Retry-After: {seconds}\r\n");
+            (429, "", 0)
+        }
         Reply::CutShort => (200, "{\"scores\": [1", 8),
         Reply::Stall => {
             let _ = stalled.lock().unwrap().recv();
@@ -166,6 +189,6 @@ fn send(stream: &mut TcpStream, reply: &Reply, stalled: &Mutex<mpsc::Receiver<()
         }
     };
     let length = body.len() + missing;
-    let head = format!("HTTP/1.1 {status} Status\r\nContent-Length: {length}\r\n");
+    let head = format!("HTTP/1.1 {status} Status\r\nContent-Length: {length}\r\n{more}");
     drop(stream.write_all(format!("{head}Connection: close\r\n\r\n{body}").as_bytes()));
 }

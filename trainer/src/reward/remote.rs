@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    net::IpAddr,
+    path::PathBuf,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -17,9 +17,9 @@ use image::RgbImage;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use ureq::{Agent, http::Uri};
+use ureq::{Agent, http::header::RETRY_AFTER};
 
-use super::Lasting;
+use super::{Away, Lasting, address::Address, connection, secret::Key};
 use crate::picture::png;
 
 /// Where to ask.
@@ -27,9 +27,13 @@ use crate::picture::png;
 pub struct Endpoint {
     /// The whole address, `http://` or `https://`.
     pub url: String,
-    /// Environment variable with a key to send as `Authorization: Bearer`.
+    /// Environment variable with a key to send as `Authorization: Bearer`, or in the place of `{key}` in
+    /// the url.
     #[serde(default)]
     pub api_key_env: Option<String>,
+    /// Certificates (PEM) of the authorities that the server's is signed by, in place of the system's.
+    #[serde(default)]
+    pub ca: Option<PathBuf>,
     /// Seconds until an answer must be there.
     #[serde(default = "default_timeout")]
     pub timeout: f64,
@@ -40,8 +44,6 @@ pub struct Endpoint {
 
 /// Most bytes of an answer.
 const MAX_ANSWER: u64 = 4 << 20;
-/// Most seconds until a connection must stand.
-const MAX_CONNECT: f64 = 10.0;
 /// Characters of an answer that an error quotes.
 const EXCERPT: usize = 160;
 
@@ -59,8 +61,10 @@ fn default_requests() -> usize {
 /// asked again.
 pub(super) struct Remote {
     agent: Agent,
-    endpoint: Endpoint,
-    key: Option<String>,
+    address: Address,
+    key: Option<Key>,
+    timeout: f64,
+    requests: usize,
     answered: Mutex<HashMap<[u8; 32], Vec<f64>>>,
 }
 
@@ -70,30 +74,13 @@ impl Remote {
     /// # Errors
     /// A setting is out of range, or the variable that should hold the key does not.
     pub(super) fn open(endpoint: &Endpoint) -> Result<Self> {
-        let Endpoint { url, api_key_env, timeout, requests } = endpoint;
-        let uri: Uri = url.parse().with_context(|| format!("`url` {url:?} is no address"))?;
-        let host = uri.host().filter(|host| !host.is_empty());
-        let (Some("http" | "https"), Some(host)) = (uri.scheme_str(), host) else {
-            bail!("`url` {url:?} is not http:// or https:// with a host");
-        };
-        let has_login = uri.authority().is_some_and(|authority| authority.as_str().contains('@'));
-        ensure!(!has_login, "`url` holds a login: put a key into a variable, named by api_key_env");
-        ensure!(*timeout > 0.0 && *timeout <= 3600.0, "`timeout` is {timeout} s: in (0, 3600]");
-        ensure!((1..=256).contains(requests), "`requests` is {requests}: from 1 to 256");
-        let key = api_key_env.as_deref().map(key).transpose()?;
-        let mut config = Agent::config_builder()
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .max_idle_connections_per_host(*requests)
-            .timeout_connect(Some(Duration::from_secs_f64(timeout.min(MAX_CONNECT))))
-            .timeout_global(Some(Duration::from_secs_f64(*timeout)))
-            .user_agent("ng-train");
-        if is_here(host) {
-            config = config.proxy(None);
-        }
-        let agent = config.build().new_agent();
-        Ok(Self { agent, endpoint: endpoint.clone(), key, answered: Mutex::default() })
+        let Endpoint { timeout, requests, .. } = *endpoint;
+        ensure!(timeout > 0.0 && timeout <= 3600.0, "`timeout` is {timeout} s: in (0, 3600]");
+        ensure!((1..=256).contains(&requests), "`requests` is {requests}: from 1 to 256");
+        let key = endpoint.api_key_env.as_deref().map(Key::from_variable).transpose()?;
+        let address = Address::parse(&endpoint.url, key.as_ref())?;
+        let agent = connection::agent(endpoint, &address)?;
+        Ok(Self { agent, address, key, timeout, requests, answered: Mutex::default() })
     }
 
     /// Sends `request(i)` for every i below `n` and returns what `read(i, answer)` makes of the
@@ -131,8 +118,7 @@ impl Remote {
             done
         };
         let mut done: Vec<(usize, Result<Vec<f64>>)> = thread::scope(|scope| {
-            let workers: Vec<_> =
-                (0..self.endpoint.requests.min(n)).map(|_| scope.spawn(work)).collect();
+            let workers: Vec<_> = (0..self.requests.min(n)).map(|_| scope.spawn(work)).collect();
             let parts = workers.into_iter().map(|worker| match worker.join() {
                 Ok(part) => part,
                 Err(panic) => std::panic::resume_unwind(panic),
@@ -157,29 +143,41 @@ impl Remote {
             return Ok(numbers.clone());
         }
         let numbers = self.post(&body).and_then(|answer| read(&answer));
-        let numbers = numbers.with_context(|| self.endpoint.url.clone())?;
+        let numbers = numbers.with_context(|| self.address.shown().to_owned())?;
         answered().insert(id, numbers.clone());
         Ok(numbers)
     }
 
     fn post(&self, body: &str) -> Result<Value> {
         let mut request =
-            self.agent.post(&self.endpoint.url).header("content-type", "application/json");
-        if let Some(key) = &self.key {
-            request = request.header("authorization", format!("Bearer {key}"));
+            self.agent.post(self.address.uri()).header("content-type", "application/json");
+        if let Some(key) = self.key.as_ref().filter(|_| !self.address.has_key()) {
+            request = request.header("authorization", format!("Bearer {}", key.exposed()));
         }
-        let mut response = request.send(body).map_err(|error| self.fault(error))?;
+        let fault = |error| connection::fault(error, self.timeout);
+        let mut response = request.send(body).map_err(fault)?;
         let status = response.status();
+        let wait = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
+        let wait = wait.and_then(|seconds| seconds.trim().parse().ok()).map(Duration::from_secs);
         let answer = response.body_mut().with_config().limit(MAX_ANSWER).read_to_vec();
-        let answer = answer.map_err(|error| self.fault(error))?;
+        let answer = answer.map_err(|error| match error {
+            ureq::Error::BodyExceedsLimit(_) => {
+                anyhow!("the answer is longer than {MAX_ANSWER} bytes")
+            }
+            other => fault(other),
+        })?;
         if !status.is_success() {
-            let why = format!("status {status}: {}", excerpt(&answer));
+            let why = format!("status {status}: {}", self.excerpt(&answer));
             // Request timeout, too early, too many requests.
             let may_pass = status.is_server_error() || matches!(status.as_u16(), 408 | 425 | 429);
-            return Err(if may_pass { anyhow!(why) } else { anyhow!(Lasting(why)) });
+            return Err(if may_pass { anyhow!(Away { why, wait }) } else { anyhow!(Lasting(why)) });
         }
-        let value: Value = serde_json::from_slice(&answer)
-            .map_err(|error| anyhow!("the answer is not JSON ({error}): {}", excerpt(&answer)))?;
+        let mut value: Value = serde_json::from_slice(&answer).map_err(|error| {
+            anyhow!("the answer is not JSON ({error}): {}", self.excerpt(&answer))
+        })?;
+        if let Some(key) = &self.key {
+            key.hide_in(&mut value);
+        }
         if let Some(error) = value.get("error").filter(|error| !error.is_null()) {
             let message = error.get("message").unwrap_or(error);
             let message = message.as_str().map_or_else(|| message.to_string(), str::to_owned);
@@ -188,21 +186,11 @@ impl Remote {
         Ok(value)
     }
 
-    fn fault(&self, error: ureq::Error) -> anyhow::Error {
-        let seconds = self.endpoint.timeout;
-        match error {
-            ureq::Error::Timeout(ureq::Timeout::Connect | ureq::Timeout::Resolve) => {
-                anyhow!("no connection in {} s", seconds.min(MAX_CONNECT))
-            }
-            ureq::Error::Timeout(_) => anyhow!("no answer in {seconds} s"),
-            ureq::Error::BodyExceedsLimit(_) => {
-                anyhow!("the answer is longer than {MAX_ANSWER} bytes")
-            }
-            ureq::Error::Io(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-                anyhow!("{error}: is it https:// that the server speaks?")
-            }
-            ureq::Error::Io(error) => anyhow!(error),
-            other => anyhow!(other),
+    /// The beginning of an answer, without the key.
+    fn excerpt(&self, answer: &[u8]) -> String {
+        match &self.key {
+            Some(key) => excerpt(key.hide(&String::from_utf8_lossy(answer)).as_bytes()),
+            None => excerpt(answer),
         }
     }
 }
@@ -222,18 +210,4 @@ pub(super) fn excerpt(text: &[u8]) -> String {
         None if line.is_empty() => "(nothing)".to_owned(),
         None => line,
     }
-}
-
-fn key(variable: &str) -> Result<String> {
-    let key = std::env::var(variable).unwrap_or_default();
-    ensure!(!key.is_empty(), "`api_key_env` names {variable}, which is not set");
-    let is_plain = key.bytes().all(|byte| byte.is_ascii_graphic());
-    ensure!(is_plain, "the key in {variable} holds spaces or other than ASCII characters");
-    Ok(key)
-}
-
-/// Whether a host is this machine, which no proxy stands before.
-fn is_here(host: &str) -> bool {
-    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
-    host == "localhost" || address.is_ok_and(|address| address.is_loopback())
 }

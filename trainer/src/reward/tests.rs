@@ -44,13 +44,15 @@ fn flaky(fault: Fault, n_failures: u32, required: bool) -> Entry {
         weight: 1.0,
         required,
         retries: 2,
+        patience: Duration::ZERO,
         reward: Box::new(Flaky { n_failures: n_failures.into(), fault }),
     }
 }
 
 fn steady() -> Entry {
     let reward = Box::new(Constant { value: 7.0 });
-    Entry { name: "steady".into(), weight: 0.5, required: true, retries: 0, reward }
+    let (retries, patience) = (0, Duration::ZERO);
+    Entry { name: "steady".into(), weight: 0.5, required: true, retries, patience, reward }
 }
 
 fn score(entries: Vec<Entry>, threads: usize, n_images: u32) -> Result<Scores> {
@@ -131,6 +133,7 @@ fn bad_configurations_are_refused() {
         std_floor: 0.0,
         required: true,
         retries: 0,
+        patience: 0.0,
         kind,
     };
     let error = |configs: &[RewardConfig]| match Rewards::open(configs, 1, Device::Cpu) {
@@ -142,6 +145,15 @@ fn bad_configurations_are_refused() {
     assert!(error(&[colour(), colour()]).contains("two rewards are named \"colour\""));
     let heavy = RewardConfig { weight: f64::INFINITY, ..colour() };
     assert!(error(&[heavy]).contains("weight"));
+    for (config, part) in [
+        (RewardConfig { std_floor: f64::NAN, ..colour() }, "std_floor"),
+        (RewardConfig { std_floor: -1.0, ..colour() }, "std_floor"),
+        (RewardConfig { patience: -1.0, ..colour() }, "patience"),
+        (RewardConfig { patience: f64::NAN, ..colour() }, "patience"),
+        (RewardConfig { retries: u32::MAX, ..colour() }, "retries"),
+    ] {
+        assert!(error(&[config]).contains(part), "{part}");
+    }
     let jpeg = RewardKind::Jpeg { quality: 0, prefer: JpegSize::Small };
     assert!(error(&[config("size", jpeg)]).contains("`quality` is 0"));
     let ocr = RewardKind::Ocr {

@@ -85,7 +85,7 @@ const FAULTS: [(Fault, &str); 6] = [
 fn score_three(url: &str, required: bool) -> Result<Scores> {
     let table = format!(
         "kind = 'chat'\nname = 'judge'\nweight = 1\nurl = '{url}'\nmodel = 'm'\ntimeout = 0.3\n\
-         retries = 1\nrequired = {required}\n{OWN}"
+         retries = 1\npatience = 0\nrequired = {required}\n{OWN}"
     );
     let rewards = Rewards::open(&[toml::from_str(&table)?], 1, Device::Cpu)?;
     rewards.score(&[&Prompt::new("a"); 3], &images(3).iter().collect::<Vec<_>>())

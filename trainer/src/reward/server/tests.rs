@@ -11,7 +11,10 @@ use tch::Device;
 fn rewards(url: &str, more: &str) -> Rewards {
     let table =
         format!("kind = 'server'\nname = 'own'\nweight = 1\ntimeout = 0.3\nurl = '{url}'\n{more}");
-    let config: RewardConfig = toml::from_str(&table).unwrap();
+    let mut config: RewardConfig = toml::from_str(&table).unwrap();
+    if !more.contains("patience") {
+        config.patience = 0.0;
+    }
     let mut rewards = Rewards::open(&[config], 2, Device::Cpu).unwrap();
     rewards.first_pause = Duration::from_millis(1);
     rewards
@@ -150,6 +153,80 @@ fn one_bad_image_is_asked_about_again_alone() {
     assert!(score(&optional, 4).unwrap().outcomes[0].scores.is_some(), "the next group is scored");
 }
 
+/// Away for far more attempts than `retries` allows.
+#[test]
+fn a_server_that_is_away_is_waited_for() {
+    for away in [503, 502, 429] {
+        let server =
+            Loopback::start(move |n, body| if n < 9 { say(away, "later") } else { widths(body) });
+        let patient = rewards(&server.url(), "retries = 0\npatience = 1");
+        let outcome = &score(&patient, 3).unwrap().outcomes[0];
+        assert_eq!(outcome.scores.as_deref(), Some(&[1.0, 2.0, 3.0][..]), "{away}");
+        assert_eq!(outcome.failures, 9);
+    }
+    // A connection that is refused, until somebody listens there.
+    let url = refusing();
+    let patient = rewards(&url, "retries = 0\npatience = 1");
+    thread::scope(|scope| {
+        let scores = scope.spawn(|| score(&patient, 2));
+        thread::sleep(Duration::from_millis(200));
+        let _server = Loopback::start_at(&url, |_, body| widths(body));
+        assert!(scores.join().unwrap().unwrap().outcomes[0].failures > 1);
+    });
+}
+
+#[test]
+fn patience_ends_and_a_stop_ends_it_at_once() {
+    let impatient = rewards(&refusing(), "retries = 0\npatience = 0.002");
+    let error = format!("{:#}", score(&impatient, 2).unwrap_err());
+    assert!(error.contains("Connection refused"), "{error}");
+    let mut patient = rewards(&refusing(), "retries = 0\npatience = 9");
+    patient.stop_when(|| true);
+    let error = format!("{:#}", score(&patient, 2).unwrap_err());
+    assert!(error.contains("stopped while waiting for reward \"own\""), "{error}");
+}
+
+/// A server that asks for an hour is not asked every second, and nobody waits longer than they want to.
+#[test]
+fn a_server_is_left_alone_as_long_as_it_asks() {
+    let server = Loopback::start(|_, _| Reply::Later(3600));
+    let error = score(&rewards(&server.url(), "retries = 5\npatience = 10"), 2).unwrap_err();
+    let error = format!("{error:#}");
+    assert!(error.contains("status 429") && error.contains("asks to wait 3600 s"), "{error}");
+    assert_eq!(server.seen().len(), 1);
+    let server = Loopback::start(|n, body| if n == 0 { Reply::Later(1) } else { widths(body) });
+    let outcome = &score(&rewards(&server.url(), "retries = 1"), 2).unwrap().outcomes[0];
+    assert!(outcome.seconds >= 1.0 && outcome.failures == 1, "{outcome:?}");
+}
+
+/// The key is the value of a variable that cargo sets, `trainer`.
+#[test]
+fn the_key_is_in_no_message() {
+    let echoes = |status: u16, body: &'static str| {
+        let server = Loopback::start(move |_, _| say(status, body));
+        let url = format!("{}?k={{key}}", server.url());
+        let more = "api_key_env = 'CARGO_PKG_NAME'\nretries = 0";
+        let of_url = format!("{:#}", score(&rewards(&url, more), 2).unwrap_err());
+        let in_header = format!("{:#}", score(&rewards(&server.url(), more), 2).unwrap_err());
+        let seen = server.seen();
+        assert!(seen[0].head.contains("?k=trainer "), "{}", seen[0].head);
+        assert!(!seen[0].head.contains("authorization"), "{}", seen[0].head);
+        assert!(seen[1].head.contains("authorization: bearer trainer"), "{}", seen[1].head);
+        [of_url, in_header]
+    };
+    for (status, body) in [
+        (401, "invalid authorization: Bearer trainer"),
+        (500, "trainer"),
+        (200, "<p>trainer"),
+        (200, "{\"error\": {\"message\": \"bad \\u0074rainer\"}}"),
+        (200, "{\"scores\": [\"trainer\", 1]}"),
+    ] {
+        for said in echoes(status, body) {
+            assert!(!said.contains("trainer") && said.contains("[key]"), "{said}");
+        }
+    }
+}
+
 #[test]
 fn settings_that_cannot_work_are_refused() {
     let error = |more: &str| {
@@ -168,6 +245,9 @@ fn settings_that_cannot_work_are_refused() {
         ("url = 'ftp://a/b'", "not http://"),
         ("url = 'http:///score'", "no address"),
         ("url = 'http://me:secret@a/b'", "`url` holds a login"),
+        ("url = 'http://a/b?api_key=secret'", "api_key={key}"),
+        ("url = 'http://a/b'\nca = 'absent.pem'", "absent.pem"),
+        ("url = 'http://a/b'\nca = 'Cargo.toml'", "no certificate"),
         ("url = 'http://a/b'\nbatches = 3", "batches"),
         ("url = 'http://a/b'\nbatch = 0", "`batch` is 0"),
         ("url = 'http://a/b'\ntimeout = 0", "`timeout` is 0 s"),
