@@ -181,16 +181,12 @@ fn image_size(args: &Args, pipeline: &Pipeline) -> Result<(usize, usize)> {
 }
 
 fn schedule(args: &Args, pipeline: &Pipeline, size: &LatentSize) -> Result<(f64, Schedule)> {
-    let shift = match args.shift {
-        Some(shift) => Shift::Factor(shift),
-        None => pipeline.scheduler.shift(size.tokens()),
+    let grid = match args.shift {
+        Some(shift) => Shift::Factor(shift).into(),
+        None => pipeline.scheduler.grid(size.tokens()),
     };
-    let schedule = Schedule::new(args.steps as usize, shift).map_err(|e| usage(e.to_string()))?;
-    let factor = match shift {
-        Shift::Factor(factor) => factor,
-        Shift::Mu(mu) => mu.exp(),
-    };
-    Ok((factor, schedule))
+    let schedule = Schedule::new(args.steps as usize, grid).map_err(|e| usage(e.to_string()))?;
+    Ok((grid.shift.factor(), schedule))
 }
 
 fn guidance(args: &Args, pipeline: &Pipeline) -> Result<Option<f32>> {

@@ -14,7 +14,7 @@ pub mod sde;
 pub mod window;
 
 use anyhow::{Result, anyhow};
-use flow::schedule::Shift;
+use flow::schedule::Grid;
 use tch::Tensor;
 
 pub(crate) use self::copies::Copies;
@@ -172,12 +172,12 @@ pub(crate) trait Algorithm {
 }
 
 /// The algorithm of `config`, on time grids bent by `shift`.
-pub(crate) fn open(config: &AlignConfig, shift: Shift) -> Box<dyn Algorithm + '_> {
+pub(crate) fn open(config: &AlignConfig, grid: Grid) -> Box<dyn Algorithm + '_> {
     match config.method() {
-        Method::Neighbor => Box::new(neighbor::Neighbor::new(config, shift)),
-        Method::Sde => Box::new(sde::Policy::new(config, shift)),
-        Method::Branch => Box::new(branch::Branch::new(config, shift)),
-        Method::Nft => Box::new(nft::Nft::new(config, shift)),
+        Method::Neighbor => Box::new(neighbor::Neighbor::new(config, grid)),
+        Method::Sde => Box::new(sde::Policy::new(config, grid)),
+        Method::Branch => Box::new(branch::Branch::new(config, grid)),
+        Method::Nft => Box::new(nft::Nft::new(config, grid)),
     }
 }
 
@@ -185,8 +185,8 @@ pub(crate) fn open(config: &AlignConfig, shift: Shift) -> Box<dyn Algorithm + '_
 ///
 /// # Errors
 /// When the solver is unknown or the grid cannot be made.
-pub(crate) fn nfe(config: &AlignConfig, shift: Shift) -> Result<[f64; 2]> {
-    let algorithm = open(config, shift);
+pub(crate) fn nfe(config: &AlignConfig, grid: Grid) -> Result<[f64; 2]> {
+    let algorithm = open(config, grid);
     let (group_size, mut sum) = (config.group_size as f64, [0.0; 2]);
     for iteration in 0..config.iterations {
         let rollout = algorithm.rollout(iteration)?;

@@ -8,7 +8,7 @@ use flow::checkpoint::MAX_SHARD_BYTES;
 use flow::latents::LatentSize;
 use flow::models::transformer::GUIDANCE;
 use flow::prompts::Prompt;
-use flow::schedule::{Schedule, SchedulerConfig, Shift};
+use flow::schedule::{Grid, Schedule, SchedulerConfig, Shift};
 use flow::solver::{self, DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS, Solver, Step};
 use serde::{Deserialize, Serialize};
 
@@ -185,23 +185,24 @@ fn rollout_batch() -> usize {
 }
 
 impl RolloutConfig {
-    /// How the time grid is bent for images of `size` under `scheduler`.
-    pub(crate) fn shift(&self, scheduler: &SchedulerConfig, size: &LatentSize) -> Shift {
-        self.shift.map_or_else(|| scheduler.shift(size.tokens()), Shift::Factor)
+    /// The time grid for images of `size` under `scheduler`.
+    pub(crate) fn grid(&self, scheduler: &SchedulerConfig, size: &LatentSize) -> Grid {
+        let own = |factor| Shift::Factor(factor).into();
+        self.shift.map_or_else(|| scheduler.grid(size.tokens()), own)
     }
 
-    /// The solver's table of steps, on a grid bent by `shift`.
-    pub(crate) fn steps(&self, shift: Shift) -> Result<Vec<Step>> {
+    /// The solver's table of steps, on `grid`.
+    pub(crate) fn steps(&self, grid: Grid) -> Result<Vec<Step>> {
         let Some(solver) = Solver::by_name(&self.solver) else {
             let known: Vec<&str> = SOLVERS.iter().map(|(name, _)| *name).collect();
             bail!("unknown solver {:?}: {} are possible", self.solver, known.join(", "));
         };
-        Ok(solver::plan(solver, &Schedule::new(self.steps, shift)?))
+        Ok(solver::plan(solver, &Schedule::new(self.steps, grid)?))
     }
 
     /// The table of steps for images of `size` under `scheduler`.
     pub(crate) fn plan(&self, scheduler: &SchedulerConfig, size: &LatentSize) -> Result<Vec<Step>> {
-        self.steps(self.shift(scheduler, size))
+        self.steps(self.grid(scheduler, size))
     }
 }
 
@@ -336,8 +337,8 @@ pub fn run(config: &AlignConfig, options: &Options) -> Result<()> {
     rewards.check(&train_prompts)?;
     let model = config.load(options.compute)?;
     let size = model.latent_size(config.rollout.size)?;
-    let shift = config.rollout.shift(&model.pipeline.scheduler, &size);
-    let mut algorithm = algorithm::open(config, shift);
+    let grid = config.rollout.grid(&model.pipeline.scheduler, &size);
+    let mut algorithm = algorithm::open(config, grid);
     algorithm.begin(model.engine.trained());
     let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
     let mut start = 0;
@@ -356,7 +357,7 @@ pub fn run(config: &AlignConfig, options: &Options) -> Result<()> {
              signal, later ones are clipped"
         );
     }
-    let plan = config.rollout.steps(shift)?;
+    let plan = config.rollout.steps(grid)?;
     let mut run = Run {
         config,
         options,

@@ -75,7 +75,7 @@ impl Plan {
         config.validate()?;
         let [width, height] = config.rollout.size.unwrap_or([pipeline.default_size(); 2]);
         let size = pipeline.latent_size(width, height)?;
-        let nfe = algorithm::nfe(config, config.rollout.shift(&pipeline.scheduler, &size))?;
+        let nfe = algorithm::nfe(config, config.rollout.grid(&pipeline.scheduler, &size))?;
         let shapes = Shapes::new();
         pipeline.dry_velocity(&shapes, 1, size.tokens(), text_tokens);
         let segments = segments(&pipeline.transformer);
@@ -219,7 +219,7 @@ mod tests {
     fn passes_are_those_of_the_papers_table_3() {
         let (_, plan) = plan();
         assert_eq!(plan.images, 384.0);
-        let shift = flow::schedule::Shift::Factor(3.0);
+        let grid = flow::schedule::Shift::Factor(3.0).into();
         let ddim = ["rollout.solver=euler", "rollout.steps=25", "anchors=12", "train_steps=4"];
         let many = ["rollout.steps=16", "train_steps=9"];
         let cases: [(&str, &[&str], [f64; 2]); 9] = [
@@ -237,7 +237,7 @@ mod tests {
         for (preset, settings, expected) in cases {
             let settings: Vec<String> = settings.iter().map(|&s| s.to_owned()).collect();
             let config = read(&Source::Preset(preset), &ALIGN_PRESETS, &settings).unwrap();
-            let found = algorithm::nfe(&config, shift).unwrap();
+            let found = algorithm::nfe(&config, grid).unwrap();
             for (found, expected) in found.iter().zip(expected) {
                 assert!((found - expected).abs() < 1e-9, "{preset}: {found} {expected}");
             }

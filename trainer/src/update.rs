@@ -275,8 +275,8 @@ mod tests {
             let config = config(settings);
             let model = config.load(Compute::CPU).unwrap();
             let size = model.latent_size(config.rollout.size).unwrap();
-            let shift = config.rollout.shift(&model.pipeline.scheduler, &size);
-            let mut algorithm = algorithm::open(&config, shift);
+            let grid = config.rollout.grid(&model.pipeline.scheduler, &size);
+            let mut algorithm = algorithm::open(&config, grid);
             algorithm.begin(model.engine.trained());
             let rewards = Rewards::open(&config.rewards, 1, tch::Device::Cpu).unwrap();
             let sources = Sources { config: &config, model: &model, rewards: &rewards, size };

@@ -6,7 +6,7 @@
 //! of [`super::sde`]. Node j of a depth with n nodes is on the way to leaves j·G/n up to (j + 1)·G/n.
 
 use anyhow::{Result, ensure};
-use flow::schedule::Shift;
+use flow::schedule::Grid;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -118,10 +118,10 @@ struct Edge {
 }
 
 impl<'a> Branch<'a> {
-    pub(crate) fn new(config: &'a AlignConfig, shift: Shift) -> Self {
+    pub(crate) fn new(config: &'a AlignConfig, grid: Grid) -> Self {
         let splits = config.branch.splits(config);
         let last_split = splits.last().copied().unwrap_or(0);
-        Self { config, policy: Policy::new(config, shift), splits, last_split }
+        Self { config, policy: Policy::new(config, grid), splits, last_split }
     }
 
     /// Advantages of the nodes at which each noisy step of `group` arrives.
@@ -376,12 +376,12 @@ mod tests {
     #[test]
     fn every_edge_trains_unless_its_depth_is_pruned() {
         let whole = config(&[]);
-        let branch = Branch::new(&whole, Shift::Factor(3.0));
+        let branch = Branch::new(&whole, Shift::Factor(3.0).into());
         assert_eq!(branch.splits, [0, 3, 6, 9]);
         // 2 nodes three times, 4, 8, and 16 ten times; the step to the image does not train.
         assert_eq!(branch.edges(&advantages(&branch), 0).len(), 3 * (2 + 4 + 8) + 16 * 10);
         let deep = config(&["branch.prune_depths=[15,16,17]"]);
-        let branch = Branch::new(&deep, Shift::Factor(3.0));
+        let branch = Branch::new(&deep, Shift::Factor(3.0).into());
         assert_eq!(branch.pruned(29), [15, 16, 17]);
         assert_eq!(branch.pruned(60), [13, 14, 15]);
         assert_eq!(branch.pruned(100_000), [9, 10, 11]);
@@ -392,7 +392,7 @@ mod tests {
     fn width_is_pruned_after_the_last_split() {
         let late = |width: &str| {
             let config = config(&[width]);
-            let branch = Branch::new(&config, Shift::Factor(3.0));
+            let branch = Branch::new(&config, Shift::Factor(3.0).into());
             let edges = branch.edges(&advantages(&branch), 0);
             edges.into_iter().filter(|edge| edge.step > 9).collect::<Vec<Edge>>()
         };

@@ -14,7 +14,7 @@
 //! instead loses four digits in f32 (METHOD section 1).
 
 use anyhow::{Result, ensure};
-use flow::schedule::Shift;
+use flow::schedule::Grid;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -88,12 +88,12 @@ impl Default for NeighborConfig {
 /// Neighbor GRPO.
 pub(crate) struct Neighbor<'a> {
     config: &'a AlignConfig,
-    shift: Shift,
+    grid: Grid,
 }
 
 impl<'a> Neighbor<'a> {
-    pub(crate) fn new(config: &'a AlignConfig, shift: Shift) -> Self {
-        Self { config, shift }
+    pub(crate) fn new(config: &'a AlignConfig, grid: Grid) -> Self {
+        Self { config, grid }
     }
 
     fn transitions(&self, experience: &Experience, items: &[Item]) -> Transitions {
@@ -129,7 +129,7 @@ impl<'a> Neighbor<'a> {
 
 impl Algorithm for Neighbor<'_> {
     fn rollout(&self, _: usize) -> Result<Rollout> {
-        let steps = self.config.rollout.steps(self.shift)?;
+        let steps = self.config.rollout.steps(self.grid)?;
         Ok(Rollout::apart(Start::Neighbourhood(self.config.sigma), steps))
     }
 

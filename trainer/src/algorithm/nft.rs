@@ -12,7 +12,7 @@
 //! After an iteration v_old moves towards v_θ. There is no probability and no ratio.
 
 use anyhow::{Result, ensure};
-use flow::schedule::Shift;
+use flow::schedule::Grid;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -84,21 +84,21 @@ const LEAST_WEIGHT: f64 = 1e-5;
 /// `DiffusionNFT`.
 pub(crate) struct Nft<'a> {
     config: &'a AlignConfig,
-    shift: Shift,
+    grid: Grid,
     /// The weights of `v_old`, and those that the run started from.
     old: Option<Copies>,
     reference: Option<Copies>,
 }
 
 impl<'a> Nft<'a> {
-    pub(crate) fn new(config: &'a AlignConfig, shift: Shift) -> Self {
-        Self { config, shift, old: None, reference: None }
+    pub(crate) fn new(config: &'a AlignConfig, grid: Grid) -> Self {
+        Self { config, grid, old: None, reference: None }
     }
 }
 
 impl Algorithm for Nft<'_> {
     fn rollout(&self, _: usize) -> Result<Rollout> {
-        Ok(Rollout::apart(Start::Independent, self.config.rollout.steps(self.shift)?))
+        Ok(Rollout::apart(Start::Independent, self.config.rollout.steps(self.grid)?))
     }
 
     fn updates(&self, experience: &Experience) -> Vec<Vec<Item>> {

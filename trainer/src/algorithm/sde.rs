@@ -15,7 +15,7 @@
 //! bias below 1 and evens out the steps.
 
 use anyhow::{Result, ensure};
-use flow::schedule::{Schedule, Shift};
+use flow::schedule::{Grid, Schedule};
 use flow::sde::{Sde, plan};
 use flow::solver::Step;
 use serde::{Deserialize, Serialize};
@@ -92,19 +92,19 @@ impl Default for SdeConfig {
 /// GRPO on an SDE.
 pub(crate) struct Policy<'a> {
     config: &'a AlignConfig,
-    shift: Shift,
+    grid: Grid,
     reference: Option<Copies>,
 }
 
 impl<'a> Policy<'a> {
-    pub(crate) fn new(config: &'a AlignConfig, shift: Shift) -> Self {
-        Self { config, shift, reference: None }
+    pub(crate) fn new(config: &'a AlignConfig, grid: Grid) -> Self {
+        Self { config, grid, reference: None }
     }
 
     /// [`Rollout::time`] and all noisy steps of a whole grid, from shared noise: what a tree grows on.
     pub(crate) fn all_noisy(&self) -> Result<Rollout> {
         let sde = &self.config.sde;
-        let schedule = Schedule::new(self.config.rollout.steps, self.shift)?;
+        let schedule = Schedule::new(self.config.rollout.steps, self.grid)?;
         let steps = plan(&schedule, (sde.noise, sde.level), &(0..schedule.n_steps()), false);
         Ok(Rollout { truncate: sde.truncate, ..Rollout::apart(Start::Shared, steps) })
     }
@@ -136,9 +136,9 @@ impl Algorithm for Policy<'_> {
             // The last window's step counts among those that are compressed, and so do both ends.
             Some(share) => {
                 let rest = ((n + 1 - kept) as f64 * share) as usize;
-                Schedule::with_short_end(n, self.shift, kept, rest.saturating_sub(1).max(1))?
+                Schedule::with_short_end(n, self.grid, kept, rest.saturating_sub(1).max(1))?
             }
-            None => Schedule::new(n, self.shift)?,
+            None => Schedule::new(n, self.grid)?,
         };
         let window = window.unwrap_or(0..n);
         let steps = plan(&schedule, (sde.noise, sde.level), &window, sde.compress.is_some());
