@@ -11,6 +11,7 @@ use flow::checkpoint::Weights;
 use flow::lora::Lora;
 use flow::pipeline::{Component, Pipeline};
 use flow::staged::Staged;
+use flow::tokens::Tokenizers;
 use indicatif::ProgressBar;
 
 use crate::external::{self, Source};
@@ -70,6 +71,8 @@ pub fn export(request: &Request, bar: &ProgressBar, stop: &AtomicBool) -> Result
         if request.verify { Some(verify::reference(reference(request)?)?) } else { None };
     check_apart(&request.checkpoint, &request.target)?;
     check_target(&request.target, request.replace)?;
+    // What is copied is read once before the work: an export without tokenizers is of no use.
+    Tokenizers::open(&request.checkpoint, None)?;
     let staged = Staged::begin(&request.target)?;
     let graphs = Part::ALL.map(|part| (part, part.graph(&pipeline)));
     let n_parameters: usize = graphs.iter().map(|(_, graph)| count(graph)).sum();
@@ -111,6 +114,7 @@ fn write_part(
     let config = pipeline.dir.join(part.component().folder()).join("config.json");
     copy(&config, &folder.join("config.json"))?;
     let weights = pipeline.weights(part.component())?;
+    bar.suspend(|| weights.notices().iter().for_each(|notice| eprintln!("note: {notice}")));
     let source = Source { weights: &weights, loras };
     let (n_nodes, n_parameters) = (graph.nodes.len(), count(&graph));
     let metadata = [

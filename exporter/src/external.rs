@@ -75,8 +75,8 @@ pub fn write<'a>(
     for parameter in &graph.parameters {
         let view = fetch(source.weights, parameter)?;
         let merged = merge(source.loras, parameter, &view)?;
-        let view = match &merged {
-            Some(bytes) => View { dtype: Dtype::F32, bytes, ..view },
+        let view = match merged {
+            Some(bytes) => View { dtype: Dtype::F32, bytes: bytes.into(), ..view },
             None => view,
         };
         initializer.push(data.tensor(parameter, &view, advance)?);
@@ -236,7 +236,8 @@ fn stream(
         if view.dtype == Dtype::F32 {
             sink(bytes)?;
         } else {
-            sink(&little_endian(&View { bytes, ..*view }.to_f32().map_err(explain)?))?;
+            let part = View { bytes: bytes.into(), ..*view };
+            sink(&little_endian(&part.to_f32().map_err(explain)?))?;
         }
     }
     Ok(())

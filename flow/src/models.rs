@@ -4,6 +4,10 @@
 //! Each config deserialises from the component's `config.json` as diffusers and transformers write it,
 //! refuses what it does not support, and bounds every size before anything is allocated.
 
+use std::ops::RangeInclusive;
+
+use serde::Deserialize;
+
 pub mod aesthetic;
 pub mod blip;
 pub mod clip;
@@ -26,7 +30,7 @@ pub enum ConfigError {
         expected: &'static str,
     },
     /// A legal value that this project does not implement.
-    #[error("unsupported {field} = {value}: only {supported} is implemented")]
+    #[error("unsupported {field} = {value}: only {supported} is read")]
     Unsupported {
         /// Name of the entry.
         field: &'static str,
@@ -42,12 +46,33 @@ const MAX_SIZE: usize = 1 << 20;
 /// Largest number of layers or heads a config may name.
 const MAX_COUNT: usize = 4096;
 
+/// `quantization_config` of a config.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+struct Quantization {
+    quant_method: String,
+    bnb_4bit_quant_type: String,
+}
+
+impl Quantization {
+    /// Refuses weights that another library quantised, by that library's name.
+    fn refuse(quantization: Option<&Self>) -> Result<(), ConfigError> {
+        quantization.map_or(Ok(()), |Self { quant_method, bnb_4bit_quant_type }| {
+            Err(ConfigError::Unsupported {
+                field: "quantization_config.quant_method",
+                value: [&**quant_method, bnb_4bit_quant_type].join(" ").trim().to_owned(),
+                supported: "weights in bf16, f16, f32, fp8 or GGUF",
+            })
+        })
+    }
+}
+
 fn size(field: &'static str, value: usize) -> Result<(), ConfigError> {
-    within(field, value, MAX_SIZE, "a size from 1 to 1048576")
+    within(field, value, 1..=MAX_SIZE, "a size from 1 to 1048576")
 }
 
 fn count(field: &'static str, value: usize) -> Result<(), ConfigError> {
-    within(field, value, MAX_COUNT, "a count from 1 to 4096")
+    within(field, value, 1..=MAX_COUNT, "a count from 1 to 4096")
 }
 
 fn heads(width: usize, heads: usize) -> Result<(), ConfigError> {
@@ -66,10 +91,10 @@ fn heads(width: usize, heads: usize) -> Result<(), ConfigError> {
 fn within(
     field: &'static str,
     value: usize,
-    max: usize,
+    range: RangeInclusive<usize>,
     expected: &'static str,
 ) -> Result<(), ConfigError> {
-    if (1..=max).contains(&value) {
+    if range.contains(&value) {
         Ok(())
     } else {
         Err(ConfigError::Invalid { field, value: value.to_string(), expected })

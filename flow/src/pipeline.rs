@@ -10,14 +10,30 @@ use crate::checksums::Checksums;
 use crate::known;
 use crate::latents::{LatentSize, PATCH, SizeError};
 use crate::models::clip::ClipTextConfig;
-use crate::models::t5::{T5Config, TIED_EMBEDDING};
+use crate::models::t5::T5Config;
 use crate::models::transformer::{Inputs, TransformerConfig};
 use crate::models::vae::VaeConfig;
 use crate::ops::shapes::{Manifest, Shapes};
 use crate::schedule::SchedulerConfig;
 
+mod foreign;
+mod names;
+mod place;
+mod single;
+
+pub use single::Single;
+
 type Result<T> = std::result::Result<T, CheckpointError>;
 
+/// Pipelines whose components make images from text; Kontext does without a picture to change.
+const CLASSES: [&str; 6] = [
+    "FluxPipeline",
+    "FluxKontextPipeline",
+    "FluxImg2ImgPipeline",
+    "FluxInpaintPipeline",
+    "FluxKontextInpaintPipeline",
+    "ORTFluxPipeline",
+];
 /// FLUX.1 is trained at this side, whatever its autoencoder's `sample_size` says.
 const FLUX_IMAGE: usize = 1024;
 /// An autoencoder's `sample_size` below this is meant.
@@ -58,15 +74,6 @@ impl Component {
             Self::Transformer | Self::Vae => "diffusion_pytorch_model",
         }
     }
-
-    /// Tensors that files carry and no network uses.
-    fn ignored(self) -> &'static [&'static str] {
-        match self {
-            Self::TextEncoder => &["text_model.embeddings.position_ids"],
-            Self::TextEncoder2 => &[TIED_EMBEDDING],
-            Self::Transformer | Self::Vae => &[],
-        }
-    }
 }
 
 /// The configs of a pipeline folder, read and validated.
@@ -94,11 +101,7 @@ impl Pipeline {
     /// # Errors
     /// When the folder is no FLUX pipeline, or a config is missing, malformed or unsupported.
     pub fn open(dir: &Path) -> Result<Self> {
-        if !dir.is_dir() {
-            return Err(CheckpointError::malformed(dir, "no such folder"));
-        }
-        if !dir.join("model_index.json").is_file() {
-            let why = "not a pipeline folder: it has no model_index.json";
+        if let Some(why) = place::no_pipeline(dir) {
             return Err(CheckpointError::malformed(dir, why));
         }
         let vae = ["vae_decoder/config.json", "vae/config.json"]
@@ -129,9 +132,11 @@ impl Pipeline {
         let index_path = dir.join("model_index.json");
         let index: serde_json::Value = parse(&index_path, &read("model_index.json")?)?;
         let class = index["_class_name"].as_str().unwrap_or_default();
-        if !class.contains("Flux") {
-            let why =
-                format!("unsupported _class_name {class:?}: only FluxPipeline folders are read");
+        if !CLASSES.contains(&class) {
+            let why = format!(
+                "unsupported _class_name {class:?}: of the FLUX family only text to image is read ({}, …)",
+                CLASSES[..2].join(", ")
+            );
             return Err(CheckpointError::malformed(&index_path, why));
         }
         let source = Source { dir, read };
@@ -146,7 +151,23 @@ impl Pipeline {
             checksums: None,
         };
         pipeline.check_seams()?;
+        pipeline.check_scheduler(&index)?;
         Ok(pipeline)
+    }
+
+    /// Libraries make the scheduler of the class in the index, so that both must say the same.
+    fn check_scheduler(&self, index: &serde_json::Value) -> Result<()> {
+        let own = self.scheduler.class();
+        match index["scheduler"][1].as_str() {
+            Some(class) if class != own => {
+                let path = self.dir.join("scheduler/scheduler_config.json");
+                let why = format!(
+                    "its _class_name is {own}, but model_index.json says {class}: make both the same"
+                );
+                Err(CheckpointError::malformed(&path, why))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The components must fit each other.
@@ -167,7 +188,14 @@ impl Pipeline {
         ];
         for (field, found, expected) in seams {
             if found != expected {
-                let why = format!("{field} is {found}, but the other components need {expected}");
+                let why = format!(
+                    "{field} is {found}, but the other components need {expected}{}",
+                    if field == "in_channels" {
+                        " (Fill, Control and Redux take more)"
+                    } else {
+                        ""
+                    }
+                );
                 return Err(CheckpointError::malformed(&transformer, why));
             }
         }
@@ -232,7 +260,8 @@ impl Pipeline {
         );
     }
 
-    /// The weights of `component`, checked against its manifest and the folder's `SHA256SUMS`.
+    /// The weights of `component`, by the names of diffusers and transformers, checked against its manifest
+    /// and the folder's `SHA256SUMS`.
     ///
     /// # Errors
     /// When files are missing, broken or damaged, or one message listing every tensor that does not fit.
@@ -241,12 +270,13 @@ impl Pipeline {
         if !dir.is_dir() {
             return Err(CheckpointError::malformed(&dir, "no such folder"));
         }
-        let mut weights = Weights::open(&dir, component.stem())?;
-        if component == Component::TextEncoder {
-            // transformers 5 drops the prefix that every older file has.
-            weights = weights.with_prefix("text_model.");
+        let manifest = self.manifest(component);
+        let weights = Weights::open(&dir, component.stem())?;
+        let weights = names::usual(weights, component, &manifest)?;
+        if component == Component::Transformer {
+            self.check_guidance(&weights)?;
         }
-        weights.check(&self.manifest(component), component.ignored())?;
+        weights.check(&manifest, &[])?;
         self.check_folder(component.folder())?;
         Ok(weights)
     }
@@ -260,6 +290,24 @@ impl Pipeline {
         let is_inside = |file: &str| file.strip_prefix(folder).is_some_and(|f| f.starts_with('/'));
         self.checksums.iter().try_for_each(|list| list.check_where(is_inside))
     }
+
+    /// Whether anything in the folder of `component` may be its weights.
+    pub fn has_weights(&self, component: Component) -> bool {
+        let entries = std::fs::read_dir(self.dir.join(component.folder())).into_iter().flatten();
+        entries.flatten().any(|entry| place::is_single(Path::new(&entry.file_name())))
+    }
+
+    fn check_guidance(&self, weights: &Weights) -> Result<()> {
+        let embeds = self.transformer.guidance_embeds;
+        let holds = weights.names().any(|name| name.contains("guidance_embedder"));
+        if holds == embeds {
+            return Ok(());
+        }
+        let path = self.dir.join("transformer/config.json");
+        let has = if holds { "have a guidance embedder" } else { "have no guidance embedder" };
+        let why = format!("guidance_embeds is {embeds}, but the weights {has}: set it to {holds}");
+        Err(CheckpointError::malformed(&path, why))
+    }
 }
 
 /// Reads a JSON file.
@@ -272,6 +320,14 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
 
 fn parse<T: DeserializeOwned>(path: &Path, text: &[u8]) -> Result<T> {
     serde_json::from_slice(text).map_err(|error| CheckpointError::malformed(path, error))
+}
+
+/// A config in which null is as good as left out.
+fn parse_config<T: DeserializeOwned>(path: &Path, text: &[u8]) -> Result<T> {
+    let mut entries: serde_json::Map<String, serde_json::Value> = parse(path, text)?;
+    entries.retain(|_, value| !value.is_null());
+    T::deserialize(serde_json::Value::Object(entries))
+        .map_err(|error| CheckpointError::malformed(path, error))
 }
 
 type Read<'a> = dyn Fn(&str) -> Result<Cow<'static, [u8]>> + 'a;
@@ -289,7 +345,7 @@ impl Source<'_> {
         validate: impl Fn(&T) -> std::result::Result<(), E>,
     ) -> Result<T> {
         let path = self.dir.join(file);
-        let config: T = parse(&path, &(self.read)(file)?)?;
+        let config: T = parse_config(&path, &(self.read)(file)?)?;
         validate(&config).map_err(|error| CheckpointError::malformed(&path, error))?;
         Ok(config)
     }

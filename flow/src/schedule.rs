@@ -203,7 +203,10 @@ mod tests {
     #[test]
     fn what_would_change_the_picture_is_refused_by_name() {
         for (text, named) in [
-            (r#"{"_class_name": "FlowMatchHeunDiscreteScheduler"}"#, "FlowMatchHeunDiscreteScheduler"),
+            (
+                r#"{"_class_name": "FlowMatchHeunDiscreteScheduler"}"#,
+                "FlowMatchHeunDiscreteScheduler",
+            ),
             (r#"{"_class_name": "DPMSolverMultistepScheduler"}"#, "use_flow_sigmas"),
             (r#"{"stochastic_sampling": true}"#, "stochastic_sampling"),
             (r#"{"invert_sigmas": true}"#, "invert_sigmas"),
@@ -217,7 +220,9 @@ mod tests {
             let message = config(text).validate().unwrap_err().to_string();
             assert!(message.contains(named), "{text}: {message}");
         }
-        config(r#"{"max_image_seq_len": 1, "base_shift": 9, "beta_end": 0.02}"#).validate().unwrap();
+        config(r#"{"max_image_seq_len": 1, "base_shift": 9, "beta_end": 0.02}"#)
+            .validate()
+            .unwrap();
         let stretched = config(r#"{"shift_terminal": 0.1, "use_dynamic_shifting": true}"#);
         let message = Schedule::new(1, stretched.grid(64)).unwrap_err().to_string();
         assert!(message.contains("shift_terminal"), "{message}");

@@ -35,8 +35,12 @@ struct Padded {
     pad: u32,
 }
 
+/// T5's `model_max_length` counts below this, for small models; `FluxPipeline` pads to 512 whatever it is.
+const SMALL_TEXT: usize = 256;
 /// T5 pads with this id.
 const T5_PAD: u32 = 0;
+/// A tokenizer of sentencepiece, which old copies of FLUX have alone.
+const SENTENCES: &str = "spiece.model";
 /// FLUX.1-dev's text length, and the most `FluxPipeline` accepts.
 pub const MAX_TEXT_TOKENS: usize = 512;
 
@@ -53,8 +57,9 @@ struct TokenizerConfig {
 }
 
 impl Tokenizers {
-    /// Reads `tokenizer/` (CLIP) and `tokenizer_2/` (T5) of `dir`. Text lengths come from their
-    /// `tokenizer_config.json`, the T5 one at most 512, or `max_text_tokens` where given.
+    /// Reads `tokenizer/` (CLIP) and `tokenizer_2/` (T5) of `dir`. CLIP's text length comes from its
+    /// `tokenizer_config.json`; T5's is `max_text_tokens`, else that of its own file where it is below 256, else
+    /// 512 as in `FluxPipeline`.
     ///
     /// # Errors
     /// When a file is missing or no tokenizer.
@@ -70,7 +75,9 @@ impl Tokenizers {
         let pad = clip.token_to_id(&pad_token).ok_or_else(|| {
             CheckpointError::malformed(&clip_dir, format!("pad token {pad_token:?} is not in it"))
         })?;
-        let length = max_text_tokens.unwrap_or_else(|| max_length(&t5_dir).min(MAX_TEXT_TOKENS));
+        let own = max_length(&t5_dir);
+        let length =
+            max_text_tokens.unwrap_or(if own < SMALL_TEXT { own } else { MAX_TEXT_TOKENS });
         Ok(Self {
             clip: Padded::new(clip, max_length(&clip_dir), pad, &clip_dir)?,
             t5: Padded::new(from_json(&t5_dir)?, length, T5_PAD, &t5_dir)?,
@@ -196,6 +203,13 @@ fn max_length(dir: &Path) -> usize {
 
 fn from_json(dir: &Path) -> Result<Tokenizer, CheckpointError> {
     let path = dir.join("tokenizer.json");
+    if dir.join(SENTENCES).exists() && path.symlink_metadata().is_err() {
+        let why = format!(
+            "it has {SENTENCES} but no tokenizer.json: make one by python -c \"from transformers import \
+             T5TokenizerFast as T; T.from_pretrained('DIR').save_pretrained('DIR')\" with this folder as DIR"
+        );
+        return Err(CheckpointError::malformed(dir, why));
+    }
     let bytes = read_bounded(&path)?;
     caught(|| Tokenizer::from_bytes(&bytes))
         .map_err(|why| CheckpointError::malformed(&path, format!("damaged: {why}")))?

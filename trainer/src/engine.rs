@@ -287,17 +287,17 @@ mod tests {
     use crate::parameters::{Gradient, Storage};
 
     fn config(depth: usize) -> TransformerConfig {
-        TransformerConfig {
-            in_channels: 8,
-            num_layers: depth,
-            num_single_layers: 2 * depth,
-            attention_head_dim: 8,
-            num_attention_heads: 2,
-            joint_attention_dim: 6,
-            pooled_projection_dim: 5,
-            guidance_embeds: true,
-            axes_dims_rope: vec![2, 2, 4],
-        }
+        let mut config = TransformerConfig::default();
+        config.in_channels = 8;
+        config.num_layers = depth;
+        config.num_single_layers = 2 * depth;
+        config.attention_head_dim = 8;
+        config.num_attention_heads = 2;
+        config.joint_attention_dim = 6;
+        config.pooled_projection_dim = 5;
+        config.guidance_embeds = true;
+        config.axes_dims_rope = vec![2, 2, 4];
+        config
     }
 
     fn normal(stream: u64, shape: &[i64]) -> Tensor {

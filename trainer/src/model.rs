@@ -88,10 +88,8 @@ impl Model {
                 Component::TextEncoder2 => t5_segments(&pipeline.text_encoder_2),
                 other => vec![pipeline.manifest(other)],
             };
-            let file =
-                dir.join(component.folder()).join(format!("{}.safetensors", component.stem()));
             match missing {
-                Missing::Draw(noise) if !file.exists() => {
+                Missing::Draw(noise) if !pipeline.has_weights(component) => {
                     let mut streams = init::stream_of(component)..;
                     Parameters::build(&manifests, compute, storage, |name, shape| {
                         let stream = streams.next().expect("endless");
@@ -100,6 +98,7 @@ impl Model {
                 }
                 _ => {
                     let weights = pipeline.weights(component)?;
+                    weights.notices().iter().for_each(|notice| eprintln!("note: {notice}"));
                     Parameters::load(&manifests, weights, compute, storage)
                 }
             }

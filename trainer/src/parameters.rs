@@ -357,7 +357,7 @@ pub(crate) fn tensor(weights: &Weights, name: &str) -> Result<Tensor> {
     let View { dtype, bytes, .. } = weights.get(name).context("no such tensor")?;
     let kind = kind_of(dtype)?;
     let n = bytes.len() / kind.elt_size_in_bytes();
-    Ok(Tensor::from_data_size(bytes, &[n as i64], kind))
+    Ok(Tensor::from_data_size(&bytes, &[n as i64], kind))
 }
 
 /// The libtorch type of a stored one.

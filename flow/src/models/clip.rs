@@ -5,7 +5,7 @@
 
 use serde::Deserialize;
 
-use super::{ConfigError, count, heads, only, size};
+use super::{ConfigError, Quantization, count, heads, only, size};
 use crate::nn;
 use crate::ops::{Gelu, Mask, Ops, ParamPath};
 
@@ -34,6 +34,8 @@ pub struct ClipTextConfig {
     pub layer_norm_eps: f64,
     /// The pooled vector is the state at the first such token.
     pub eos_token_id: i64,
+    /// How weights are quantised, in files of other libraries.
+    pub(super) quantization_config: Option<Quantization>,
 }
 
 impl Default for ClipTextConfig {
@@ -48,6 +50,7 @@ impl Default for ClipTextConfig {
             hidden_act: "quick_gelu".into(),
             layer_norm_eps: 1e-5,
             eos_token_id: 49407,
+            quantization_config: None,
         }
     }
 }
@@ -67,6 +70,7 @@ impl ClipTextConfig {
     /// # Errors
     /// When a size is absurd, the heads do not divide the width or the activation is another.
     pub fn validate(&self) -> Result<(), ConfigError> {
+        Quantization::refuse(self.quantization_config.as_ref())?;
         size("vocab_size", self.vocab_size)?;
         size("max_position_embeddings", self.max_position_embeddings)?;
         self.encoder().validate()

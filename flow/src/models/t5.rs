@@ -5,7 +5,7 @@
 
 use serde::Deserialize;
 
-use super::{ConfigError, count, only, size};
+use super::{ConfigError, Quantization, count, only, size};
 use crate::nn;
 use crate::ops::{Gelu, Mask, Ops, ParamPath};
 
@@ -36,6 +36,9 @@ pub struct T5Config {
     /// `gated-gelu` is the only form in use for text conditioning.
     #[serde(default = "default_projection")]
     pub feed_forward_proj: String,
+    /// How weights are quantised, in files of other libraries.
+    #[serde(default)]
+    pub(super) quantization_config: Option<Quantization>,
 }
 
 fn default_buckets() -> usize {
@@ -51,9 +54,6 @@ fn default_projection() -> String {
     "relu".into()
 }
 
-/// Token table as T5 checkpoints name it; a tied second name is ignored on reading.
-pub const TIED_EMBEDDING: &str = "encoder.embed_tokens.weight";
-
 /// What one block hands to the next.
 #[derive(Clone)]
 pub struct State<T> {
@@ -67,6 +67,7 @@ impl T5Config {
     /// # Errors
     /// When a size is absurd or the feed-forward form is another.
     pub fn validate(&self) -> Result<(), ConfigError> {
+        Quantization::refuse(self.quantization_config.as_ref())?;
         size("vocab_size", self.vocab_size)?;
         size("d_model", self.d_model)?;
         size("d_kv", self.d_kv)?;

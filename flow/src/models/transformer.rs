@@ -5,18 +5,23 @@
 
 use serde::Deserialize;
 
-use super::{ConfigError, count, size};
+use super::{ConfigError, MAX_COUNT, Quantization, count, only, size, within};
 use crate::nn::{self, Heads};
 use crate::ops::{Gelu, Mask, Ops, ParamPath, Rope};
 
-/// `transformer/config.json`.
+/// `transformer/config.json`; what is left out is as in diffusers.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(default)]
 pub struct TransformerConfig {
     /// Channels of a packed latent token: 4·16.
     pub in_channels: usize,
-    /// Double-stream blocks.
+    /// Channels of a velocity; left out, those of a token.
+    out_channels: Option<usize>,
+    /// Side of the patches of a token; latents come packed.
+    patch_size: usize,
+    /// Double-stream blocks, or none.
     pub num_layers: usize,
-    /// Single-stream blocks.
+    /// Single-stream blocks, or none.
     pub num_single_layers: usize,
     /// Width of a head.
     pub attention_head_dim: usize,
@@ -27,15 +32,31 @@ pub struct TransformerConfig {
     /// Width of the pooled CLIP vector.
     pub pooled_projection_dim: usize,
     /// Whether a distilled guidance scale conditions the network.
-    #[serde(default)]
     pub guidance_embeds: bool,
     /// Angles an axis of the position ids takes, times two; they add up to the head width.
-    #[serde(default = "flux_axes")]
     pub axes_dims_rope: Vec<usize>,
+    /// How weights are quantised, in files of other libraries.
+    pub(super) quantization_config: Option<Quantization>,
 }
 
-fn flux_axes() -> Vec<usize> {
-    vec![16, 56, 56]
+impl Default for TransformerConfig {
+    /// `FluxTransformer2DModel()`.
+    fn default() -> Self {
+        Self {
+            in_channels: 64,
+            out_channels: None,
+            patch_size: 1,
+            num_layers: 19,
+            num_single_layers: 38,
+            attention_head_dim: 128,
+            num_attention_heads: 24,
+            joint_attention_dim: 4096,
+            pooled_projection_dim: 768,
+            guidance_embeds: false,
+            axes_dims_rope: vec![16, 56, 56],
+            quantization_config: None,
+        }
+    }
 }
 
 /// What the network takes.
@@ -92,9 +113,16 @@ impl TransformerConfig {
     /// # Errors
     /// When a size is absurd or the rotary axes do not fill a head.
     pub fn validate(&self) -> Result<(), ConfigError> {
+        Quantization::refuse(self.quantization_config.as_ref())?;
         size("in_channels", self.in_channels)?;
-        count("num_layers", self.num_layers)?;
-        count("num_single_layers", self.num_single_layers)?;
+        let out = self.out_channels.unwrap_or(self.in_channels).to_string();
+        only("out_channels", &out, &[&self.in_channels.to_string()], "as many as in_channels")?;
+        only("patch_size", &self.patch_size.to_string(), &["1"], "1")?;
+        for (field, n) in
+            [("num_layers", self.num_layers), ("num_single_layers", self.num_single_layers)]
+        {
+            within(field, n, 0..=MAX_COUNT, "a count from 0 to 4096")?;
+        }
         size("attention_head_dim", self.attention_head_dim)?;
         count("num_attention_heads", self.num_attention_heads)?;
         size("joint_attention_dim", self.joint_attention_dim)?;

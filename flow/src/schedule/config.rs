@@ -16,6 +16,7 @@ const TRAIN_STEPS: f64 = 1000.0;
 /// What is left out is as in diffusers; entries that it has beside these change no grid.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
 #[serde(default)]
+#[expect(clippy::struct_excessive_bools, reason = "they are diffusers' entries")]
 pub struct SchedulerConfig {
     #[serde(rename = "_class_name")]
     class: String,
@@ -84,9 +85,8 @@ impl SchedulerConfig {
         if !(factor.is_finite() && factor > 0.0) {
             return Err(ScheduleError::Shift(factor));
         }
-        let invalid = |field, value: String, expected| {
-            Err(ScheduleError::Invalid { field, value, expected })
-        };
+        let invalid =
+            |field, value: String, expected| Err(ScheduleError::Invalid { field, value, expected });
         if self.use_dynamic_shifting && self.max_image_seq_len <= self.base_image_seq_len {
             let value = self.max_image_seq_len.to_string();
             return invalid("max_image_seq_len", value, "more than base_image_seq_len");

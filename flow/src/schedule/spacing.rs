@@ -49,8 +49,9 @@ impl Spacing {
             Self::Exponential => Some((first.ln() + share * (last.ln() - first.ln())).exp()),
             Self::Beta => Some(last + beta_quantile(1.0 - share) * (first - last)),
         };
-        let moved = times.iter_mut().enumerate();
-        moved.for_each(|(i, time)| *time = between(i as f64 / steps).unwrap_or(*time));
+        for (i, time) in times.iter_mut().enumerate() {
+            *time = between(i as f64 / steps).unwrap_or(*time);
+        }
     }
 }
 
@@ -65,7 +66,9 @@ pub(super) fn stretch(times: &mut [f64], terminal: f64) -> Result<(), ScheduleEr
         });
     }
     let scale = (1.0 - last) / (1.0 - terminal);
-    times.iter_mut().for_each(|time| *time = 1.0 - (1.0 - *time) / scale);
+    for time in times {
+        *time = 1.0 - (1.0 - *time) / scale;
+    }
     Ok(())
 }
 

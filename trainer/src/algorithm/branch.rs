@@ -333,6 +333,8 @@ impl Algorithm for Branch<'_> {
 
 #[cfg(test)]
 mod tests {
+    use flow::schedule::Shift;
+
     use super::*;
     use crate::advantage::AdvantageConfig;
     use crate::algorithm::cases::cases;

@@ -268,7 +268,7 @@ impl NeighborConfig {
 #[cfg(test)]
 mod tests {
     use flow::noise::Noise;
-    use flow::schedule::Schedule;
+    use flow::schedule::{Schedule, Shift};
     use flow::solver::{Solver, plan};
 
     use super::*;
