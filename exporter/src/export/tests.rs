@@ -165,7 +165,7 @@ fn change(path: &Path, name: &str) {
                 *largest.unwrap() *= 1.0001;
                 values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>().into()
             } else {
-                view.bytes.into()
+                view.bytes
             };
             flow::checkpoint::Entry::raw(entry, view.shape, view.dtype, bytes)
         })
