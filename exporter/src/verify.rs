@@ -86,7 +86,7 @@ pub fn compare(
     threads: usize,
 ) -> Result<Difference> {
     let path = export.join(part.folder()).join(MODEL_FILE);
-    let mut model = Model::open(&path, &Options { threads })?;
+    let mut model = Model::open(&path, &Options { threads, ..Options::default() })?;
     let find = |port: &Port| {
         let name = format!("{}.{}", part.folder(), port.name);
         tensor(reference, &name, &port.element)

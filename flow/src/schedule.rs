@@ -138,6 +138,12 @@ impl Schedule {
         })
     }
 
+    /// What is left of it after `k` steps, at most n − 1: it begins below 1.
+    #[must_use]
+    pub fn after(&self, k: usize) -> Self {
+        Self(self.0[k.min(self.n_steps() - 1)..].to_vec())
+    }
+
     /// The n + 1 times.
     pub fn times(&self) -> &[f64] {
         &self.0

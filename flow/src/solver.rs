@@ -2,10 +2,12 @@
 //!
 //! Every step used here is affine in the state, the velocity and what the previous step left behind,
 //! with coefficients that depend on the schedule alone. [`plan`] computes them in f64 ahead of time;
-//! a program applies them to its own tensors with [`Step::terms`] or to buffers with [`Step::apply`].
+//! a program applies them to its own tensors with [`Step::terms`] or to buffers with [`Walk`].
 
 use crate::path;
 use crate::schedule::Schedule;
+
+mod unipc;
 
 /// The methods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,11 +18,21 @@ pub enum Solver {
     Heun,
     /// DPM-Solver++ 2M (Lu et al. 2022) with the half-logSNR λ = log((1 − t)/t); one call a step.
     Dpmpp2m,
+    /// The same with λ = −log t, as k-diffusion, ComfyUI and stable-diffusion.cpp have it.
+    Dpmpp2mK,
+    /// UniPC (Zhao et al. 2023) with a predictor of order 2 and a corrector of order 3,
+    /// B(h) = e^h − 1; one call a step.
+    UniPc,
 }
 
 /// The name a person types and a file records.
-pub const SOLVERS: [(&str, Solver); 3] =
-    [("dpmpp-2m", Solver::Dpmpp2m), ("euler", Solver::Euler), ("heun", Solver::Heun)];
+pub const SOLVERS: [(&str, Solver); 5] = [
+    ("dpmpp-2m", Solver::Dpmpp2m),
+    ("dpmpp-2m-k", Solver::Dpmpp2mK),
+    ("euler", Solver::Euler),
+    ("heun", Solver::Heun),
+    ("unipc", Solver::UniPc),
+];
 
 /// What programs sample with unless told otherwise (paper Table 1).
 pub const DEFAULT_SOLVER: Solver = Solver::Dpmpp2m;
@@ -40,8 +52,8 @@ impl Solver {
 }
 
 /// One network call and the update that follows it:
-/// `x ← x·x_t + v·v_t + v_prev·v_{prev} + x0_prev·x0_{prev} + noise·N(0, I)`, where `prev` is the call
-/// before.
+/// `x ← x·x_t + v·v_t + v_prev·v_{prev} + x0_prev·x0_{prev} + x0_prev2·x0_{prev2} + noise·N(0, I)`,
+/// where `prev` is the call before and `prev2` the one before that.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Step {
     /// Time at which the network is called.
@@ -56,17 +68,10 @@ pub struct Step {
     pub v_prev: f64,
     /// Coefficient of the data prediction of the previous call.
     pub x0_prev: f64,
+    /// Coefficient of the data prediction of the call before that.
+    pub x0_prev2: f64,
     /// Standard deviation of the noise that a stochastic step adds; 0 in every plan of an ODE.
     pub noise: f64,
-}
-
-/// What a step leaves to the next.
-#[derive(Clone, Debug)]
-pub struct History<T> {
-    /// Velocity v of the previous call.
-    pub v: T,
-    /// Its data prediction `x_t − t·v`.
-    pub x0: T,
 }
 
 /// What a step adds up, in this order, so that every program rounds alike.
@@ -80,6 +85,8 @@ pub enum Term {
     VPrev,
     /// The data prediction of the previous call.
     X0Prev,
+    /// The data prediction of the call before that.
+    X0Prev2,
 }
 
 impl Step {
@@ -90,34 +97,74 @@ impl Step {
             (Term::V, self.v),
             (Term::VPrev, self.v_prev),
             (Term::X0Prev, self.x0_prev),
+            (Term::X0Prev2, self.x0_prev2),
         ]
         .into_iter()
         .filter(|&(_, coefficient)| coefficient != 0.0)
     }
+}
 
-    /// The next state without noise, and the history for the step after. All buffers are equally long; a step that
-    /// uses history must get one.
-    pub fn apply(
-        &self,
-        x_t: &[f32],
-        v_t: Vec<f32>,
-        history: Option<&History<Vec<f32>>>,
-    ) -> (Vec<f32>, History<Vec<f32>>) {
-        let mut next = vec![0.0f32; x_t.len()];
-        for (term, coefficient) in self.terms() {
-            let source = match (term, history) {
-                (Term::X, _) => x_t,
-                (Term::V, _) => &v_t,
-                (Term::VPrev, Some(past)) => &past.v,
-                (Term::X0Prev, Some(past)) => &past.x0,
-                _ => panic!("a step from t = {} needs the step before it", self.t),
+/// A state in buffers on its way from noise to data, and what the calls before left. Nothing is
+/// allocated after the first two steps.
+#[derive(Clone, Debug)]
+pub struct Walk {
+    x: Vec<f32>,
+    next: Vec<f32>,
+    /// Of the call before.
+    v: Vec<f32>,
+    /// Of the call before.
+    x0: Vec<f32>,
+    /// Of the call before that.
+    x0_prev: Vec<f32>,
+}
+
+impl Walk {
+    /// Starts at `x`.
+    pub fn new(x: Vec<f32>) -> Self {
+        let next = vec![0.0; x.len()];
+        Self { x, next, v: Vec::new(), x0: Vec::new(), x0_prev: Vec::new() }
+    }
+
+    /// The state.
+    pub fn x(&self) -> &[f32] {
+        &self.x
+    }
+
+    /// The data prediction of the last call; empty before the first.
+    pub fn x0(&self) -> &[f32] {
+        &self.x0
+    }
+
+    /// The state, at the end.
+    pub fn into_x(self) -> Vec<f32> {
+        self.x
+    }
+
+    /// Takes `step` with the velocity `v` of its call, as long as the state; noise is left out.
+    ///
+    /// # Panics
+    /// When the step needs a call that there was not.
+    pub fn advance(&mut self, step: &Step, v: &[f32]) {
+        self.next.fill(0.0);
+        for (term, coefficient) in step.terms() {
+            let source: &[f32] = match term {
+                Term::X => &self.x,
+                Term::V => v,
+                Term::VPrev => &self.v,
+                Term::X0Prev => &self.x0,
+                Term::X0Prev2 => &self.x0_prev,
             };
+            assert_eq!(source.len(), self.next.len(), "the step from t = {} needs more", step.t);
             let coefficient = coefficient as f32;
-            next.iter_mut().zip(source).for_each(|(sum, value)| *sum += coefficient * value);
+            self.next.iter_mut().zip(source).for_each(|(sum, value)| *sum += coefficient * value);
         }
-        let [of_x, of_v] = path::x0_from_v(self.t).map(|c| c as f32);
-        let x0 = x_t.iter().zip(&v_t).map(|(x, v)| of_x * x + of_v * v).collect();
-        (next, History { v: v_t, x0 })
+        let [of_x, of_v] = path::x0_from_v(step.t).map(|c| c as f32);
+        std::mem::swap(&mut self.x0, &mut self.x0_prev);
+        self.x0.clear();
+        self.x0.extend(self.x.iter().zip(v).map(|(x, v)| of_x * x + of_v * v));
+        self.v.clear();
+        self.v.extend_from_slice(v);
+        std::mem::swap(&mut self.x, &mut self.next);
     }
 }
 
@@ -127,13 +174,13 @@ pub fn plan(solver: Solver, schedule: &Schedule) -> Vec<Step> {
     let mut steps = Vec::with_capacity(times.len());
     for (index, pair) in times.windows(2).enumerate() {
         let (t, t_next) = (pair[0], pair[1]);
+        let before = |n: usize| index.checked_sub(n).map(|at| times[at]);
         match solver {
             Solver::Euler => steps.push(euler(t, t_next)),
             Solver::Heun => steps.extend(heun(t, t_next)),
-            Solver::Dpmpp2m => {
-                let t_prev = index.checked_sub(1).map(|before| times[before]);
-                steps.push(dpmpp_2m(t_prev, t, t_next));
-            }
+            Solver::Dpmpp2m => steps.push(dpmpp_2m(before(1), t, t_next)),
+            Solver::Dpmpp2mK => steps.push(dpmpp_2m_k(before(1), t, t_next)),
+            Solver::UniPc => steps.push(unipc_2([before(2), before(1)], t, t_next)),
         }
     }
     steps
@@ -163,24 +210,43 @@ fn heun(t: f64, t_next: f64) -> Vec<Step> {
 /// The first step, the step after a start at t = 1 and the step to t = 0 are of first order (c = 0).
 /// Source: `DPMSolverMultistepScheduler` (midpoint, flow sigmas) of diffusers 0.42.
 pub(crate) fn dpmpp_2m(t_prev: Option<f64>, t: f64, t_next: f64) -> Step {
-    let (r, c) = dpmpp_2m_ratio(t_prev, t, t_next);
+    // λ of a start at t = 1 is infinite, and the step after it is of first order.
+    multistep(t, t_next, dpmpp_2m_ratio(t_prev.filter(|&t| t < 1.0), t, t_next, path::log_snr))
+}
+
+/// The same with λ = −log t, which is finite at t = 1. Source: `sample_dpmpp_2m` of k-diffusion.
+fn dpmpp_2m_k(t_prev: Option<f64>, t: f64, t_next: f64) -> Step {
+    multistep(t, t_next, dpmpp_2m_ratio(t_prev, t, t_next, |t| -t.ln()))
+}
+
+/// UniPC as a sum of the state and of the last three data predictions.
+fn unipc_2(before: [Option<f64>; 2], t: f64, t_next: f64) -> Step {
+    let [x, x0, x0_prev, x0_prev2] = unipc::weights(before, t, t_next);
+    let [of_x, of_v] = path::x0_from_v(t);
+    Step { t, t_next, x: x + x0 * of_x, v: x0 * of_v, x0_prev, x0_prev2, ..Step::default() }
+}
+
+fn multistep(t: f64, t_next: f64, (r, c): (f64, f64)) -> Step {
     let [of_x, of_v] = path::x0_from_v(t);
     let fresh = (1.0 - r) * (1.0 + c);
     let (x, v, x0_prev) = (r + fresh * of_x, fresh * of_v, -(1.0 - r) * c);
     Step { t, t_next, x, v, x0_prev, ..Step::default() }
 }
 
-fn dpmpp_2m_ratio(t_prev: Option<f64>, t: f64, t_next: f64) -> (f64, f64) {
-    let r = t_next / t;
-    let first_order = t_next == 0.0 || t_prev.is_none_or(|t_prev| t_prev >= 1.0);
+/// r and c; c is 0 in the first step and in the step to t = 0.
+fn dpmpp_2m_ratio(
+    t_prev: Option<f64>,
+    t: f64,
+    t_next: f64,
+    lambda: impl Fn(f64) -> f64,
+) -> (f64, f64) {
     let c = match t_prev {
-        Some(t_prev) if !first_order => {
-            let lambda = path::log_snr(t);
-            (path::log_snr(t_next) - lambda) / (2.0 * (lambda - path::log_snr(t_prev)))
+        Some(t_prev) if t_next > 0.0 => {
+            (lambda(t_next) - lambda(t)) / (2.0 * (lambda(t) - lambda(t_prev)))
         }
         _ => 0.0,
     };
-    (r, c)
+    (t_next / t, c)
 }
 
 #[cfg(test)]
@@ -197,13 +263,17 @@ mod tests {
     }
 
     fn solve(steps: &[Step], x: f64, velocity: impl Fn(f64, f64) -> f64) -> f64 {
-        let (mut x, mut past): (f64, Option<(f64, f64)>) = (x, None);
+        let (mut x, [mut v_prev, mut x0_prev, mut x0_prev2]) = (x, [0.0; 3]);
         for step in steps {
             let v = velocity(x, step.t);
-            let (v_prev, x0_prev) = past.unwrap_or_default();
             let [a, b] = path::x0_from_v(step.t);
-            past = Some((v, a * x + b * v));
-            x = step.x * x + step.v * v + step.v_prev * v_prev + step.x0_prev * x0_prev;
+            let x0 = a * x + b * v;
+            x = step.x * x
+                + step.v * v
+                + step.v_prev * v_prev
+                + step.x0_prev * x0_prev
+                + step.x0_prev2 * x0_prev2;
+            [v_prev, x0_prev, x0_prev2] = [v, x0, x0_prev];
         }
         x
     }
@@ -228,7 +298,8 @@ mod tests {
             let times = schedule.times();
             for (i, &(r, c)) in pairs.iter().enumerate() {
                 let before = i.checked_sub(1).map(|b| times[b]);
-                let found = dpmpp_2m_ratio(before, times[i], times[i + 1]);
+                let before = before.filter(|&t| t < 1.0);
+                let found = dpmpp_2m_ratio(before, times[i], times[i + 1], path::log_snr);
                 assert!((found.0 - r).abs() < 1e-6 && (found.1 - c).abs() < 1e-6, "{i}: {found:?}");
             }
         }
@@ -263,11 +334,14 @@ mod tests {
             };
             let mut steps = Vec::new();
             for i in 0..n {
-                let before = i.checked_sub(1).map(|b| times[b]);
+                let before = |n| i.checked_sub(n).map(|b: usize| times[b]);
+                let (t, t_next) = (times[i], times[i + 1]);
                 match solver {
-                    Solver::Euler => steps.push(euler(times[i], times[i + 1])),
-                    Solver::Heun => steps.extend(heun(times[i], times[i + 1])),
-                    Solver::Dpmpp2m => steps.push(dpmpp_2m(before, times[i], times[i + 1])),
+                    Solver::Euler => steps.push(euler(t, t_next)),
+                    Solver::Heun => steps.extend(heun(t, t_next)),
+                    Solver::Dpmpp2m => steps.push(dpmpp_2m(before(1), t, t_next)),
+                    Solver::Dpmpp2mK => steps.push(dpmpp_2m_k(before(1), t, t_next)),
+                    Solver::UniPc => steps.push(unipc_2([before(2), before(1)], t, t_next)),
                 }
             }
             (solve(&steps, 1.0, velocity) - exact).abs()
@@ -277,9 +351,13 @@ mod tests {
 
     #[test]
     fn each_method_has_its_order() {
-        for (solver, expected) in
-            [(Solver::Euler, 1.0), (Solver::Heun, 2.0), (Solver::Dpmpp2m, 2.0)]
-        {
+        for (solver, expected) in [
+            (Solver::Euler, 1.0),
+            (Solver::Heun, 2.0),
+            (Solver::Dpmpp2m, 2.0),
+            (Solver::Dpmpp2mK, 2.0),
+            (Solver::UniPc, 3.0),
+        ] {
             let slope = order(solver, 256);
             assert!((slope - expected).abs() < 0.1, "{solver:?}: {slope}");
         }
@@ -291,13 +369,15 @@ mod tests {
         let velocity = |x: f64, t: f64| gaussian_velocity(x, t, -0.3, 0.5);
         for (_, solver) in SOLVERS {
             let steps = plan(solver, &schedule);
-            let (mut x, mut history) = (vec![0.7f32], None);
+            let mut walk = Walk::new(vec![0.7f32]);
             for step in &steps {
-                let v = vec![velocity(f64::from(x[0]), step.t) as f32];
-                let (next, left) = step.apply(&x, v, history.as_ref());
-                (x, history) = (next, Some(left));
+                let v = [velocity(f64::from(walk.x()[0]), step.t) as f32];
+                walk.advance(step, &v);
             }
-            assert!((f64::from(x[0]) - solve(&steps, 0.7, velocity)).abs() < 1e-5, "{solver:?}");
+            assert!(
+                (f64::from(walk.x()[0]) - solve(&steps, 0.7, velocity)).abs() < 1e-5,
+                "{solver:?}"
+            );
         }
     }
 

@@ -24,6 +24,8 @@ pub struct PromptIds {
     pub clip: Vec<i64>,
     /// For T5, padded with 0 to the maximum sequence length.
     pub t5: Vec<i64>,
+    /// Tokens of the prompt that neither length had room for, of CLIP and of T5.
+    pub cut: [usize; 2],
 }
 
 /// One tokenizer: the ids of a text with its special tokens, cut to a length and not padded.
@@ -89,7 +91,13 @@ impl Tokenizers {
     /// # Errors
     /// When a tokenizer cannot encode it.
     pub fn encode(&self, prompt: &str) -> Result<PromptIds, tokenizers::Error> {
-        Ok(PromptIds { clip: self.clip.encode(prompt)?, t5: self.t5.encode(prompt)? })
+        let ((clip, of_clip), (t5, of_t5)) = (self.clip.encode(prompt)?, self.t5.encode(prompt)?);
+        Ok(PromptIds { clip, t5, cut: [of_clip, of_t5] })
+    }
+
+    /// Tokens of a CLIP row.
+    pub fn clip_tokens(&self) -> usize {
+        self.clip.length
     }
 
     /// Tokens of a T5 row.
@@ -129,6 +137,11 @@ impl Truncated {
     /// # Errors
     /// When the tokenizer cannot encode it.
     pub fn encode(&self, text: &str) -> Result<Vec<i64>, tokenizers::Error> {
+        Ok(self.encode_and_count(text)?.0)
+    }
+
+    /// Ids of `text`, and how many more it has.
+    fn encode_and_count(&self, text: &str) -> Result<(Vec<i64>, usize), tokenizers::Error> {
         let encode = || {
             if let Some(normalizer) = self.0.get_normalizer() {
                 rewrite(normalizer, &mut NormalizedString::from(text))?;
@@ -137,7 +150,11 @@ impl Truncated {
         };
         let encoding =
             caught(encode).map_err(|why| format!("the tokenizer is damaged: {why}"))??;
-        Ok(encoding.get_ids().iter().map(|&id| i64::from(id)).collect())
+        let is_text = |special: &&u32| **special == 0;
+        let overflow = encoding.get_overflowing().iter();
+        let cut =
+            overflow.map(|more| more.get_special_tokens_mask().iter().filter(is_text).count());
+        Ok((encoding.get_ids().iter().map(|&id| i64::from(id)).collect(), cut.sum()))
     }
 
     /// Ids are below this.
@@ -156,10 +173,11 @@ impl Padded {
         Ok(Self { tokenizer: Truncated::new(tokenizer, length, dir)?, length, pad })
     }
 
-    fn encode(&self, prompt: &str) -> Result<Vec<i64>, tokenizers::Error> {
-        let mut ids = self.tokenizer.encode(prompt)?;
+    /// Padded ids, and how many tokens were cut.
+    fn encode(&self, prompt: &str) -> Result<(Vec<i64>, usize), tokenizers::Error> {
+        let (mut ids, cut) = self.tokenizer.encode_and_count(prompt)?;
         ids.resize(self.length, i64::from(self.pad));
-        Ok(ids)
+        Ok((ids, cut))
     }
 }
 

@@ -6,44 +6,22 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
-use half::f16;
+use anyhow::{Context, Result, anyhow, ensure};
+use half::{bf16, f16};
 use ort::{
+    environment::Environment,
     session::{
-        OutputSelector, RunOptions, Session, SessionInputValue,
+        OutputSelector, RunOptions, SelectedOutputMarker, Session, SessionInputValue,
+        SessionOutputs,
         builder::{GraphOptimizationLevel, SessionBuilder},
     },
-    value::{DynValue, TensorElementType, TensorRef, ValueType},
+    value::TensorRef,
 };
 
-use crate::{Data, Tensor, library::environment};
-
-/// How a [`Model`] runs.
-#[derive(Clone, Copy, Debug)]
-pub struct Options {
-    /// Threads that share one operator, at least 1. Operators run one after the other.
-    pub threads: usize,
-}
-
-/// An input or output of a graph.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Port {
-    pub name: String,
-    /// One entry a dimension, outermost first; `None` where the graph leaves the size open.
-    pub shape: Vec<Option<usize>>,
-    pub element: ElementType,
-}
-
-/// What a [`Port`] carries. `F16` and `I32` are converted from and to the `f32` and `i64` of a
-/// [`Tensor`]; `Other` can be listed but not run.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ElementType {
-    F32,
-    F16,
-    I64,
-    I32,
-    Other(String),
-}
+use crate::{
+    Binding, Cancel, Data, ElementType, Options, Port, Tensor, cancel::one_line, elements,
+    library::environment, port::names, provider,
+};
 
 /// A loaded ONNX graph.
 ///
@@ -54,31 +32,35 @@ pub struct Model {
     session: Session,
     path: PathBuf,
     inputs: Vec<Port>,
+    overridable: Vec<Port>,
     outputs: Vec<Port>,
 }
 
 impl Model {
-    /// Opens an `.onnx` file (external data beside it included), optimised for the CPU.
+    /// Opens an `.onnx` file (external data beside it included).
     ///
     /// # Errors
-    /// ONNX Runtime is not installed (see [`crate::library`]), or the file is missing, not an
-    /// ONNX model, or uses something this ONNX Runtime does not have.
+    /// ONNX Runtime is not installed (see [`crate::library`]), the provider needs something that is
+    /// not, or the file is missing, not an ONNX model, or uses something this ONNX Runtime does not
+    /// have there.
     pub fn open(path: impl AsRef<Path>, options: &Options) -> Result<Self> {
         let path = path.as_ref();
         ensure!(options.threads > 0, "an ONNX model needs at least one thread");
         ensure!(path.is_file(), "no such ONNX model: {}", path.display());
         let environment = environment()?;
-        let session = builder(SessionBuilder::new(&environment)?, options.threads)
-            .map_err(|error| one_line(error.message()))
+        provider::check(options)?;
+        let session = builder(&environment, options)
             .context("cannot configure ONNX Runtime")?
             .commit_from_file(path)
             .map_err(|error| one_line(error.message()))
-            .with_context(|| format!("cannot open ONNX model {}", path.display()))?;
-        let ports = |outlets: &[ort::value::Outlet]| {
-            outlets.iter().map(|outlet| Port::new(outlet.name(), outlet.dtype())).collect()
-        };
+            .with_context(|| {
+                format!("cannot open ONNX model {} on {}", path.display(), options.provider)
+            })?;
+        let ports = |outlets: &[ort::value::Outlet]| outlets.iter().map(Port::of).collect();
         let (inputs, outputs) = (ports(session.inputs()), ports(session.outputs()));
-        Ok(Self { session, path: path.to_owned(), inputs, outputs })
+        let overridable = session.overridable_initializers();
+        let overridable = overridable.iter().map(|it| Port::new(it.name(), it.dtype())).collect();
+        Ok(Self { session, path: path.to_owned(), inputs, overridable, outputs })
     }
 
     /// The file that was opened.
@@ -89,6 +71,11 @@ impl Model {
     /// Inputs that a run must give, in the graph's order.
     pub fn inputs(&self) -> &[Port] {
         &self.inputs
+    }
+
+    /// Inputs that a run may give, which have a value of their own in the graph.
+    pub fn overridable(&self) -> &[Port] {
+        &self.overridable
     }
 
     /// Outputs that a run can ask for, in the graph's order.
@@ -107,12 +94,74 @@ impl Model {
     /// An input is missing, unknown, given twice, or of another element type, rank or fixed size
     /// than the graph declares; an output is unknown; or the graph itself fails.
     pub fn run(&mut self, inputs: &[(&str, &Tensor)], outputs: &[&str]) -> Result<Vec<Tensor>> {
+        let selector = outputs
+            .iter()
+            .fold(OutputSelector::no_default(), |selector, name| selector.with(*name));
+        let options = RunOptions::new()?.with_outputs(selector);
+        self.run_with(inputs, outputs, &options, &Cancel::default())
+    }
+
+    /// As [`Model::run`], stopped by `cancel`.
+    ///
+    /// # Errors
+    /// As [`Model::run`]; [`crate::Cancelled`] when it was stopped.
+    pub fn run_until(
+        &mut self,
+        inputs: &[(&str, &Tensor)],
+        outputs: &[&str],
+        cancel: &Cancel,
+    ) -> Result<Vec<Tensor>> {
+        let options = cancel.options()?;
+        self.run_with(inputs, outputs, &options, cancel)
+    }
+
+    /// Buffers for runs with inputs of these shapes, which begin with these numbers, and with the
+    /// float output `output.0` of shape `output.1`.
+    ///
+    /// # Errors
+    /// As [`Model::run`] for wrong inputs and outputs.
+    pub fn bind(&self, inputs: &[(&str, &Tensor)], output: (&str, &[usize])) -> Result<Binding> {
+        let bound = || -> Result<Binding> {
+            self.check(inputs, &[output.0])?;
+            let port = self.outputs.iter().find(|port| port.name == output.0).expect("checked");
+            ensure!(
+                port.holds(output.1),
+                "output `{}` has another shape than {:?}",
+                output.0,
+                output.1
+            );
+            let inputs: Vec<(&Port, &Tensor)> = inputs
+                .iter()
+                .map(|&(name, tensor)| (self.takes(name).expect("checked"), tensor))
+                .collect();
+            Binding::new(&self.session, &inputs, (port, output.1))
+        };
+        bound().with_context(|| format!("cannot run ONNX model {}", self.path.display()))
+    }
+
+    /// Runs the graph once on the buffers of `binding`.
+    ///
+    /// # Errors
+    /// When the graph fails; [`crate::Cancelled`] when it was stopped.
+    pub fn run_bound(&mut self, binding: &Binding, cancel: &Cancel) -> Result<()> {
+        let options = cancel.options()?;
+        let result = self.session.run_binding_with_options(&binding.io, &options);
+        cancel.outcome(result.map(drop)).with_context(|| self.failed())
+    }
+
+    fn run_with<O: SelectedOutputMarker>(
+        &mut self,
+        inputs: &[(&str, &Tensor)],
+        outputs: &[&str],
+        options: &RunOptions<O>,
+        cancel: &Cancel,
+    ) -> Result<Vec<Tensor>> {
         self.check(inputs, outputs)
             .with_context(|| format!("cannot run ONNX model {}", self.path.display()))?;
         let narrowed = inputs
             .iter()
             .map(|&(name, tensor)| {
-                let port = self.inputs.iter().find(|port| port.name == name).expect("checked");
+                let port = self.takes(name).expect("checked");
                 Narrowed::new(tensor, &port.element).with_context(|| format!("input `{name}`"))
             })
             .collect::<Result<Vec<_>>>()?;
@@ -123,29 +172,31 @@ impl Model {
                 Ok((Cow::Borrowed(*name), narrowed.value(&tensor.shape)?))
             })
             .collect::<Result<Vec<(Cow<'_, str>, SessionInputValue<'_>)>>>()?;
-        let selector = outputs
-            .iter()
-            .fold(OutputSelector::no_default(), |selector, name| selector.with(*name));
-        let options = RunOptions::new()?.with_outputs(selector);
-        let results = self
-            .session
-            .run_with_options(values, &options)
-            .map_err(|error| one_line(error.message()))
-            .with_context(|| format!("ONNX model {} failed", self.path.display()))?;
+        let failed = self.failed();
+        let path = self.path.display().to_string();
+        let results = self.session.run_with_options(values, options);
+        let results: SessionOutputs<'_> = cancel.outcome(results).context(failed)?;
         outputs
             .iter()
             .map(|name| {
                 let value = results.get(name).context("ONNX Runtime returned no such output");
-                value
-                    .and_then(widen)
-                    .with_context(|| format!("output `{name}` of {}", self.path.display()))
+                value.and_then(elements::read).with_context(|| format!("output `{name}` of {path}"))
             })
             .collect()
     }
 
+    fn failed(&self) -> String {
+        format!("ONNX model {} failed", self.path.display())
+    }
+
+    /// The input called `name`, whether a run must or may give it.
+    fn takes(&self, name: &str) -> Option<&Port> {
+        self.inputs.iter().chain(&self.overridable).find(|port| port.name == name)
+    }
+
     fn check(&self, inputs: &[(&str, &Tensor)], outputs: &[&str]) -> Result<()> {
         for (i, (name, tensor)) in inputs.iter().enumerate() {
-            let port = self.inputs.iter().find(|port| port.name == *name).ok_or_else(|| {
+            let port = self.takes(name).ok_or_else(|| {
                 anyhow!("no input `{name}`; the inputs are {}", names(&self.inputs))
             })?;
             ensure!(
@@ -183,80 +234,11 @@ impl fmt::Debug for Model {
     }
 }
 
-impl Port {
-    fn new(name: &str, dtype: &ValueType) -> Self {
-        let shape = dtype
-            .tensor_shape()
-            .map(|shape| shape.iter().map(|&dim| usize::try_from(dim).ok()).collect())
-            .unwrap_or_default();
-        let element = match dtype.tensor_type() {
-            Some(TensorElementType::Float32) => ElementType::F32,
-            Some(TensorElementType::Float16) => ElementType::F16,
-            Some(TensorElementType::Int64) => ElementType::I64,
-            Some(TensorElementType::Int32) => ElementType::I32,
-            _ => ElementType::Other(dtype.to_string()),
-        };
-        Self { name: name.to_owned(), shape, element }
-    }
-
-    fn check(&self, tensor: &Tensor) -> Result<()> {
-        let (name, element) = (&self.name, &self.element);
-        match (&tensor.data, element) {
-            (Data::F32(_), ElementType::F32 | ElementType::F16)
-            | (Data::I64(_), ElementType::I64 | ElementType::I32) => {}
-            (Data::F32(_), _) => bail!("input `{name}` takes {element}, not f32"),
-            (Data::I64(_), _) => bail!("input `{name}` takes {element}, not i64"),
-        }
-        let fits = self.shape.len() == tensor.shape.len()
-            && self
-                .shape
-                .iter()
-                .zip(&tensor.shape)
-                .all(|(want, got)| want.is_none_or(|w| w == *got));
-        ensure!(fits, "input `{name}` takes shape {}, not {:?}", Dims(&self.shape), tensor.shape);
-        Ok(())
-    }
-}
-
-impl fmt::Display for Port {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "`{}` {} {}", self.name, self.element, Dims(&self.shape))
-    }
-}
-
-impl fmt::Display for ElementType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::I64 => "i64",
-            Self::I32 => "i32",
-            Self::Other(name) => name,
-        })
-    }
-}
-
-/// A shape with `?` where the graph leaves the size open.
-struct Dims<'a>(&'a [Option<usize>]);
-
-impl fmt::Display for Dims<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("[")?;
-        for (i, dim) in self.0.iter().enumerate() {
-            let comma = if i > 0 { ", " } else { "" };
-            match dim {
-                Some(dim) => write!(f, "{comma}{dim}")?,
-                None => write!(f, "{comma}?")?,
-            }
-        }
-        f.write_str("]")
-    }
-}
-
 /// A tensor's elements in the type that the graph takes; borrowed where that is their own.
 enum Narrowed<'a> {
     F32(&'a [f32]),
     F16(Vec<f16>),
+    Bf16(Vec<bf16>),
     I64(&'a [i64]),
     I32(Vec<i32>),
 }
@@ -266,6 +248,9 @@ impl<'a> Narrowed<'a> {
         Ok(match (&tensor.data, element) {
             (Data::F32(data), ElementType::F16) => {
                 Self::F16(data.iter().map(|&value| f16::from_f32(value)).collect())
+            }
+            (Data::F32(data), ElementType::Bf16) => {
+                Self::Bf16(data.iter().map(|&value| bf16::from_f32(value)).collect())
             }
             (Data::F32(data), _) => Self::F32(data),
             (Data::I64(data), ElementType::I32) => {
@@ -282,52 +267,23 @@ impl<'a> Narrowed<'a> {
         Ok(match self {
             Self::F32(data) => TensorRef::from_array_view((shape, *data))?.into(),
             Self::F16(data) => TensorRef::from_array_view((shape, data.as_slice()))?.into(),
+            Self::Bf16(data) => TensorRef::from_array_view((shape, data.as_slice()))?.into(),
             Self::I64(data) => TensorRef::from_array_view((shape, *data))?.into(),
             Self::I32(data) => TensorRef::from_array_view((shape, data.as_slice()))?.into(),
         })
     }
 }
 
-fn builder(builder: SessionBuilder, threads: usize) -> ort::Result<SessionBuilder> {
-    Ok(builder
-        .with_optimization_level(GraphOptimizationLevel::All)?
-        .with_parallel_execution(false)?
-        .with_inter_threads(1)?
-        .with_intra_threads(threads)?
-        .with_deterministic_compute(true)?)
-}
-
-/// Copies an output, f16 to f32 and i32 to i64.
-fn widen(value: &DynValue) -> Result<Tensor> {
-    fn dims(shape: &[i64]) -> Vec<usize> {
-        shape.iter().map(|&dim| dim as usize).collect()
-    }
-    match value.dtype().tensor_type() {
-        Some(TensorElementType::Float32) => {
-            let (shape, data) = value.try_extract_tensor::<f32>()?;
-            Tensor::f32(dims(shape), data.to_vec())
-        }
-        Some(TensorElementType::Float16) => {
-            let (shape, data) = value.try_extract_tensor::<f16>()?;
-            Tensor::f32(dims(shape), data.iter().map(|value| value.to_f32()).collect())
-        }
-        Some(TensorElementType::Int64) => {
-            let (shape, data) = value.try_extract_tensor::<i64>()?;
-            Tensor::i64(dims(shape), data.to_vec())
-        }
-        Some(TensorElementType::Int32) => {
-            let (shape, data) = value.try_extract_tensor::<i32>()?;
-            Tensor::i64(dims(shape), data.iter().map(|&value| value.into()).collect())
-        }
-        _ => bail!("{} is not supported; f32, f16, i64 and i32 are", value.dtype()),
-    }
-}
-
-fn names(ports: &[Port]) -> String {
-    ports.iter().map(Port::to_string).collect::<Vec<_>>().join(", ")
-}
-
-/// ONNX Runtime's messages may run over several lines; ours are one.
-fn one_line(message: &str) -> anyhow::Error {
-    anyhow!(message.split_whitespace().collect::<Vec<_>>().join(" "))
+fn builder(environment: &Environment, options: &Options) -> Result<SessionBuilder> {
+    let on_threads = || -> ort::Result<SessionBuilder> {
+        Ok(SessionBuilder::new(environment)?
+            .with_optimization_level(GraphOptimizationLevel::All)?
+            .with_parallel_execution(false)?
+            .with_inter_threads(1)?
+            .with_intra_threads(options.threads)?
+            .with_prepacking(options.repack)?
+            .with_deterministic_compute(true)?)
+    };
+    let builder = on_threads().map_err(|error| one_line(error.message()))?;
+    provider::register(environment, builder, options)
 }

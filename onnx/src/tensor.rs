@@ -17,6 +17,21 @@ pub enum Data {
     I64(Vec<i64>),
 }
 
+impl Data {
+    /// Elements.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(data) => data.len(),
+            Self::I64(data) => data.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 impl Tensor {
     /// A tensor of 32-bit floats; an error if `shape` does not hold exactly `data.len()` elements.
     pub fn f32(shape: impl Into<Vec<usize>>, data: Vec<f32>) -> Result<Self> {

@@ -14,7 +14,7 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 fn open(name: &str) -> Result<Model> {
-    Model::open(fixture(name), &Options { threads: 1 })
+    Model::open(fixture(name), &Options::default())
 }
 
 #[test]
@@ -88,7 +88,7 @@ fn bad_files_are_named() {
     let cut = folder.path().join("cut.onnx");
     fs::write(&cut, &bytes[..bytes.len() / 2]).unwrap();
     for path in [text, cut, folder.path().join("absent.onnx"), folder.path().to_owned()] {
-        let error = format!("{:#}", Model::open(&path, &Options { threads: 1 }).unwrap_err());
+        let error = format!("{:#}", Model::open(&path, &Options::default()).unwrap_err());
         assert!(error.contains(&*path.to_string_lossy()), "{error}");
         assert!(!error.contains('\n'), "{error}");
     }

@@ -1,77 +1,64 @@
-//! What was typed; a request is what it means.
+//! What was typed; a run is what it means.
 
 use std::path::PathBuf;
 
-use clap::{ArgGroup, Parser, builder::PossibleValuesParser};
+use clap::{Args, Parser, Subcommand, builder::PossibleValuesParser};
 use flow::solver::{DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS};
+use onnx::PROVIDERS;
+
+use crate::engine::MEMORIES;
 
 /// Make images from an exported FLUX pipeline with ONNX Runtime.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "ng-sample", version, after_help = FILES)]
-#[command(group = ArgGroup::new("task").required(true).args(["prompt", "prompts", "inspect"]))]
-pub struct Args {
-    /// Folder that `ng-export` or Optimum wrote.
-    #[arg(short, long, value_name = "DIR", required_unless_present = "inspect")]
-    pub model: Option<PathBuf>,
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
+    #[command(flatten)]
+    pub generate: Generate,
+
+    /// Print the parameters stored in a picture and exit.
+    #[arg(long, value_name = "FILE", hide = true, exclusive = true)]
+    pub inspect: Option<PathBuf>,
+}
+
+/// What to do; images are made when nothing is said.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// Make images; the same without the word.
+    #[command(after_help = FILES)]
+    Generate(Box<Generate>),
+    /// Say what a picture or a model folder holds.
+    Inspect(Inspect),
+}
+
+/// Arguments of `generate`.
+#[derive(Args, Clone, Debug)]
+pub struct Generate {
+    #[command(flatten)]
+    pub engine: EngineArgs,
 
     /// What the image should show.
-    #[arg(short, long, value_name = "TEXT")]
+    #[arg(short, long, value_name = "TEXT", required_unless_present_any = ["prompts", "inspect"])]
     pub prompt: Option<String>,
 
-    /// Prompts from a file: .txt with one a line, or .jsonl with objects holding `prompt` or `text`.
-    #[arg(long, value_name = "FILE")]
+    /// Prompts from a file, or from standard input with -; see below.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     pub prompts: Option<PathBuf>,
 
-    /// Print the parameters stored in a PNG and exit.
-    #[arg(long, value_name = "PNG", conflicts_with = "model")]
-    pub inspect: Option<PathBuf>,
+    #[command(flatten)]
+    pub image: ImageArgs,
 
     /// Where images go; see below.
-    #[arg(short, long, value_name = "PATH", default_value = "out.png")]
-    pub output: PathBuf,
+    #[arg(short, long, alias = "output", value_name = "PATH", default_value = "out.png")]
+    pub out: PathBuf,
 
     /// Images for each prompt; image i of a prompt has seed + i.
     #[arg(short = 'n', long, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub count: u32,
-
-    /// Seed of the first image of every prompt.
-    #[arg(short, long, value_name = "N", default_value_t = 0)]
-    pub seed: u64,
-
-    /// Denoising steps.
-    #[arg(long, value_name = "N", default_value_t = DEFAULT_STEPS as u32,
-          value_parser = clap::value_parser!(u32).range(1..=1000))]
-    pub steps: u32,
-
-    /// How a step is taken; dpmpp-2m is DPM-Solver++ 2M with λ = log((1 − t)/t), as in diffusers.
-    #[arg(long, value_name = "NAME", default_value = DEFAULT_SOLVER.name(),
-          value_parser = PossibleValuesParser::new(SOLVERS.map(|(name, _)| name)))]
-    pub solver: String,
-
-    /// Pixels across [default: the model's].
-    #[arg(short = 'W', long, value_name = "PIXELS")]
-    pub width: Option<u32>,
-
-    /// Pixels down [default: the model's].
-    #[arg(short = 'H', long, value_name = "PIXELS")]
-    pub height: Option<u32>,
-
-    /// Distilled guidance scale [default: 3.5 if the model embeds one].
-    #[arg(long, value_name = "SCALE")]
-    pub guidance: Option<f32>,
-
-    /// Shift of the schedule towards noise, 1 is none [default: the model's].
-    #[arg(long, value_name = "SHIFT")]
-    pub shift: Option<f64>,
-
-    /// T5 tokens a prompt is padded or cut to [default: the tokenizer's limit, at most 512].
-    #[arg(long, value_name = "N")]
-    pub max_sequence_length: Option<usize>,
-
-    /// Threads for one operator; the images do not depend on it [default: every core].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub threads: Option<u16>,
 
     /// Start from this noise instead of the seeds': safetensors, tensor `latents` [N, C, h, w] f32,
     /// one an image or one for all.
@@ -86,11 +73,106 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     pub sheet: Option<PathBuf>,
 
-    /// Leave prompt and settings out of the PNGs.
+    /// Leave prompt and settings out of the pictures.
     #[arg(long)]
     pub no_metadata: bool,
 
     /// Print one JSON object an image instead of text.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What runs, and on what.
+#[derive(Args, Clone, Debug)]
+pub struct EngineArgs {
+    /// Folder that `ng-export` or Optimum wrote.
+    #[arg(short, long, value_name = "DIR", required_unless_present = "inspect")]
+    pub model: Option<PathBuf>,
+
+    /// What computes; a run never moves to another by itself.
+    #[arg(long, value_name = "NAME", default_value = "cpu",
+          value_parser = PossibleValuesParser::new(PROVIDERS.map(|(name, _)| name)))]
+    pub provider: String,
+
+    /// Number of the GPU.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub device: u8,
+
+    /// Threads for one operator; the images do not depend on it [default: every core].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+
+    /// keep: every network stays loaded; release: the text encoders go before the transformer comes;
+    /// low: the same, and weights are read where they lie in their files.
+    #[arg(long, value_name = "NAME", default_value = "release",
+          value_parser = PossibleValuesParser::new(MEMORIES.map(|(name, _)| name)))]
+    pub memory: String,
+
+    /// T5 tokens a prompt is padded or cut to [default: the tokenizer's limit, at most 512].
+    #[arg(long, value_name = "N")]
+    pub max_sequence_length: Option<usize>,
+
+    /// Where TensorRT keeps the engines it builds [default: a folder in the user's cache].
+    #[arg(long, value_name = "DIR")]
+    pub engines: Option<PathBuf>,
+}
+
+/// What an image is like.
+#[derive(Args, Clone, Debug)]
+pub struct ImageArgs {
+    /// Seed of the first image of every prompt; -1 draws one.
+    #[arg(short, long, value_name = "N", default_value = "0", allow_hyphen_values = true)]
+    pub seed: String,
+
+    /// Denoising steps.
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_STEPS as u32,
+          value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub steps: u32,
+
+    /// How a step is taken; dpmpp-2m is DPM-Solver++ 2M with λ = log((1 − t)/t), as in diffusers,
+    /// dpmpp-2m-k with λ = −log t, as in ComfyUI.
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_SOLVER.name(),
+          value_parser = PossibleValuesParser::new(SOLVERS.map(|(name, _)| name)))]
+    pub solver: String,
+
+    /// Pixels across [default: the model's].
+    #[arg(short = 'W', long, value_name = "PIXELS")]
+    pub width: Option<u32>,
+
+    /// Pixels down [default: the model's].
+    #[arg(short = 'H', long, value_name = "PIXELS")]
+    pub height: Option<u32>,
+
+    /// Distilled guidance scale [default: 3.5 if the model embeds one].
+    #[arg(long, value_name = "SCALE", allow_hyphen_values = true)]
+    pub guidance: Option<f32>,
+
+    /// Shift of the schedule towards noise, 1 is none [default: the model's].
+    #[arg(long, value_name = "SHIFT")]
+    pub shift: Option<f64>,
+
+    /// Start from this picture instead of from noise; it gives the size.
+    #[arg(long, value_name = "FILE")]
+    pub init: Option<PathBuf>,
+
+    /// How much of the picture of --init may change, above 0 and up to 1 [default: 0.6].
+    #[arg(long, value_name = "SHARE")]
+    pub strength: Option<f64>,
+
+    /// Forecast every other velocity from the fourth step on instead of computing it: a third fewer
+    /// network calls, and another image.
+    #[arg(long)]
+    pub skip: bool,
+}
+
+/// Arguments of `inspect`.
+#[derive(Args, Clone, Debug)]
+pub struct Inspect {
+    /// A picture, or a folder that `ng-export` or Optimum wrote.
+    #[arg(value_name = "PATH")]
+    pub path: PathBuf,
+
+    /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
 }
@@ -101,6 +183,14 @@ Where images go (PATH of -o):
   more images, PATH ends in .png   PATH numbered: out-000.png, out-001.png, … prompt by prompt
   any other PATH                   a folder, made if missing: PATH/000.png, PATH/001.png, …
 A file of the same name is replaced, each as a whole once its image is finished.
+
+Prompts (FILE of --prompts):
+  .txt           one a line
+  .json, .jsonl  strings, or objects with `prompt`, `text` or `caption`, which may have settings of
+                 their own: seed, steps, width, height, guidance, solver, shift
+
+Exit code: 2 for a mistake in what was typed, 1 for every other failure.
+ORT_DYLIB_PATH names the library of ONNX Runtime where it is not beside the program.
 
 Example:
   ng-sample --model flux-onnx --prompt \"a red fox in the snow\" --steps 8 --seed 7 -o fox.png";

@@ -1,208 +1,372 @@
-//! The networks of an export, in ONNX Runtime.
+//! The networks of an export, loaded once, making images for many requests.
 //!
-//! `S` image tokens, `L` text tokens, `C` channels of a packed latent, `Z` latent channels. File,
-//! input and output names are Optimum's.
+//! ```no_run
+//! # fn main() -> anyhow::Result<()> {
+//! use sampler::{engine::{Engine, Options, Progress, Watch}, request::Request};
+//!
+//! struct Quiet;
+//! impl Watch for Quiet {
+//!     fn done(&mut self, index: usize, image: anyhow::Result<sampler::engine::Finished>) {
+//!         println!("{index}: {}", image.is_ok());
+//!     }
+//! }
+//! let mut engine = Engine::open("flux-onnx".as_ref(), &Options::default())?;
+//! let job = engine.export().job(Request { prompt: "a fox".into(), ..Request::default() })?;
+//! engine.generate(&[job], &mut Quiet);
+//! # Ok(())
+//! # }
+//! ```
 
-use std::path::{Path, PathBuf};
-
-use anyhow::{Context, Result, anyhow, ensure};
-use flow::{
-    latents::LatentSize, models::vae::VaeConfig, pipeline::Pipeline, tiles, tokens::Tokenizers,
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread::{self, available_parallelism},
+    time::Duration,
 };
-use onnx::{Model, Options, Tensor};
 
-use crate::{picture::Picture, sample::Denoiser};
+use anyhow::{Context, Error, Result};
+use flow::{latents::LatentSize, path::weights, solver::Walk};
+use onnx::{Cancel, Cancelled, Provider};
 
-const TEXT_ENCODER: &str = "text_encoder";
-const TEXT_ENCODER_2: &str = "text_encoder_2";
-const TRANSFORMER: &str = "transformer";
-const VAE_DECODER: &str = "vae_decoder";
+use crate::{
+    export::Export,
+    networks::{Condition, Decoder, Encoder, TextEncoders, Transformer},
+    picture::Picture,
+    report::{Stages, timed},
+    request::Job,
+    sample::{denoise, skipped},
+    texts::Texts,
+};
 
-/// Makes sure that every graph is there.
-///
-/// # Errors
-/// Names the first that is not.
-pub fn check_files(folder: &Path) -> Result<()> {
-    for component in [TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, VAE_DECODER] {
-        let file = graph_file(folder, component);
-        ensure!(
-            file.is_file(),
-            "{} is missing; make an export with `ng-export CHECKPOINT --out DIR`",
-            file.display()
-        );
+/// Sides in latent cells of a preview, at most: 256 pixels for FLUX.
+const PREVIEW: usize = 32;
+
+/// How an engine runs.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// T5 tokens a prompt is padded or cut to; `None` for the tokenizer's limit.
+    pub text_tokens: Option<usize>,
+    /// Threads for one operator.
+    pub threads: usize,
+    pub provider: Provider,
+    /// Number of the GPU.
+    pub device: usize,
+    pub memory: Memory,
+    /// Where TensorRT keeps its engines.
+    pub engines: Option<PathBuf>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            text_tokens: None,
+            threads: available_parallelism().map_or(1, usize::from),
+            provider: Provider::Cpu,
+            device: 0,
+            memory: Memory::Keep,
+            engines: None,
+        }
     }
-    Ok(())
 }
 
-/// What the transformer is told about the image.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Condition {
-    /// Pooled CLIP vector `[1, D]`.
-    pooled: Tensor,
-    /// T5 tokens `[1, L, D]`.
-    tokens: Tensor,
+/// What is held in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Memory {
+    /// All networks, opened side by side.
+    #[default]
+    Keep,
+    /// The text encoders are let go before the transformer is opened.
+    Release,
+    /// The same, and weights stay in their files where the processor can read them there.
+    Low,
 }
 
-/// Tokenizers and both text encoders.
-pub struct TextEncoders {
-    tokenizers: Tokenizers,
-    /// Rows of CLIP's position table.
-    n_positions: usize,
-    clip: Model,
-    t5: Model,
+/// The names that people type.
+pub const MEMORIES: [(&str, Memory); 3] =
+    [("keep", Memory::Keep), ("release", Memory::Release), ("low", Memory::Low)];
+
+/// Networks and what they need. One thread owns it; [`Engine::export`] is for all.
+pub struct Engine {
+    export: Arc<Export>,
+    options: Options,
+    texts: Texts,
+    encoders: Option<TextEncoders>,
+    painters: Option<Painters>,
+    encoder: Option<Encoder>,
+    load: Duration,
 }
 
-impl TextEncoders {
-    /// T5 rows have `text_tokens` tokens, by default the tokenizer's limit.
-    pub fn open(pipeline: &Pipeline, text_tokens: Option<usize>, options: Options) -> Result<Self> {
-        Ok(Self {
-            tokenizers: Tokenizers::open(&pipeline.dir, text_tokens)?,
-            n_positions: pipeline.text_encoder.max_position_embeddings,
-            clip: open(pipeline, TEXT_ENCODER, options)?,
-            t5: open(pipeline, TEXT_ENCODER_2, options)?,
+/// What makes an image of a condition.
+struct Painters {
+    transformer: Transformer,
+    decoder: Decoder,
+}
+
+/// A finished image.
+#[derive(Clone, Debug)]
+pub struct Finished {
+    pub picture: Picture,
+    /// `[Z, h, w]`, before the decoder.
+    pub latents: Vec<f32>,
+    /// `load` is the engine's so far, the rest this image's.
+    pub stages: Stages,
+}
+
+/// Follows jobs while they are made.
+pub trait Watch {
+    /// Job `index` has taken a step.
+    fn step(&mut self, index: usize, progress: &mut Progress<'_>) {
+        let _ = (index, progress);
+    }
+
+    /// Job `index` is finished, has failed, or was cancelled: [`is_cancelled`] tells.
+    fn done(&mut self, index: usize, image: Result<Finished>);
+}
+
+/// Where a job is.
+pub struct Progress<'a> {
+    /// Network calls done, from 1.
+    pub step: usize,
+    /// Network calls in all.
+    pub of: usize,
+    x0: &'a [f32],
+    size: LatentSize,
+    decoder: &'a mut Decoder,
+    cancel: &'a Cancel,
+}
+
+impl Progress<'_> {
+    /// The image as the network expects it to end, at most 256 pixels a side: its latents are made
+    /// smaller before they are decoded.
+    ///
+    /// # Errors
+    /// When the decoder fails.
+    pub fn preview(&mut self) -> Result<Picture> {
+        let latents = self.size.unpack(self.x0);
+        let longest = self.size.width.max(self.size.height);
+        let (latents, size) = shrunk(&latents, &self.size, longest.div_ceil(PREVIEW));
+        self.decoder.decode(&latents, &size, self.cancel)
+    }
+}
+
+/// Whether a job failed because it was cancelled.
+pub fn is_cancelled(error: &Error) -> bool {
+    error.chain().any(<dyn std::error::Error>::is::<Cancelled>)
+}
+
+impl Engine {
+    /// Reads the configs of `folder` and opens its networks, or with [`Memory::Release`] and
+    /// [`Memory::Low`] each when it is needed.
+    ///
+    /// # Errors
+    /// Names what is missing or wrong: a file of the folder, ONNX Runtime, a library of the provider.
+    pub fn open(folder: &Path, options: &Options) -> Result<Self> {
+        let export = Arc::new(Export::open(folder, options.text_tokens)?);
+        let mut engine = Self::closed(export, options);
+        if options.memory == Memory::Keep {
+            engine.open_all()?;
+        }
+        Ok(engine)
+    }
+
+    /// An engine that opens each network when it is needed.
+    pub fn closed(export: Arc<Export>, options: &Options) -> Self {
+        Self {
+            export,
+            options: options.clone(),
+            texts: Texts::default(),
+            encoders: None,
+            painters: None,
+            encoder: None,
+            load: Duration::ZERO,
+        }
+    }
+
+    /// What it can be asked for.
+    pub fn export(&self) -> &Arc<Export> {
+        &self.export
+    }
+
+    /// How it runs.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// The number type that the transformer's states have, once it is open.
+    pub fn precision(&self) -> Option<String> {
+        self.painters.as_ref().map(|painters| painters.transformer.precision())
+    }
+
+    /// Time spent on opening networks so far.
+    pub fn load(&self) -> Duration {
+        self.load
+    }
+
+    /// Encodes the prompts of `jobs` before any image is made, so that the text encoders need not
+    /// stay. With [`Memory::Keep`] they do.
+    ///
+    /// # Errors
+    /// When an encoder cannot be opened or fails.
+    pub fn read(&mut self, jobs: &[Job]) -> Result<()> {
+        self.texts.keep_all();
+        for job in jobs {
+            self.condition(job)?;
+        }
+        if self.options.memory != Memory::Keep {
+            self.encoders = None;
+        }
+        Ok(())
+    }
+
+    /// Makes an image of every job and tells `watch`, in order. Jobs that fail do not keep others
+    /// from being made.
+    pub fn generate(&mut self, jobs: &[Job], watch: &mut dyn Watch) {
+        for (index, job) in jobs.iter().enumerate() {
+            let image = self.image(index, job, watch);
+            watch.done(index, image);
+        }
+    }
+
+    fn image(&mut self, index: usize, job: &Job, watch: &mut dyn Watch) -> Result<Finished> {
+        let mut stages = Stages::default();
+        let (condition, text) = self.condition(job)?;
+        stages.text = text;
+        let start = self.start(job, &mut stages)?;
+        let painters = self.painters()?;
+        let Painters { transformer, decoder } = painters;
+        let guidance: Vec<f32> = job.guidance.into_iter().collect();
+        let mask = if job.skip { skipped(job.plan.len()) } else { Vec::new() };
+        let x0 = timed(&mut stages.sample, || {
+            let mut network =
+                transformer.conditioned(&job.size, &[condition], &guidance, &job.cancel)?;
+            denoise(&mut network, &job.plan, &mask, start, |step, walk: &Walk| {
+                if job.cancel.is_cancelled() {
+                    return Err(Cancelled.into());
+                }
+                let (step, of, cancel) = (step + 1, job.plan.len(), &job.cancel);
+                let size = job.size;
+                watch.step(index, &mut Progress { step, of, x0: walk.x0(), size, decoder, cancel });
+                Ok(())
+            })
+        })?;
+        let latents = job.size.unpack(&x0);
+        let picture =
+            timed(&mut stages.decode, || decoder.decode(&latents, &job.size, &job.cancel))?;
+        stages.load = self.load;
+        Ok(Finished { picture, latents, stages })
+    }
+
+    /// The packed state that `job` starts from.
+    fn start(&mut self, job: &Job, stages: &mut Stages) -> Result<Vec<f32>> {
+        let noise = job.size.pack(&job.initial());
+        let Some(init) = &job.init else { return Ok(noise) };
+        if self.encoder.is_none() {
+            let options = self.onnx();
+            let pipeline = &self.export.pipeline;
+            let opened = timed(&mut self.load, || Encoder::open(pipeline, &options))?;
+            self.encoder = Some(opened);
+        }
+        let encoder = self.encoder.as_mut().context("just opened")?;
+        let x0 = timed(&mut stages.text, || encoder.encode(init, &job.cancel))?;
+        let [of_x0, of_noise] = weights(job.schedule.times()[0]).map(|weight| weight as f32);
+        let x0 = job.size.pack(&x0);
+        Ok(x0.iter().zip(noise).map(|(x0, noise)| of_x0 * x0 + of_noise * noise).collect())
+    }
+
+    /// The condition of a job's prompt and the time it took.
+    fn condition(&mut self, job: &Job) -> Result<(Arc<Condition>, Duration)> {
+        if let Some(condition) = self.texts.get(&job.ids) {
+            return Ok((condition, Duration::ZERO));
+        }
+        if self.encoders.is_none() {
+            if self.options.memory != Memory::Keep {
+                self.painters = None;
+            }
+            let (options, pipeline) = (self.onnx(), &self.export.pipeline);
+            let opened = timed(&mut self.load, || TextEncoders::open(pipeline, &options))?;
+            self.encoders = Some(opened);
+        }
+        let encoders = self.encoders.as_mut().context("just opened")?;
+        let mut time = Duration::ZERO;
+        let condition = timed(&mut time, || encoders.encode(&job.ids, &job.cancel))?;
+        let condition = Arc::new(condition);
+        self.texts.put(job.ids.clone(), condition.clone());
+        Ok((condition, time))
+    }
+
+    fn painters(&mut self) -> Result<&mut Painters> {
+        if self.painters.is_none() {
+            if self.options.memory != Memory::Keep {
+                self.encoders = None;
+            }
+            let (options, pipeline) = (self.onnx(), &self.export.pipeline);
+            self.painters = Some(timed(&mut self.load, || Painters::open(pipeline, &options))?);
+        }
+        self.painters.as_mut().context("just opened")
+    }
+
+    /// Opens every network at the same time.
+    fn open_all(&mut self) -> Result<()> {
+        let (options, pipeline) = (self.onnx(), &self.export.pipeline);
+        let (encoders, painters) = timed(&mut self.load, || {
+            thread::scope(|scope| {
+                let encoders = scope.spawn(|| TextEncoders::open(pipeline, &options));
+                let painters = Painters::open(pipeline, &options);
+                (joined(encoders), painters)
+            })
+        });
+        (self.encoders, self.painters) = (Some(encoders?), Some(painters?));
+        Ok(())
+    }
+
+    fn onnx(&self) -> onnx::Options {
+        onnx::Options {
+            threads: self.options.threads,
+            provider: self.options.provider,
+            device: self.options.device,
+            repack: self.options.memory != Memory::Low,
+            profile: None,
+            engines: self.options.engines.clone(),
+        }
+    }
+}
+
+impl Painters {
+    fn open(pipeline: &flow::pipeline::Pipeline, options: &onnx::Options) -> Result<Self> {
+        thread::scope(|scope| {
+            let decoder = scope.spawn(|| Decoder::open(pipeline, options));
+            let transformer = Transformer::open(pipeline, options);
+            Ok(Self { decoder: joined(decoder)?, transformer: transformer? })
         })
     }
+}
 
-    /// Both encoders' view of `prompt`.
-    pub fn encode(&mut self, prompt: &str) -> Result<Condition> {
-        let ids = self
-            .tokenizers
-            .encode(prompt)
-            .map_err(|error| anyhow!("cannot tokenise the prompt {prompt:?}: {error}"))?;
-        ensure!(
-            ids.clip.len() <= self.n_positions,
-            "tokenizer/tokenizer_config.json pads to {} tokens, but text_encoder/config.json has {} \
-             positions",
-            ids.clip.len(),
-            self.n_positions
-        );
-        let row = |ids: Vec<i64>| Tensor::i64([1, ids.len()], ids);
-        Ok(Condition {
-            pooled: run(&mut self.clip, &[("input_ids", &row(ids.clip)?)], "pooler_output")?,
-            tokens: run(&mut self.t5, &[("input_ids", &row(ids.t5)?)], "last_hidden_state")?,
-        })
+/// What a thread returned; its panic goes on here.
+fn joined<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// The mean of every `factor`×`factor` cells, as far as whole ones go.
+fn shrunk(latents: &[f32], size: &LatentSize, factor: usize) -> (Vec<f32>, LatentSize) {
+    if factor <= 1 {
+        return (latents.to_vec(), *size);
     }
-}
-
-/// The velocity network for images of one size.
-pub struct Transformer {
-    model: Model,
-    /// `[1, S, C]`.
-    shape: [usize; 3],
-    /// `[S, 3]`: 0, row, column.
-    img_ids: Tensor,
-    /// `[1]`, exactly when the model embeds guidance.
-    guidance: Option<Tensor>,
-}
-
-impl Transformer {
-    pub fn open(
-        pipeline: &Pipeline,
-        size: &LatentSize,
-        guidance: Option<f32>,
-        options: Options,
-    ) -> Result<Self> {
-        Ok(Self {
-            model: open(pipeline, TRANSFORMER, options)?,
-            shape: [1, size.tokens(), size.token_width()],
-            img_ids: img_ids(size)?,
-            guidance: guidance.map(|scale| Tensor::f32([1], vec![scale])).transpose()?,
-        })
-    }
-
-    /// This network with a prompt.
-    pub fn conditioned<'a>(&'a mut self, condition: &'a Condition) -> Result<Conditioned<'a>> {
-        let n_text = condition.tokens.shape[1];
-        let txt_ids = Tensor::f32([n_text, 3], vec![0.0; 3 * n_text])?;
-        Ok(Conditioned { transformer: self, condition, txt_ids })
-    }
-}
-
-/// A [`Transformer`] with a prompt; its states are packed latents `[S, C]` of one image.
-pub struct Conditioned<'a> {
-    transformer: &'a mut Transformer,
-    condition: &'a Condition,
-    /// `[L, 3]`, all 0.
-    txt_ids: Tensor,
-}
-
-impl Denoiser for Conditioned<'_> {
-    fn velocity(&mut self, x_t: &[f32], t: f64) -> Result<Vec<f32>> {
-        let Transformer { model, shape, img_ids, guidance } = &mut *self.transformer;
-        let hidden_states = Tensor::f32(*shape, x_t.to_vec())?;
-        let timestep = Tensor::f32([1], vec![t as f32])?;
-        let mut inputs = vec![
-            ("hidden_states", &hidden_states),
-            ("encoder_hidden_states", &self.condition.tokens),
-            ("pooled_projections", &self.condition.pooled),
-            ("timestep", &timestep),
-            ("img_ids", &*img_ids),
-            ("txt_ids", &self.txt_ids),
-        ];
-        inputs.extend(guidance.as_ref().map(|scale| ("guidance", scale)));
-        run(model, &inputs, "out_hidden_states")?.into_f32()
-    }
-}
-
-/// The autoencoder's second half.
-pub struct Decoder {
-    model: Model,
-    config: VaeConfig,
-}
-
-impl Decoder {
-    pub fn open(pipeline: &Pipeline, options: Options) -> Result<Self> {
-        Ok(Self { model: open(pipeline, VAE_DECODER, options)?, config: pipeline.vae.clone() })
-    }
-
-    /// The image of `latents` `[Z, h, w]` as the flow has them: scaled and shifted. A large one is
-    /// decoded in tiles.
-    pub fn decode(&mut self, latents: &[f32], size: &LatentSize) -> Result<Picture> {
-        let factor = self.config.factor();
-        let pixels = tiles::decode(latents, size, factor, |part, size| self.pixels(part, size))?;
-        Picture::from_sample(&pixels, size.width * factor, size.height * factor)
-    }
-
-    /// Pixels `[3, f·h, f·w]` of a part.
-    fn pixels(&mut self, latents: &[f32], size: &LatentSize) -> Result<Vec<f32>> {
-        let unscale = |z: &f32| self.config.unscaled(f64::from(*z)) as f32;
-        let unscaled = latents.iter().map(unscale).collect();
-        let latent_sample = Tensor::f32([1, size.channels, size.height, size.width], unscaled)?;
-        let sample = run(&mut self.model, &[("latent_sample", &latent_sample)], "sample")?;
-        let factor = self.config.factor();
-        let (width, height) = (size.width * factor, size.height * factor);
-        ensure!(
-            sample.shape == [1, 3, height, width],
-            "{}: the image has shape {:?}, not [1, 3, {height}, {width}]",
-            self.model.path().display(),
-            sample.shape
-        );
-        sample.into_f32()
-    }
-}
-
-fn graph_file(folder: &Path, component: &str) -> PathBuf {
-    folder.join(component).join("model.onnx")
-}
-
-fn open(pipeline: &Pipeline, component: &str, options: Options) -> Result<Model> {
-    Model::open(graph_file(&pipeline.dir, component), &options)
-}
-
-/// One output of one run, checked to be finite.
-fn run(model: &mut Model, inputs: &[(&str, &Tensor)], output: &str) -> Result<Tensor> {
-    let tensor = model.run(inputs, &[output])?.pop().context("the run has no output")?;
-    ensure!(
-        tensor.as_f32()?.iter().all(|value| value.is_finite()),
-        "{}: output {output} is not finite",
-        model.path().display()
-    );
-    Ok(tensor)
-}
-
-fn img_ids(size: &LatentSize) -> Result<Tensor> {
-    let place = |row| (0..size.columns()).flat_map(move |column| [0.0, row as f32, column as f32]);
-    Tensor::f32([size.tokens(), 3], (0..size.rows()).flat_map(place).collect())
+    let small = LatentSize {
+        height: (size.height / factor).max(1),
+        width: (size.width / factor).max(1),
+        ..*size
+    };
+    let cells = |side: usize, at: usize| (at * factor)..((at + 1) * factor).min(side);
+    let mean = |z: usize, y: usize, x: usize| {
+        let (rows, columns) = (cells(size.height, y), cells(size.width, x));
+        let n = (rows.len() * columns.len()) as f32;
+        let row = |y: usize| &latents[(z * size.height + y) * size.width..][columns.clone()];
+        rows.flat_map(row).sum::<f32>() / n
+    };
+    let places = (0..small.channels).flat_map(|z| {
+        (0..small.height).flat_map(move |y| (0..small.width).map(move |x| (z, y, x)))
+    });
+    (places.map(|(z, y, x)| mean(z, y, x)).collect(), small)
 }
 
 #[cfg(test)]
@@ -210,24 +374,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn image_tokens_are_placed_row_by_row() -> Result<()> {
-        let ids = img_ids(&LatentSize { channels: 16, height: 4, width: 6 })?;
-        assert_eq!(ids.shape, [6, 3]);
-        let places: Vec<&[f32]> = ids.as_f32()?.chunks(3).collect();
-        assert_eq!(places[..4], [[0., 0., 0.], [0., 0., 1.], [0., 0., 2.], [0., 1., 0.]]);
-        Ok(())
-    }
-
-    #[test]
-    fn the_first_missing_graph_is_named() -> Result<()> {
-        let folder = tempfile::tempdir()?;
-        for component in [TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER] {
-            std::fs::create_dir(folder.path().join(component))?;
-            std::fs::write(graph_file(folder.path(), component), "")?;
-        }
-        let message = check_files(folder.path()).unwrap_err().to_string();
-        assert!(message.contains("vae_decoder/model.onnx is missing"), "{message}");
-        assert!(message.contains("ng-export"), "{message}");
-        Ok(())
+    fn a_preview_is_the_mean_of_its_cells() {
+        let size = LatentSize { channels: 2, height: 4, width: 6 };
+        let latents: Vec<f32> = (0..48u8).map(f32::from).collect();
+        let (small, to) = shrunk(&latents, &size, 2);
+        assert_eq!((to.height, to.width, small.len()), (2, 3, 12));
+        assert_eq!(small[..3], [3.5, 5.5, 7.5]);
+        assert_eq!(small[6], 27.5);
+        assert_eq!(shrunk(&latents, &size, 1), (latents, size));
     }
 }

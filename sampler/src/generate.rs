@@ -1,141 +1,129 @@
 //! A whole run: prompts to embeddings, noise to latents, latents to files.
 
-use std::{io::Write, panic::resume_unwind, thread, time::Duration};
+use std::{io::Write, time::Duration};
 
 use anyhow::{Context, Result};
 use flow::checkpoint::{Entry, write_atomically, write_tensors};
-use onnx::Options;
 
 use crate::{
-    engine::{Condition, Decoder, TextEncoders, Transformer},
-    picture::{Parameters, Picture},
-    report::{Finished, Report, Stages, timed},
-    request::{Image, Request},
-    sample::denoise,
+    engine::{Engine, Finished, Memory, Progress, Watch},
+    parameters::Parameters,
+    picture::Picture,
+    report::{Line, Report, Stages, timed},
+    request::Job,
+    run::{Image, Run},
 };
 
-/// Makes every image of `request`, telling `lines` about each.
-///
-/// ### Why images are made one by one
-/// A batch would let the matrix kernels choose another order of additions, and an image's bits would
-/// depend on its company. The text encoders are closed before the transformer is opened: together
-/// they are the largest part of a pipeline after it.
+/// Makes every image of `run`, telling `lines` about each.
 ///
 /// # Errors
 /// A network that fails or answers with numbers that are not finite, or a file that cannot be
 /// written. Images finished before that stay.
-pub fn run(request: &Request, lines: impl Write) -> Result<()> {
-    let n_calls = request.images.len() * request.plan.len();
-    let mut report = Report::new(lines, request.json, n_calls as u64);
-    let options = Options { threads: request.threads };
-    let mut total = Stages::default();
-
+pub fn run(run: &Run, lines: impl Write) -> Result<()> {
+    let n_calls: usize = run.images.iter().map(|image| image.job.plan.len()).sum();
+    let report = Report::new(lines, run.json, n_calls as u64);
+    for notice in &run.notices {
+        report.notice(notice)?;
+    }
+    let mut engine = Engine::closed(run.export.clone(), &run.options);
+    let jobs: Vec<Job> = run.images.iter().map(|image| image.job.clone()).collect();
     report.stage("reading prompts");
-    let texts = encode(request, options, &mut total)?;
-
-    let Request { pipeline, size, guidance, .. } = request;
-    report.stage("loading");
-    let (transformer, decoder) = timed(&mut total.load, || {
-        thread::scope(|scope| {
-            let decoder = scope.spawn(|| Decoder::open(pipeline, options));
-            let transformer = Transformer::open(pipeline, size, *guidance, options);
-            (transformer, decoder.join().unwrap_or_else(|panic| resume_unwind(panic)))
-        })
-    });
-    let (mut transformer, mut decoder) = (transformer?, decoder?);
-
+    if run.options.memory != Memory::Keep {
+        engine.read(&jobs)?;
+    }
     report.stage("");
-    let mut latents = Vec::new();
-    let mut pictures = Vec::new();
-    for (index, image) in request.images.iter().enumerate() {
-        let text = &texts[image.prompt];
-        let mut stages = Stages { load: total.load, text: text.time, ..Stages::default() };
-        let mut denoiser = transformer.conditioned(&text.condition)?;
-        let noise = size.pack(&request.initial(index));
-        let x0 = timed(&mut stages.sample, || {
-            denoise(&mut denoiser, &request.plan, noise, || report.step())
-        })
-        .with_context(|| format!("cannot sample {}", image.file.display()))?;
-        let x0 = size.unpack(&x0);
-        let picture = timed(&mut stages.decode, || decoder.decode(&x0, size))?;
-        timed(&mut stages.png, || save(request, index, &picture))?;
-        report.image(&finished(request, image, stages))?;
-        total.sample += stages.sample;
-        total.decode += stages.decode;
-        total.png += stages.png;
-        if request.latents_file.is_some() {
-            latents.extend(x0);
-        }
-        if request.sheet.is_some() {
-            pictures.push(picture);
-        }
+    let mut files =
+        Files { run, report, total: Stages::default(), latents: Vec::new(), pictures: Vec::new() };
+    for (index, job) in jobs.iter().enumerate() {
+        let mut one = One { files: &mut files, index, result: Ok(()) };
+        engine.generate(std::slice::from_ref(job), &mut one);
+        one.result?;
     }
-    save_latents(request, &latents)?;
-    timed(&mut total.png, || save_sheet(request, &pictures))?;
-    report.end(request.images.len(), &total)
+    files.total.load = engine.load();
+    files.end()
 }
 
-/// A prompt's embeddings and the time they took.
-struct Text {
-    condition: Condition,
-    time: Duration,
+/// What the images of a run become.
+struct Files<'a, W> {
+    run: &'a Run,
+    report: Report<W>,
+    total: Stages,
+    latents: Vec<f32>,
+    pictures: Vec<Picture>,
 }
 
-fn encode(request: &Request, options: Options, total: &mut Stages) -> Result<Vec<Text>> {
-    let mut encoders = timed(&mut total.load, || {
-        TextEncoders::open(&request.pipeline, request.text_tokens, options)
-    })?;
-    let mut texts = Vec::with_capacity(request.prompts.len());
-    for prompt in &request.prompts {
-        let mut time = Duration::ZERO;
-        let condition = timed(&mut time, || encoders.encode(prompt))?;
-        total.text += time;
-        texts.push(Text { condition, time });
+/// The image under way.
+struct One<'a, 'b, W> {
+    files: &'a mut Files<'b, W>,
+    index: usize,
+    result: Result<()>,
+}
+
+impl<W: Write> Watch for One<'_, '_, W> {
+    fn step(&mut self, _: usize, _: &mut Progress<'_>) {
+        self.files.report.step();
     }
-    Ok(texts)
+
+    fn done(&mut self, _: usize, image: Result<Finished>) {
+        let file = self.files.run.images[self.index].file.display();
+        self.result = image
+            .with_context(|| format!("cannot make {file}"))
+            .and_then(|image| self.files.keep(self.index, image));
+    }
 }
 
-fn save(request: &Request, index: usize, picture: &Picture) -> Result<()> {
-    let image = &request.images[index];
-    let text = request.metadata.then(|| {
-        let parameters = Parameters {
-            prompt: &request.prompts[image.prompt],
-            steps: request.n_steps,
-            solver: request.solver,
-            guidance: request.guidance,
-            origin: request.origin(index),
-            width: request.width,
-            height: request.height,
-            model: &request.model,
-            shift: request.shift,
-        };
-        parameters.text()
-    });
+impl<W: Write> Files<'_, W> {
+    /// Writes an image and says so.
+    fn keep(&mut self, index: usize, image: Finished) -> Result<()> {
+        let Finished { picture, latents, mut stages } = image;
+        let of = &self.run.images[index];
+        timed(&mut stages.png, || save(self.run, of, &picture))?;
+        self.report.image(&line(of, stages))?;
+        self.total.text += stages.text;
+        self.total.sample += stages.sample;
+        self.total.decode += stages.decode;
+        self.total.png += stages.png;
+        if self.run.latents_file.is_some() {
+            self.latents.extend(latents);
+        }
+        if self.run.sheet.is_some() {
+            self.pictures.push(picture);
+        }
+        Ok(())
+    }
+
+    /// Writes what holds all images.
+    fn end(mut self) -> Result<()> {
+        save_latents(self.run, &self.latents)?;
+        let mut png = Duration::ZERO;
+        timed(&mut png, || save_sheet(self.run, &self.pictures))?;
+        self.total.png += png;
+        self.report.end(self.run.images.len(), &self.total)
+    }
+}
+
+fn save(run: &Run, image: &Image, picture: &Picture) -> Result<()> {
+    let text = run.metadata.then(|| Parameters::of(&image.job, &run.export.name).text());
     write_atomically(&image.file, &picture.png(text.as_deref())?)?;
     Ok(())
 }
 
-fn finished<'a>(request: &'a Request, image: &'a Image, stages: Stages) -> Finished<'a> {
-    Finished {
-        file: &image.file,
-        prompt: &request.prompts[image.prompt],
-        seed: request.noise.is_none().then_some(image.seed),
-        width: request.width,
-        height: request.height,
-        stages,
-    }
+fn line(image: &Image, stages: Stages) -> Line<'_> {
+    let Image { file, job } = image;
+    let seed = job.noise.is_none().then_some(job.seed);
+    Line { file, prompt: &job.prompt, seed, width: job.width, height: job.height, stages }
 }
 
-fn save_latents(request: &Request, latents: &[f32]) -> Result<()> {
-    let Some(file) = &request.latents_file else { return Ok(()) };
-    let shape =
-        [request.images.len(), request.size.channels, request.size.height, request.size.width];
+fn save_latents(run: &Run, latents: &[f32]) -> Result<()> {
+    let Some(file) = &run.latents_file else { return Ok(()) };
+    let size = run.images[0].job.size;
+    let shape = [run.images.len(), size.channels, size.height, size.width];
     write_tensors(file, &[Entry::f32("latents", &shape, latents)], &[])?;
     Ok(())
 }
 
-fn save_sheet(request: &Request, pictures: &[Picture]) -> Result<()> {
-    let Some((file, layout)) = &request.sheet else { return Ok(()) };
+fn save_sheet(run: &Run, pictures: &[Picture]) -> Result<()> {
+    let Some((file, layout)) = &run.sheet else { return Ok(()) };
     write_atomically(file, &layout.draw(pictures).png(None)?)?;
     Ok(())
 }

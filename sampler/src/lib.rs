@@ -1,19 +1,29 @@
-//! Images from an exported FLUX pipeline: tokenise, encode, sample, decode, PNG.
+//! Images from an exported FLUX pipeline: tokenise, encode, sample, decode, write.
 //!
-//! - [`args`] → [`request`]: what was typed, what it means.
-//! - [`generate`]: the run; [`engine`] holds the networks, [`sample`] the denoising loop.
-//! - [`outputs`], [`picture`], [`sheet`], [`report`]: what goes in and comes out.
+//! - [`request`], [`export`]: what one image should be; what a model's folder makes of it.
+//! - [`engine`]: the networks, loaded once, for many requests: progress, previews, cancelling.
+//! - [`networks`], [`sample`], [`texts`]: what the engine runs.
+//! - [`args`] → [`run`] → [`generate`]: a run of the program.
+//! - [`outputs`], [`picture`], [`parameters`], [`settings`], [`sheet`], [`report`]: what goes in and
+//!   comes out.
 //!
-//! Invariants: nothing here knows libtorch or the trainer; no file but [`engine`] and [`generate`]
-//! knows ONNX Runtime; solvers, schedules, noise and tokenizers are `flow`'s, as in training; an
-//! image's bits depend on the model, prompt, seed, size and plan, not on threads or on other images.
+//! Invariants: nothing here knows libtorch or the trainer; no file but [`engine`] and [`networks`]
+//! runs a graph; solvers, schedules, noise and tokenizers are `flow`'s, as in training; an image's
+//! bits depend on the model, provider, prompt, seed, size and plan, not on threads or on other images.
 
 pub mod args;
 pub mod engine;
+pub mod export;
 pub mod generate;
+pub mod inspect;
+pub mod networks;
 pub mod outputs;
+pub mod parameters;
 pub mod picture;
 pub mod report;
 pub mod request;
+pub mod run;
 pub mod sample;
+pub mod settings;
 pub mod sheet;
+pub mod texts;

@@ -5,14 +5,17 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Parser;
 use flow::usage::Usage;
-use sampler::{args::Args, generate, picture::read_parameters, request::Request};
+use sampler::{
+    args::{Cli, Command},
+    generate, inspect,
+    run::Run,
+};
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    match run(&args) {
+    match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let line = format!("{error:#}").replace('\n', " ");
@@ -23,11 +26,11 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &Args) -> Result<()> {
-    if let Some(png) = &args.inspect {
-        let text = read_parameters(png)?
-            .with_context(|| format!("{} holds no parameters", png.display()))?;
-        return Ok(writeln!(stdout(), "{text}")?);
+fn run(cli: Cli) -> Result<()> {
+    match (cli.inspect, cli.command) {
+        (Some(path), _) => inspect::run(&path, stdout()),
+        (None, Some(Command::Inspect(args))) => inspect::run(&args.path, stdout()),
+        (None, Some(Command::Generate(args))) => generate::run(&Run::new(&args)?, stdout()),
+        (None, None) => generate::run(&Run::new(&cli.generate)?, stdout()),
     }
-    generate::run(&Request::new(args)?, stdout())
 }

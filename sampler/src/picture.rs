@@ -3,7 +3,6 @@
 use std::{fs::File, io::BufReader, path::Path};
 
 use anyhow::{Context, Result, ensure};
-use flow::solver::Solver;
 
 /// Keyword of the text chunk.
 const KEYWORD: &str = "parameters";
@@ -34,6 +33,33 @@ impl Picture {
             .flat_map(|pixel| [0, 1, 2].map(|channel| byte(sample[channel * area + pixel])))
             .collect();
         Ok(Self { width, height, rgb })
+    }
+
+    /// Reads a PNG of 8 or 16 bits, grey or coloured; transparency is dropped.
+    ///
+    /// # Errors
+    /// When it is no PNG.
+    pub fn open(path: &Path) -> Result<Self> {
+        let named = || format!("cannot read {} as PNG", path.display());
+        let file = File::open(path).with_context(named)?;
+        let mut decoder = png::Decoder::new(BufReader::new(file));
+        decoder.set_transformations(png::Transformations::normalize_to_color8());
+        let mut reader = decoder.read_info().with_context(named)?;
+        let size = reader.output_buffer_size().with_context(named)?;
+        let mut pixels = vec![0; size];
+        let frame = reader.next_frame(&mut pixels).with_context(named)?;
+        let channels = frame.color_type.samples();
+        let colour = |pixel: &[u8]| {
+            if channels < 3 { [pixel[0]; 3] } else { [pixel[0], pixel[1], pixel[2]] }
+        };
+        let rgb = pixels[..frame.buffer_size()].chunks_exact(channels).flat_map(colour).collect();
+        Ok(Self { width: frame.width as usize, height: frame.height as usize, rgb })
+    }
+
+    /// The inverse of [`Picture::from_sample`]: `[3, height, width]`, values −1 to 1.
+    pub fn to_sample(&self) -> Vec<f32> {
+        let plane = |channel| self.rgb.iter().skip(channel).step_by(3);
+        (0..3).flat_map(plane).map(|&byte| f32::from(byte) / 127.5 - 1.0).collect()
     }
 
     /// A PNG file; `parameters` goes into a `tEXt` chunk, or `iTXt` where Latin-1 does not hold it.
@@ -72,115 +98,9 @@ pub fn read_parameters(path: &Path) -> Result<Option<String>> {
     Ok(narrow.map(|chunk| chunk.text.clone()))
 }
 
-/// What the text chunk says of an image.
-#[derive(Clone, Debug)]
-pub struct Parameters<'a> {
-    pub prompt: &'a str,
-    pub steps: usize,
-    pub solver: Solver,
-    /// Of a model that embeds guidance.
-    pub guidance: Option<f32>,
-    /// Where the initial noise came from.
-    pub origin: Origin<'a>,
-    pub width: usize,
-    pub height: usize,
-    /// Name of the model's folder.
-    pub model: &'a str,
-    /// Factor s of the schedule's shift, 1 for none.
-    pub shift: f64,
-}
-
-/// Where initial noise comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Origin<'a> {
-    /// Drawn from this seed.
-    Seed(u64),
-    /// Read from the file of this name.
-    File(&'a str),
-}
-
-impl Parameters<'_> {
-    /// The prompt, then one line of `Name: value, …`; a value with a comma, colon, quote or line
-    /// break is written as a JSON string.
-    pub fn text(&self) -> String {
-        let mut fields = vec![
-            ("Steps", self.steps.to_string()),
-            ("Sampler", sampler_name(self.solver).to_owned()),
-            ("Schedule shift", rounded(self.shift)),
-        ];
-        if let Some(guidance) = self.guidance {
-            fields.push(("Guidance", guidance.to_string()));
-        }
-        fields.push(match self.origin {
-            Origin::Seed(seed) => ("Seed", seed.to_string()),
-            Origin::File(name) => ("Noise", quoted(name)),
-        });
-        fields.push(("Size", format!("{}x{}", self.width, self.height)));
-        fields.push(("Model", quoted(self.model)));
-        fields.push(("Version", concat!("ng-sample ", env!("CARGO_PKG_VERSION")).to_owned()));
-        let fields: Vec<String> =
-            fields.into_iter().map(|(name, value)| format!("{name}: {value}")).collect();
-        format!("{}\n{}", self.prompt, fields.join(", "))
-    }
-}
-
-/// The name that other programs of this field use.
-fn sampler_name(solver: Solver) -> &'static str {
-    match solver {
-        Solver::Dpmpp2m => "DPM++ 2M",
-        Solver::Euler => "Euler",
-        Solver::Heun => "Heun",
-    }
-}
-
-/// At most four decimals.
-fn rounded(value: f64) -> String {
-    let text = format!("{value:.4}");
-    text.trim_end_matches('0').trim_end_matches('.').to_owned()
-}
-
-fn quoted(value: &str) -> String {
-    if value.contains([',', ':', '"', '\n']) {
-        serde_json::Value::from(value).to_string()
-    } else {
-        value.to_owned()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn parameters(prompt: &str) -> Parameters<'_> {
-        Parameters {
-            prompt,
-            steps: 8,
-            solver: Solver::Dpmpp2m,
-            guidance: Some(3.5),
-            origin: Origin::Seed(7),
-            width: 32,
-            height: 16,
-            model: "signs",
-            shift: 1.15f64.exp(),
-        }
-    }
-
-    #[test]
-    fn text_is_what_viewers_parse() {
-        assert_eq!(
-            parameters("red \"HAT\", bold").text(),
-            "red \"HAT\", bold\nSteps: 8, Sampler: DPM++ 2M, Schedule shift: 3.1582, \
-             Guidance: 3.5, Seed: 7, Size: 32x16, Model: signs, Version: ng-sample 0.0.0"
-        );
-        let from_file = Parameters {
-            guidance: None,
-            origin: Origin::File("a, b.safetensors"),
-            shift: 3.0,
-            ..parameters("")
-        };
-        let text = from_file.text();
-        assert!(text.contains("Schedule shift: 3, Noise: \"a, b.safetensors\", Size"), "{text}");
-    }
 
     #[test]
     fn text_and_pixels_come_back() -> Result<()> {
@@ -190,7 +110,7 @@ mod tests {
         for (prompt, chunk) in
             [("plain", b"tEXt"), ("caf\u{e9}\tü\nsecond line", b"tEXt"), ("雪 🦊", b"iTXt")]
         {
-            let text = parameters(prompt).text();
+            let text = format!("{prompt}\nSteps: 8, Sampler: Euler, Seed: 7");
             let file = picture.png(Some(&text))?;
             assert!(file.windows(4).any(|bytes| bytes == chunk), "{prompt}");
             std::fs::write(&path, &file)?;

@@ -26,9 +26,9 @@ pub struct Stages {
     pub png: Duration,
 }
 
-/// A finished image.
+/// What is said of a finished image.
 #[derive(Clone, Copy, Debug)]
-pub struct Finished<'a> {
+pub struct Line<'a> {
     pub file: &'a Path,
     pub prompt: &'a str,
     /// `None` when the noise came from a file.
@@ -64,6 +64,15 @@ impl<W: Write> Report<W> {
         Self { lines, json, bar }
     }
 
+    /// Something a person should know, on stderr.
+    pub fn notice(&self, text: &str) -> Result<()> {
+        let written = self.bar.suspend(|| writeln!(std::io::stderr(), "note: {text}"));
+        match written {
+            Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
     /// What is being worked on.
     pub fn stage(&self, name: &str) {
         self.bar.set_message(name.to_owned());
@@ -76,7 +85,7 @@ impl<W: Write> Report<W> {
     }
 
     /// One image is done.
-    pub fn image(&mut self, image: &Finished<'_>) -> Result<()> {
+    pub fn image(&mut self, image: &Line<'_>) -> Result<()> {
         let line = if self.json { json_line(image)? } else { text_line(image) };
         self.line(&line)
     }
@@ -105,7 +114,7 @@ impl<W: Write> Report<W> {
     }
 }
 
-fn text_line(image: &Finished<'_>) -> String {
+fn text_line(image: &Line<'_>) -> String {
     let Stages { sample, decode, png, .. } = image.stages;
     let seed = image.seed.map_or_else(String::new, |seed| format!("  seed {seed}"));
     let seconds = (sample + decode + png).as_secs_f64();
@@ -113,9 +122,9 @@ fn text_line(image: &Finished<'_>) -> String {
     format!("{file}{seed}  {seconds:.3} s  {prompt}")
 }
 
-fn json_line(image: &Finished<'_>) -> Result<String> {
+fn json_line(image: &Line<'_>) -> Result<String> {
     #[derive(Serialize)]
-    struct Line<'a> {
+    struct Object<'a> {
         file: Cow<'a, str>,
         prompt: &'a str,
         seed: Option<u64>,
@@ -131,7 +140,7 @@ fn json_line(image: &Finished<'_>) -> Result<String> {
         decode: f64,
         png: f64,
     }
-    let &Finished { file, prompt, seed, width, height, stages } = image;
+    let &Line { file, prompt, seed, width, height, stages } = image;
     let ms = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
     let milliseconds = Milliseconds {
         load: ms(stages.load),
@@ -141,15 +150,15 @@ fn json_line(image: &Finished<'_>) -> Result<String> {
         png: ms(stages.png),
     };
     let file = file.to_string_lossy();
-    Ok(serde_json::to_string(&Line { file, prompt, seed, width, height, milliseconds })?)
+    Ok(serde_json::to_string(&Object { file, prompt, seed, width, height, milliseconds })?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn image() -> Finished<'static> {
-        Finished {
+    fn image() -> Line<'static> {
+        Line {
             file: Path::new("out.png"),
             prompt: "red \"HAT\"",
             seed: Some(7),

@@ -12,7 +12,11 @@ use flow::{
     noise::Noise,
     usage::Usage,
 };
-use sampler::{args::Args, picture::Origin, request::Request};
+use sampler::{
+    args::Cli,
+    parameters::{Origin, Parameters},
+    run::Run,
+};
 use tempfile::TempDir;
 
 /// A folder with the configs of an export and files where its graphs would be.
@@ -37,6 +41,15 @@ impl Export {
         ] {
             export.write(file, content)?;
         }
+        let signs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/signs");
+        for file in [
+            "tokenizer/tokenizer.json",
+            "tokenizer/tokenizer_config.json",
+            "tokenizer_2/tokenizer.json",
+            "tokenizer_2/tokenizer_config.json",
+        ] {
+            export.write(file, &fs::read_to_string(signs.join(file))?)?;
+        }
         for component in ["transformer", "vae_decoder", "text_encoder", "text_encoder_2"] {
             export.write(&format!("{component}/model.onnx"), "")?;
         }
@@ -54,16 +67,16 @@ impl Export {
     }
 
     /// `options` are split at spaces; `@` stands for the folder.
-    fn request(&self, options: &str) -> Result<Request> {
+    fn run(&self, options: &str) -> Result<Run> {
         let folder = self.0.path().to_str().unwrap();
         let output = if options.contains(" -o ") { "" } else { " -o @/out.png" };
         let typed = format!("ng-sample --model @ {options}{output}").replace('@', folder);
-        Request::new(&Args::try_parse_from(typed.split(' '))?)
+        Run::new(&Cli::try_parse_from(typed.split(' '))?.generate)
     }
 
     /// The error line and the exit code that goes with it.
     fn refusal(&self, options: &str) -> (String, u8) {
-        match self.request(options) {
+        match self.run(options) {
             Ok(_) => panic!("{options} was accepted"),
             Err(error) => (format!("{error:#}"), if error.is::<Usage>() { 2 } else { 1 }),
         }
@@ -73,7 +86,7 @@ impl Export {
 const VAE: &str = r#"{"block_out_channels": [8, 8, 8], "latent_channels": 16,
     "norm_num_groups": 4, "scaling_factor": 0.36, "shift_factor": 0.1, "sample_size": 32}"#;
 const CLIP: &str = r#"{"vocab_size": 99, "hidden_size": 24, "intermediate_size": 48,
-    "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 77,
     "hidden_act": "quick_gelu"}"#;
 const T5: &str = r#"{"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1,
     "num_heads": 4, "relative_attention_num_buckets": 8, "feed_forward_proj": "gated-gelu"}"#;
@@ -81,21 +94,23 @@ const T5: &str = r#"{"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 64, "nu
 #[test]
 fn defaults_come_from_the_model() -> Result<()> {
     let export = Export::new(true)?;
-    let request = export.request("--prompt fox --seed 7")?;
-    assert_eq!((request.width, request.height, request.size.tokens()), (32, 32, 16));
-    assert_eq!(request.guidance, Some(3.5));
-    assert!((request.shift - 3.0).abs() < 1e-12);
-    assert_eq!((request.n_steps, request.plan.len()), (8, 8));
-    assert_eq!(request.images.len(), 1);
-    assert_eq!(request.images[0].file, export.path("out.png"));
-    assert_eq!(request.origin(0), Origin::Seed(7));
-    assert_eq!(request.initial(0), Noise::new(7).normal(0, 16 * 8 * 8));
+    let run = export.run("--prompt fox --seed 7")?;
+    assert_eq!(run.images.len(), 1);
+    assert_eq!(run.images[0].file, export.path("out.png"));
+    let job = &run.images[0].job;
+    assert_eq!((job.width, job.height, job.size.tokens()), (32, 32, 16));
+    assert_eq!(job.guidance, Some(3.5));
+    assert!((job.shift - 3.0).abs() < 1e-12);
+    assert_eq!((job.steps, job.plan.len()), (8, 8));
+    assert_eq!(Parameters::of(job, "m").origin, Origin::Seed(7));
+    assert_eq!(job.initial(), Noise::new(7).normal(0, 16 * 8 * 8));
 
     export.write("vae_decoder/config.json", &VAE.replace(", \"sample_size\": 32", ""))?;
-    let full = export.request("--prompt fox --height 64 --shift 2 --solver heun --steps 3")?;
+    let full = export.run("--prompt fox --height 64 --shift 2 --solver heun --steps 3")?;
+    let full = &full.images[0].job;
     assert_eq!((full.width, full.height), (1024, 64));
     assert!((full.shift - 2.0).abs() < 1e-12);
-    assert_eq!((full.n_steps, full.plan.len()), (3, 5));
+    assert_eq!((full.steps, full.plan.len()), (3, 5));
     Ok(())
 }
 
@@ -103,13 +118,57 @@ fn defaults_come_from_the_model() -> Result<()> {
 fn seeds_run_within_a_prompt_and_not_across() -> Result<()> {
     let export = Export::new(false)?;
     export.write("p.txt", "fox\nowl\n")?;
-    let request = export.request("--prompts @/p.txt -n 2 --seed 5 --sheet @/sheet.png")?;
-    let made: Vec<_> = request.images.iter().map(|i| (i.prompt, i.seed)).collect();
-    assert_eq!(made, [(0, 5), (0, 6), (1, 5), (1, 6)]);
-    assert_eq!(request.images[3].file, export.path("out-003.png"));
-    assert_eq!(request.guidance, None);
-    assert_eq!(request.initial(0), request.initial(2));
-    assert_ne!(request.initial(0), request.initial(1));
+    let run = export.run("--prompts @/p.txt -n 2 --seed 5 --sheet @/sheet.png")?;
+    let jobs: Vec<_> = run.images.iter().map(|image| &image.job).collect();
+    let made: Vec<_> = jobs.iter().map(|job| (&*job.prompt, job.seed)).collect();
+    assert_eq!(made, [("fox", 5), ("fox", 6), ("owl", 5), ("owl", 6)]);
+    assert_eq!(run.images[3].file, export.path("out-003.png"));
+    assert_eq!(jobs[0].guidance, None);
+    assert_eq!(jobs[0].initial(), jobs[2].initial());
+    assert_ne!(jobs[0].initial(), jobs[1].initial());
+    Ok(())
+}
+
+#[test]
+fn a_line_of_a_prompt_file_has_its_own_settings() -> Result<()> {
+    let export = Export::new(false)?;
+    let lines =
+        "{\"prompt\":\"fox\",\"seed\":9,\"steps\":4,\"id\":1}\n{\"prompt\":\"owl\",\"width\":64}";
+    export.write("p.jsonl", lines)?;
+    let run = export.run("--prompts @/p.jsonl --seed 5 --steps 6")?;
+    let of = |i: usize| (run.images[i].job.seed, run.images[i].job.steps, run.images[i].job.width);
+    assert_eq!([of(0), of(1)], [(9, 4, 32), (5, 6, 64)]);
+    assert!(run.notices[0].contains("p.jsonl: id are no settings"), "{:?}", run.notices);
+    export.write("p.jsonl", "{\"prompt\":\"fox\",\"steps\":\"many\"}")?;
+    let (message, code) = export.refusal("--prompts @/p.jsonl");
+    assert!(message.contains("\"fox\": steps \"many\": not a whole number"), "{message}");
+    assert_eq!(code, 2);
+    Ok(())
+}
+
+#[test]
+fn a_random_seed_is_drawn_and_known() -> Result<()> {
+    let export = Export::new(false)?;
+    let seeds = |typed: &str| -> Result<Vec<u64>> {
+        Ok(export.run(typed)?.images.iter().map(|image| image.job.seed).collect())
+    };
+    let two = seeds("--prompt fox --seed -1 -n 2")?;
+    assert!(two[1] == two[0] + 1 && two[0] < 1 << 32, "{two:?}");
+    assert_ne!(two, seeds("--prompt fox --seed=-1 -n 2")?);
+    Ok(())
+}
+
+#[test]
+fn what_is_cut_is_said() -> Result<()> {
+    let export = Export::new(false)?;
+    let words = "fox,".repeat(300);
+    let run = export.run(&format!("--prompt {words} --max-sequence-length 20"))?;
+    assert!(
+        run.notices.iter().any(|n| n.contains("T5") && n.contains("are cut")),
+        "{:?}",
+        run.notices
+    );
+    assert!(export.run("--prompt fox")?.notices.is_empty());
     Ok(())
 }
 
@@ -121,16 +180,17 @@ fn noise_from_a_file_replaces_the_seeds() -> Result<()> {
         write_tensors(&export.path("n.safetensors"), &[Entry::f32("latents", shape, values)], &[])
     };
     write(&[2, 16, 8, 8], &noise)?;
-    let two = export.request("--prompt fox -n 2 --noise @/n.safetensors")?;
-    assert_eq!(two.initial(1), noise[1024..]);
-    assert_eq!(two.origin(1), Origin::File("n.safetensors"));
+    let two = export.run("--prompt fox -n 2 --noise @/n.safetensors")?;
+    assert_eq!(two.images[1].job.initial(), noise[1024..]);
+    let origin = Parameters::of(&two.images[1].job, "m").origin;
+    assert_eq!(origin, Origin::File("n.safetensors"));
     let (message, code) = export.refusal("--prompt fox -n 3 --noise @/n.safetensors");
     assert!(message.contains("holds noise for 2 images; give 1 or 3"), "{message}");
     assert_eq!(code, 1);
 
     write(&[1, 16, 8, 8], &noise[..1024])?;
-    let all = export.request("--prompt fox -n 3 --noise @/n.safetensors")?;
-    assert_eq!(all.initial(2), noise[..1024]);
+    let all = export.run("--prompt fox -n 3 --noise @/n.safetensors")?;
+    assert_eq!(all.images[2].job.initial(), noise[..1024]);
     write(&[1, 16, 4, 16], &noise[..1024])?;
     let (message, _) = export.refusal("--prompt fox --noise @/n.safetensors");
     assert!(message.contains("has shape [1, 16, 4, 16], not [N, 16, 8, 8]"), "{message}");
@@ -155,6 +215,9 @@ fn wrong_arguments_are_usage_errors() -> Result<()> {
         ("--prompt fox --shift nan", "invalid shift NaN"),
         ("--prompt fox --max-sequence-length 513", "not from 2 to 512"),
         ("--prompt fox --seed 18446744073709551615 -n 2", "passes the largest seed"),
+        ("--prompt fox --seed fox", "--seed fox is no seed"),
+        ("--prompt fox --guidance nan", "embeds no guidance"),
+        ("--prompt fox --strength 0.5", "--strength is for an initial image"),
         ("--prompt fox -o out.jpg", "images are written as PNG"),
         ("--prompt fox --sheet @/sheet.jpg", "a sheet is a PNG"),
         ("--prompt fox --sheet @/out.png", "out.png would be written twice"),
@@ -164,14 +227,14 @@ fn wrong_arguments_are_usage_errors() -> Result<()> {
         assert_eq!(code, 2, "{options}: {message}");
     }
     for options in
-        ["--steps 0", "--steps 1001", "--solver ddim", "--threads 0", "-n 0", "--seed -1"]
+        ["--steps 0", "--steps 1001", "--solver ddim", "--threads 0", "-n 0", "--provider rocm"]
     {
         let typed = format!("ng-sample --model m --prompt p {options}");
-        assert!(Args::try_parse_from(typed.split(' ')).is_err(), "{options} was accepted");
+        assert!(Cli::try_parse_from(typed.split(' ')).is_err(), "{options} was accepted");
     }
     for typed in ["ng-sample --model m", "ng-sample --prompt p", "ng-sample -p p --prompts f -m m"]
     {
-        assert!(Args::try_parse_from(typed.split(' ')).is_err(), "{typed} was accepted");
+        assert!(Cli::try_parse_from(typed.split(' ')).is_err(), "{typed} was accepted");
     }
     Ok(())
 }
@@ -221,6 +284,6 @@ fn a_folder_that_is_no_export_is_refused() -> Result<()> {
 }
 
 fn refused_model(model: &Path) -> String {
-    let args = Args::parse_from(["ng-sample", "-p", "fox", "--model", model.to_str().unwrap()]);
-    format!("{:#}", Request::new(&args).err().expect("no such model"))
+    let args = Cli::parse_from(["ng-sample", "-p", "fox", "--model", model.to_str().unwrap()]);
+    format!("{:#}", Run::new(&args.generate).err().expect("no such model"))
 }

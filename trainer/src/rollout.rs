@@ -3,7 +3,7 @@
 use flow::latents::LatentSize;
 use flow::noise::Noise;
 use flow::path;
-use flow::solver::{History, Step, Term};
+use flow::solver::{Step, Term};
 use tch::Tensor;
 
 /// How the trajectories of a group start and go on.
@@ -103,29 +103,41 @@ pub(crate) fn solve(
     mut velocity: impl FnMut(&Tensor, f64) -> Tensor,
     mut disturb: impl FnMut(usize, Tensor) -> Tensor,
 ) -> Trajectory {
-    let (mut x_t, mut history): (Tensor, Option<History<Tensor>>) = (eps, None);
+    let (mut x_t, mut past): (Tensor, Option<Past>) = (eps, None);
     let mut calls = Vec::with_capacity(steps.len());
     for (index, step) in steps.iter().enumerate() {
         let v = velocity(&x_t, step.t);
-        let next = advance(step, &x_t, &v, history.as_ref());
+        let next = advance(step, &x_t, &v, past.as_ref());
         let [of_x, of_v] = path::x0_from_v(step.t);
-        history = Some(History { v: v.shallow_clone(), x0: &x_t * of_x + &v * of_v });
+        let x0 = &x_t * of_x + &v * of_v;
+        past = Some(Past { v: v.shallow_clone(), x0, x0_prev: past.map(|past| past.x0) });
         calls.push(Call { step: *step, x_t, v });
         x_t = disturb(index, next);
     }
     Trajectory { calls, x0: x_t }
 }
 
-/// The same sum in the same order as [`Step::apply`], so that both round alike.
-fn advance(step: &Step, x_t: &Tensor, v: &Tensor, history: Option<&History<Tensor>>) -> Tensor {
+/// What the calls before left.
+struct Past {
+    /// Velocity of the call before.
+    v: Tensor,
+    /// Its data prediction.
+    x0: Tensor,
+    /// The data prediction of the call before that.
+    x0_prev: Option<Tensor>,
+}
+
+/// The same sum in the same order as [`flow::solver::Walk`], so that both round alike.
+fn advance(step: &Step, x_t: &Tensor, v: &Tensor, past: Option<&Past>) -> Tensor {
     let terms = step.terms().map(|(term, coefficient)| {
-        let source = match (term, history) {
-            (Term::X, _) => x_t,
-            (Term::V, _) => v,
-            (Term::VPrev, Some(past)) => &past.v,
-            (Term::X0Prev, Some(past)) => &past.x0,
-            _ => panic!("a step from t = {} needs the step before it", step.t),
+        let source = match term {
+            Term::X => Some(x_t),
+            Term::V => Some(v),
+            Term::VPrev => past.map(|past| &past.v),
+            Term::X0Prev => past.map(|past| &past.x0),
+            Term::X0Prev2 => past.and_then(|past| past.x0_prev.as_ref()),
         };
+        let source = source.unwrap_or_else(|| panic!("the step from t = {} needs more", step.t));
         source * coefficient
     });
     terms.reduce(|sum, term| sum + term).expect("a step has a term")
@@ -175,7 +187,7 @@ fn neighbourhood(
 #[cfg(test)]
 mod tests {
     use flow::schedule::{Schedule, Shift};
-    use flow::solver::{SOLVERS, plan};
+    use flow::solver::{SOLVERS, Walk, plan};
     use tch::{Device, Kind};
 
     use super::*;
@@ -195,13 +207,12 @@ mod tests {
                 },
                 |_, x| x,
             );
-            let (mut x, mut history) = (eps.clone(), None);
+            let mut walk = Walk::new(eps.clone());
             for step in &steps {
-                let v = x.iter().map(|&x| field(x, step.t)).collect();
-                let (next, left) = step.apply(&x, v, history.as_ref());
-                (x, history) = (next, Some(left));
+                let v: Vec<f32> = walk.x().iter().map(|&x| field(x, step.t)).collect();
+                walk.advance(step, &v);
             }
-            assert_eq!(Vec::<f32>::try_from(&tensors.x0).unwrap(), x, "{solver:?}");
+            assert_eq!(Vec::<f32>::try_from(&tensors.x0).unwrap(), walk.into_x(), "{solver:?}");
         }
     }
 

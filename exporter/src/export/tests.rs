@@ -85,7 +85,7 @@ fn the_folder_is_optimums() {
     let open = |part: &str| {
         let path = scratch.request.target.join(part).join(MODEL_FILE);
         assert!(path.with_file_name("config.json").is_file());
-        Model::open(path, &Options { threads: 1 }).unwrap()
+        Model::open(path, &Options::default()).unwrap()
     };
     let names = |part: &str| {
         let model = open(part);
@@ -119,7 +119,7 @@ fn one_image_of_a_batch_is_that_image_alone() {
     scratch.export().unwrap();
     let reference = verify::reference(&scratch.request.checkpoint).unwrap();
     let path = scratch.request.target.join("transformer").join(MODEL_FILE);
-    let mut model = Model::open(path, &Options { threads: 1 }).unwrap();
+    let mut model = Model::open(path, &Options::default()).unwrap();
     let inputs: Vec<_> = model
         .inputs()
         .iter()

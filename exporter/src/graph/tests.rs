@@ -71,7 +71,7 @@ impl Case {
             tensor.expect("a tensor").shape = None;
         }
         external::write(folder.path(), "case", graph, &weights, &[], &mut |_| Ok(()))?;
-        let mut model = Model::open(folder.path().join(MODEL_FILE), &Options { threads: 1 })?;
+        let mut model = Model::open(folder.path().join(MODEL_FILE), &Options::default())?;
         let fed: Vec<_> = self.fed.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         model.run(&fed, &names.iter().map(String::as_str).collect::<Vec<_>>())
     }

@@ -76,5 +76,5 @@ impl Drop for Loan<'_> {
 }
 
 fn open(path: &Path) -> Result<Model> {
-    Model::open(path, &Options { threads: 1 })
+    Model::open(path, &Options::default())
 }

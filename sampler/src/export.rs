@@ -1,0 +1,261 @@
+//! A folder that `ng-export` or Optimum wrote: what it is and what it can be asked for.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::{Result, bail, ensure};
+use flow::{
+    latents::LatentSize,
+    models::transformer::GUIDANCE,
+    pipeline::Pipeline,
+    prompts,
+    schedule::{Schedule, Shift},
+    solver::{DEFAULT_SOLVER, DEFAULT_STEPS, plan},
+    tokens::{MAX_TEXT_TOKENS, PromptIds, Tokenizers},
+    usage::Usage,
+};
+use onnx::Cancel;
+
+use crate::{
+    networks,
+    request::{Job, Request},
+};
+
+/// Most pixels an image may have.
+pub const MAX_PIXELS: usize = 1 << 26;
+/// `--strength` unless given, as `FluxImg2ImgPipeline` has it.
+pub const DEFAULT_STRENGTH: f64 = 0.6;
+
+/// The configs and tokenizers of an export; any number of threads may ask it for [`Job`]s while an
+/// engine works.
+pub struct Export {
+    pub pipeline: Pipeline,
+    /// Name of the folder.
+    pub name: String,
+    tokenizers: Tokenizers,
+}
+
+impl Export {
+    /// Reads the configs of `folder` and makes sure that every graph is there. Prompts have
+    /// `text_tokens` T5 tokens, by default the tokenizer's limit.
+    ///
+    /// # Errors
+    /// Names the first file that is missing or wrong.
+    pub fn open(folder: &Path, text_tokens: Option<usize>) -> Result<Self> {
+        if let Some(n) = text_tokens.filter(|n| !(2..=MAX_TEXT_TOKENS).contains(n)) {
+            bail!(Usage(format!("--max-sequence-length {n} is not from 2 to {MAX_TEXT_TOKENS}")));
+        }
+        let pipeline = Pipeline::open(folder)?;
+        networks::check_files(folder)?;
+        let tokenizers = Tokenizers::open(folder, text_tokens)?;
+        let n_positions = pipeline.text_encoder.max_position_embeddings;
+        ensure!(
+            tokenizers.clip_tokens() <= n_positions,
+            "tokenizer/tokenizer_config.json pads to {} tokens, but text_encoder/config.json has \
+             {n_positions} positions",
+            tokenizers.clip_tokens()
+        );
+        Ok(Self { name: folder_name(folder), pipeline, tokenizers })
+    }
+
+    /// The folder.
+    pub fn folder(&self) -> &Path {
+        &self.pipeline.dir
+    }
+
+    /// Side in pixels of an image nobody gave a size for.
+    pub fn default_side(&self) -> usize {
+        self.pipeline.default_size()
+    }
+
+    /// Whether requests may have an initial image.
+    pub fn takes_images(&self) -> bool {
+        self.encoder_file().is_file()
+    }
+
+    /// Checks `request` and fills in every default.
+    ///
+    /// # Errors
+    /// [`Invalid`], with the field at fault.
+    pub fn job(&self, request: Request) -> Result<Job, Invalid> {
+        prompts::check(&request.prompt).map_err(|why| invalid("prompt", why))?;
+        let ids = self.tokenizers.encode(&request.prompt).map_err(|error| {
+            invalid("prompt", format!("cannot tokenise {:?}: {error}", request.prompt))
+        })?;
+        let (width, height, size) = self.size(&request)?;
+        let steps = request.steps.unwrap_or(DEFAULT_STEPS);
+        let grid = match request.shift {
+            Some(shift) => Shift::Factor(shift).into(),
+            None => self.pipeline.scheduler.grid(size.tokens()),
+        };
+        let schedule =
+            Schedule::new(steps, grid).map_err(|error| invalid("steps", error.to_string()))?;
+        let strength = strength(&request)?;
+        let skipped = if request.init.is_some() { steps - kept(steps, strength)? } else { 0 };
+        let schedule = schedule.after(skipped);
+        let solver = request.solver.unwrap_or(DEFAULT_SOLVER);
+        let guidance = self.guidance(request.guidance)?;
+        if let Some(noise) =
+            request.noise.as_ref().filter(|noise| noise.latents.len() != size.len())
+        {
+            let why = format!("{} is noise for an image of another size", noise.name);
+            return Err(invalid("noise", why));
+        }
+        Ok(Job {
+            notices: self.notices(&ids),
+            ids: Arc::new(ids),
+            width,
+            height,
+            steps,
+            seed: request.seed.unwrap_or_else(random_seed),
+            solver,
+            guidance,
+            shift: grid.shift.factor(),
+            strength,
+            cancel: Cancel::default(),
+            plan: plan(solver, &schedule),
+            schedule,
+            size,
+            skip: request.skip,
+            prompt: request.prompt,
+            init: request.init,
+            noise: request.noise,
+        })
+    }
+
+    /// What of a prompt was cut, a sentence a tokenizer.
+    fn notices(&self, ids: &PromptIds) -> Vec<String> {
+        let limits = [self.tokenizers.clip_tokens(), self.tokenizers.text_tokens()];
+        let of = [("CLIP", limits[0]), ("T5", limits[1])].into_iter().zip(ids.cut);
+        of.filter(|&(_, cut)| cut > 0)
+            .map(|((encoder, limit), cut)| {
+                format!(
+                    "the prompt is longer than the {limit} tokens that {encoder} reads: its last \
+                     {cut} are cut"
+                )
+            })
+            .collect()
+    }
+
+    fn size(&self, request: &Request) -> Result<(usize, usize, LatentSize), Invalid> {
+        let side = self.default_side();
+        let (mut width, mut height) =
+            (request.width.unwrap_or(side), request.height.unwrap_or(side));
+        if let Some(init) = &request.init {
+            let typed = |typed: Option<usize>, own: usize| typed.is_none_or(|side| side == own);
+            if !typed(request.width, init.width) || !typed(request.height, init.height) {
+                let (w, h) = (init.width, init.height);
+                let why = format!("{width}x{height} is not the {w}x{h} of the initial image");
+                return Err(invalid("size", why));
+            }
+            if !self.takes_images() {
+                let why = format!("this export has no {}", self.encoder_file().display());
+                return Err(invalid("init", why));
+            }
+            (width, height) = (init.width, init.height);
+        }
+        if width.saturating_mul(height) > MAX_PIXELS {
+            let why = format!("{width}x{height} is above the limit of {MAX_PIXELS} pixels");
+            return Err(invalid("size", why));
+        }
+        let size = self.pipeline.latent_size(width, height);
+        let size = size.map_err(|error| invalid("size", error.to_string()))?;
+        Ok((width, height, size))
+    }
+
+    fn guidance(&self, guidance: Option<f32>) -> Result<Option<f32>, Invalid> {
+        if !self.pipeline.transformer.guidance_embeds {
+            return match guidance {
+                Some(_) => Err(invalid(
+                    "guidance",
+                    "this model embeds no guidance; leave --guidance out".into(),
+                )),
+                None => Ok(None),
+            };
+        }
+        let guidance = guidance.unwrap_or(GUIDANCE as f32);
+        if !(guidance.is_finite() && guidance >= 0.0) {
+            let why = format!("--guidance {guidance} is not a number from 0 up");
+            return Err(invalid("guidance", why));
+        }
+        Ok(Some(guidance))
+    }
+
+    fn encoder_file(&self) -> PathBuf {
+        networks::graph_file(self.folder(), networks::VAE_ENCODER)
+    }
+}
+
+/// A request that cannot be served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Invalid {
+    /// The part of the request that is at fault, as [`Request`] names it; `size` for both sides.
+    pub field: &'static str,
+    /// One line.
+    pub why: String,
+}
+
+impl fmt::Display for Invalid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.why)
+    }
+}
+
+impl std::error::Error for Invalid {}
+
+impl From<Invalid> for Usage {
+    fn from(invalid: Invalid) -> Self {
+        Self(invalid.why)
+    }
+}
+
+fn invalid(field: &'static str, why: String) -> Invalid {
+    Invalid { field, why }
+}
+
+fn strength(request: &Request) -> Result<f64, Invalid> {
+    if request.init.is_none() && request.strength.is_some() {
+        return Err(invalid("strength", "--strength is for an initial image: give --init".into()));
+    }
+    let strength = request.strength.unwrap_or(DEFAULT_STRENGTH);
+    if !(strength > 0.0 && strength <= 1.0) {
+        return Err(invalid(
+            "strength",
+            format!("--strength {strength} is not above 0 and up to 1"),
+        ));
+    }
+    Ok(strength)
+}
+
+/// Of `steps` steps those that an initial image goes through. Source: `get_timesteps` of
+/// `FluxImg2ImgPipeline`.
+fn kept(steps: usize, strength: f64) -> Result<usize, Invalid> {
+    match (steps as f64 * strength).min(steps as f64) as usize {
+        0 => {
+            Err(invalid("strength", format!("--strength {strength} of {steps} steps leaves none")))
+        }
+        kept => Ok(kept),
+    }
+}
+
+/// A seed of 32 bits, which every tool of this field can type in again.
+pub fn random_seed() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    // The standard library's hasher is keyed by the system's randomness.
+    RandomState::new().hash_one(std::time::SystemTime::now()) >> 32
+}
+
+/// The last component, also of `.` or a path that ends in `..`.
+fn folder_name(folder: &Path) -> String {
+    let whole = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
+    whole.file_name().unwrap_or(whole.as_os_str()).to_string_lossy().into_owned()
+}
+
+impl fmt::Debug for Export {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Export").field("folder", &self.folder()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,321 @@
+//! The networks of an export, in ONNX Runtime.
+//!
+//! `B` images, `S` image tokens, `L` text tokens, `C` channels of a packed latent, `Z` latent
+//! channels. File, input and output names are Optimum's.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use flow::{
+    latents::LatentSize, models::transformer::image_ids, models::vae::VaeConfig,
+    pipeline::Pipeline, tiles, tokens::PromptIds,
+};
+use onnx::{Binding, Cancel, Data, ElementType, Model, Options, Tensor};
+
+use crate::{picture::Picture, sample::Denoiser};
+
+/// Folders of the graphs that make an image from text.
+pub const TEXT_ENCODER: &str = "text_encoder";
+pub const TEXT_ENCODER_2: &str = "text_encoder_2";
+pub const TRANSFORMER: &str = "transformer";
+pub const VAE_DECODER: &str = "vae_decoder";
+/// Needed for an initial image alone.
+pub const VAE_ENCODER: &str = "vae_encoder";
+
+/// Makes sure that every graph is there.
+///
+/// # Errors
+/// Names the first that is not.
+pub fn check_files(folder: &Path) -> Result<()> {
+    for component in [TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, VAE_DECODER] {
+        let file = graph_file(folder, component);
+        ensure!(
+            file.is_file(),
+            "{} is missing; make an export with `ng-export CHECKPOINT --out DIR`",
+            file.display()
+        );
+    }
+    Ok(())
+}
+
+/// `component/model.onnx` of an export.
+pub fn graph_file(folder: &Path, component: &str) -> PathBuf {
+    folder.join(component).join("model.onnx")
+}
+
+/// What the transformer is told about an image.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Condition {
+    /// Pooled CLIP vector `[D]`.
+    pooled: Vec<f32>,
+    /// T5 tokens `[L, D]`.
+    tokens: Vec<f32>,
+    n_text: usize,
+}
+
+impl Condition {
+    /// Bytes it takes.
+    pub fn bytes(&self) -> usize {
+        size_of_val(&*self.pooled) + size_of_val(&*self.tokens)
+    }
+}
+
+/// Both text encoders.
+pub struct TextEncoders {
+    clip: Model,
+    t5: Model,
+}
+
+impl TextEncoders {
+    pub fn open(pipeline: &Pipeline, options: &Options) -> Result<Self> {
+        let [clip, t5] = side_by_side([TEXT_ENCODER, TEXT_ENCODER_2], pipeline, options)?;
+        Ok(Self { clip, t5 })
+    }
+
+    /// Both encoders' view of a prompt.
+    pub fn encode(&mut self, ids: &PromptIds, cancel: &Cancel) -> Result<Condition> {
+        let row = |ids: &[i64]| Tensor::i64([1, ids.len()], ids.to_vec());
+        let n_text = ids.t5.len();
+        let pooled = row(&ids.clip)?;
+        let pooled = run(&mut self.clip, ("input_ids", &pooled), "pooler_output", cancel)?;
+        let tokens = row(&ids.t5)?;
+        let tokens = run(&mut self.t5, ("input_ids", &tokens), "last_hidden_state", cancel)?;
+        Ok(Condition { pooled: pooled.into_f32()?, tokens: tokens.into_f32()?, n_text })
+    }
+}
+
+/// The velocity network, with buffers for images of the shape it was last used for.
+pub struct Transformer {
+    model: Model,
+    bound: Option<(Shape, Binding)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Shape {
+    batch: usize,
+    size: LatentSize,
+    n_text: usize,
+}
+
+impl Transformer {
+    pub fn open(pipeline: &Pipeline, options: &Options) -> Result<Self> {
+        let model = open(pipeline, TRANSFORMER, options)?;
+        let known = ["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"];
+        let known = known.iter().chain(&["img_ids", "txt_ids", "guidance"]);
+        for port in model.inputs() {
+            ensure!(
+                known.clone().any(|name| *name == port.name),
+                "{}: input {port} is not one that Optimum's export of a FLUX transformer has",
+                model.path().display()
+            );
+        }
+        Ok(Self { model, bound: None })
+    }
+
+    /// Type of its states, as the output names it.
+    pub fn precision(&self) -> String {
+        let port = self.model.inputs().iter().find(|port| port.name == "hidden_states");
+        port.map_or_else(String::new, |port| port.element.to_string())
+    }
+
+    /// This network for images of one size with a condition each, and with guidance scales where the
+    /// model embeds guidance.
+    pub fn conditioned(
+        &mut self,
+        size: &LatentSize,
+        conditions: &[Arc<Condition>],
+        guidance: &[f32],
+        cancel: &Cancel,
+    ) -> Result<Conditioned<'_>> {
+        let (batch, n_text) = (conditions.len(), conditions[0].n_text);
+        let shape = Shape { batch, size: *size, n_text };
+        let all = |of: fn(&Condition) -> &Vec<f32>| {
+            Data::F32(conditions.iter().flat_map(|condition| of(condition)).copied().collect())
+        };
+        let fixed = [
+            ("encoder_hidden_states", all(|condition| &condition.tokens)),
+            ("pooled_projections", all(|condition| &condition.pooled)),
+            ("guidance", Data::F32(guidance.to_vec())),
+        ];
+        let takes = |name: &str| self.model.inputs().iter().any(|port| port.name == name);
+        let mut fixed: Vec<(&str, Data)> =
+            fixed.into_iter().filter(|(name, _)| takes(name)).collect();
+        if self.bound.as_ref().is_none_or(|(bound, _)| *bound != shape) {
+            self.bound = Some((shape, self.bind(shape, &fixed)?));
+            fixed.clear();
+        }
+        let (_, binding) = self.bound.as_mut().context("just bound")?;
+        for (name, data) in &fixed {
+            binding.set(name, data)?;
+        }
+        let states = Data::F32(Vec::new());
+        Ok(Conditioned { model: &mut self.model, binding, states, batch, cancel: cancel.clone() })
+    }
+
+    fn bind(&self, shape: Shape, fixed: &[(&str, Data)]) -> Result<Binding> {
+        let Shape { batch, size, n_text } = shape;
+        let n_states = [batch, size.tokens(), size.token_width()];
+        let mut inputs = vec![
+            ("hidden_states", Tensor::f32(n_states, vec![0.0; n_states.iter().product()])?),
+            ("timestep", Tensor::f32([batch], vec![0.0; batch])?),
+            ("img_ids", self.ids("img_ids", batch, &image_ids(size.rows(), size.columns()))?),
+            ("txt_ids", self.ids("txt_ids", batch, &vec![0.0; 3 * n_text])?),
+        ];
+        for (name, data) in fixed {
+            let Data::F32(values) = data else { bail!("{name} is no float") };
+            let width = values.len() / batch;
+            let dims = match *name {
+                "encoder_hidden_states" => vec![batch, n_text, width / n_text],
+                "pooled_projections" => vec![batch, width],
+                _ => vec![batch],
+            };
+            inputs.push((name, Tensor::f32(dims, values.clone())?));
+        }
+        let inputs: Vec<(&str, &Tensor)> = inputs.iter().map(|(n, tensor)| (*n, tensor)).collect();
+        self.model.bind(&inputs, ("out_hidden_states", &n_states))
+    }
+
+    /// Position ids with the axes and the type that the graph asks for: pipelines before diffusers
+    /// 0.31 repeated them over the batch.
+    fn ids(&self, name: &str, batch: usize, ids: &[f32]) -> Result<Tensor> {
+        let port = self.model.inputs().iter().find(|port| port.name == name);
+        let port = port.with_context(|| {
+            format!("{}: input `{name}` is missing", self.model.path().display())
+        })?;
+        let (shape, ids) = match port.shape.len() {
+            3 => (vec![batch, ids.len() / 3, 3], ids.repeat(batch)),
+            _ => (vec![ids.len() / 3, 3], ids.to_vec()),
+        };
+        if matches!(port.element, ElementType::I64 | ElementType::I32) {
+            return Tensor::i64(shape, ids.into_iter().map(|id| id as i64).collect());
+        }
+        Tensor::f32(shape, ids)
+    }
+}
+
+/// A [`Transformer`] with prompts; its states are packed latents `[B, S, C]`.
+pub struct Conditioned<'a> {
+    model: &'a mut Model,
+    binding: &'a mut Binding,
+    states: Data,
+    batch: usize,
+    cancel: Cancel,
+}
+
+impl Denoiser for Conditioned<'_> {
+    fn velocity(&mut self, x_t: &[f32], t: f64, v_t: &mut [f32]) -> Result<()> {
+        if let Data::F32(states) = &mut self.states {
+            states.clear();
+            states.extend_from_slice(x_t);
+        }
+        self.binding.set("hidden_states", &self.states)?;
+        self.binding.set("timestep", &Data::F32(vec![t as f32; self.batch]))?;
+        self.model.run_bound(self.binding, &self.cancel)?;
+        self.binding.read(v_t)
+    }
+}
+
+/// The autoencoder's second half.
+pub struct Decoder {
+    model: Model,
+    config: VaeConfig,
+}
+
+impl Decoder {
+    pub fn open(pipeline: &Pipeline, options: &Options) -> Result<Self> {
+        Ok(Self { model: open(pipeline, VAE_DECODER, options)?, config: pipeline.vae.clone() })
+    }
+
+    /// The image of `latents` `[Z, h, w]` as the flow has them: scaled and shifted. A large one is
+    /// decoded in tiles.
+    pub fn decode(
+        &mut self,
+        latents: &[f32],
+        size: &LatentSize,
+        cancel: &Cancel,
+    ) -> Result<Picture> {
+        let factor = self.config.factor();
+        let pixels =
+            tiles::decode(latents, size, factor, |part, size| self.pixels(part, size, cancel))?;
+        Picture::from_sample(&pixels, size.width * factor, size.height * factor)
+    }
+
+    /// Pixels `[3, f·h, f·w]` of a part.
+    fn pixels(&mut self, latents: &[f32], size: &LatentSize, cancel: &Cancel) -> Result<Vec<f32>> {
+        let unscale = |z: &f32| self.config.unscaled(f64::from(*z)) as f32;
+        let unscaled = latents.iter().map(unscale).collect();
+        let latent_sample = Tensor::f32([1, size.channels, size.height, size.width], unscaled)?;
+        let sample = run(&mut self.model, ("latent_sample", &latent_sample), "sample", cancel)?;
+        let factor = self.config.factor();
+        let (width, height) = (size.width * factor, size.height * factor);
+        ensure!(
+            sample.shape == [1, 3, height, width],
+            "{}: the image has shape {:?}, not [1, 3, {height}, {width}]",
+            self.model.path().display(),
+            sample.shape
+        );
+        sample.into_f32()
+    }
+}
+
+/// The autoencoder's first half.
+pub struct Encoder {
+    model: Model,
+    config: VaeConfig,
+}
+
+impl Encoder {
+    pub fn open(pipeline: &Pipeline, options: &Options) -> Result<Self> {
+        Ok(Self { model: open(pipeline, VAE_ENCODER, options)?, config: pipeline.vae.clone() })
+    }
+
+    /// The latents `[Z, h, w]` of an image as the flow has them: the mean of what the encoder gives.
+    pub fn encode(&mut self, picture: &Picture, cancel: &Cancel) -> Result<Vec<f32>> {
+        let sample = Tensor::f32([1, 3, picture.height, picture.width], picture.to_sample())?;
+        let output =
+            self.model.outputs().first().context("the encoder has no output")?.name.clone();
+        let moments = run(&mut self.model, ("sample", &sample), &output, cancel)?;
+        let n = self.config.latent_channels * picture.width * picture.height
+            / self.config.factor().pow(2);
+        let mut z = moments.into_f32()?;
+        ensure!(z.len() >= n, "{}: too few latents", self.model.path().display());
+        z.truncate(n);
+        let scale = |z: f32| self.config.scaled(f64::from(z)) as f32;
+        Ok(z.into_iter().map(scale).collect())
+    }
+}
+
+/// Opens graphs at the same time.
+fn side_by_side<const N: usize>(
+    components: [&str; N],
+    pipeline: &Pipeline,
+    options: &Options,
+) -> Result<[Model; N]> {
+    std::thread::scope(|scope| {
+        let opened = components.map(|name| scope.spawn(move || open(pipeline, name, options)));
+        let opened = opened
+            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        let opened: Vec<Model> = opened.into_iter().collect::<Result<_>>()?;
+        opened.try_into().map_err(|_| anyhow::anyhow!("as many as were asked for"))
+    })
+}
+
+fn open(pipeline: &Pipeline, component: &str, options: &Options) -> Result<Model> {
+    let profile = options.provider.builds_engines().then(|| options.profile.clone()).flatten();
+    Model::open(graph_file(&pipeline.dir, component), &Options { profile, ..options.clone() })
+}
+
+/// One output of one run, checked to be finite.
+fn run(model: &mut Model, input: (&str, &Tensor), output: &str, cancel: &Cancel) -> Result<Tensor> {
+    let tensors = model.run_until(&[input], &[output], cancel)?;
+    let tensor = tensors.into_iter().next().context("the run has no output")?;
+    ensure!(
+        tensor.as_f32()?.iter().all(|value| value.is_finite()),
+        "{}: output {output} is not finite",
+        model.path().display()
+    );
+    Ok(tensor)
+}

@@ -1,0 +1,232 @@
+//! What is to be made: the arguments checked against the model, every default resolved.
+
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use flow::{
+    checkpoint::Weights,
+    prompts::{self, Prompt},
+    solver::Solver,
+    usage::Usage,
+};
+
+use crate::{
+    args::{EngineArgs, Generate, ImageArgs},
+    engine::{self, MEMORIES},
+    export::{Export, random_seed},
+    outputs,
+    picture::Picture,
+    request::{GivenNoise, Job, Request},
+    settings,
+    sheet::Layout,
+};
+
+/// Most images in one run.
+const MAX_IMAGES: usize = 1_000_000;
+
+/// A run, ready to start.
+pub struct Run {
+    pub export: Arc<Export>,
+    pub options: engine::Options,
+    /// In the order they are made: all images of a prompt, then those of the next.
+    pub images: Vec<Image>,
+    pub latents_file: Option<PathBuf>,
+    pub sheet: Option<(PathBuf, Layout)>,
+    /// Whether pictures carry prompt and settings.
+    pub metadata: bool,
+    pub json: bool,
+    /// What a person should know before it starts, a sentence each.
+    pub notices: Vec<String>,
+}
+
+/// One image to make.
+pub struct Image {
+    pub file: PathBuf,
+    pub job: Job,
+}
+
+impl Run {
+    /// Reads the model's configs and everything else that `args` names, and makes sure that the
+    /// results can be written, before any network is loaded.
+    ///
+    /// # Errors
+    /// [`Usage`] when the arguments themselves are wrong, otherwise what is wrong with which file.
+    pub fn new(args: &Generate) -> Result<Self> {
+        let (folder, options) = engine_options(&args.engine)?;
+        let export = Arc::new(Export::open(&folder, options.text_tokens)?);
+        let (prompts, mut notices) = prompts(args)?;
+        let base = request(&args.image)?;
+        let count = args.count as usize;
+        let n_images = prompts.len() * count;
+        if n_images > MAX_IMAGES {
+            bail!(usage(format!("{n_images} images are above the limit of {MAX_IMAGES} a run")));
+        }
+        let files = outputs::image_files(&args.out, n_images).map_err(usage)?;
+        let mut files = files.into_iter();
+        let mut images = Vec::with_capacity(n_images);
+        for prompt in &prompts {
+            let request = settings::of_prompt(prompt, &base)?;
+            let first = request.seed.unwrap_or_else(random_seed);
+            if first.checked_add(count as u64 - 1).is_none() {
+                bail!(usage(format!("--seed {first} + {count} images passes the largest seed")));
+            }
+            for (seed, file) in (first..=u64::MAX).zip(files.by_ref().take(count)) {
+                let request = Request { seed: Some(seed), ..request.clone() };
+                images.push(Image { file, job: export.job(request).map_err(Usage::from)? });
+            }
+        }
+        let cut = images.iter().step_by(count).flat_map(|image| &image.job.notices);
+        notices.extend(cut.cloned());
+        notices.dedup();
+        if let Some(path) = &args.noise {
+            give_noise(path, &mut images)?;
+        }
+        let run = Self {
+            sheet: sheet(args, &images, prompts.len())?,
+            export,
+            options,
+            images,
+            latents_file: args.latents_out.clone(),
+            metadata: !args.no_metadata,
+            json: args.json,
+            notices,
+        };
+        run.check_outputs()?;
+        Ok(run)
+    }
+
+    fn check_outputs(&self) -> Result<()> {
+        let mut seen = HashSet::new();
+        let files = self.images.iter().map(|image| image.file.as_path());
+        let others = self.latents_file.as_deref().into_iter();
+        for file in files.chain(others).chain(self.sheet.iter().map(|(file, _)| file.as_path())) {
+            if !seen.insert(file) {
+                bail!(usage(format!("{} would be written twice", file.display())));
+            }
+            ensure!(!file.is_dir(), "cannot write {}: it is a folder", file.display());
+        }
+        let folders: HashSet<&Path> = seen.into_iter().map(outputs::parent).collect();
+        folders.into_iter().try_for_each(outputs::check_writable)
+    }
+}
+
+/// The model's folder and how its networks run.
+///
+/// # Errors
+/// [`Usage`] for what is missing or unknown.
+pub fn engine_options(args: &EngineArgs) -> Result<(PathBuf, engine::Options)> {
+    let folder = args.model.clone().with_context(|| usage("--model is missing"))?;
+    let provider = onnx::Provider::by_name(&args.provider)
+        .with_context(|| usage(format!("--provider {} is not known", args.provider)))?;
+    let memory = MEMORIES.iter().find(|(name, _)| *name == args.memory);
+    let (_, memory) =
+        memory.with_context(|| usage(format!("--memory {} is not known", args.memory)))?;
+    let defaults = engine::Options::default();
+    let options = engine::Options {
+        text_tokens: args.max_sequence_length,
+        threads: args.threads.map_or(defaults.threads, usize::from),
+        provider,
+        device: usize::from(args.device),
+        memory: *memory,
+        engines: args.engines.clone(),
+    };
+    Ok((folder, options))
+}
+
+/// What was typed for every image.
+///
+/// # Errors
+/// [`Usage`] for a seed or solver that is none, or what is wrong with the initial picture.
+pub fn request(args: &ImageArgs) -> Result<Request> {
+    let solver = Solver::by_name(&args.solver)
+        .with_context(|| usage(format!("--solver {} is not known", args.solver)))?;
+    let init = args.init.as_deref().map(Picture::open).transpose()?;
+    Ok(Request {
+        prompt: String::new(),
+        width: args.width.map(|pixels| pixels as usize),
+        height: args.height.map(|pixels| pixels as usize),
+        steps: Some(args.steps as usize),
+        seed: settings::seed(&args.seed).map_err(|why| usage(format!("--seed {why}")))?,
+        solver: Some(solver),
+        guidance: args.guidance,
+        shift: args.shift,
+        init: init.map(Arc::new),
+        strength: args.strength,
+        noise: None,
+        skip: args.skip,
+    })
+}
+
+/// A mistake in what was typed.
+pub(crate) fn usage(message: impl Into<String>) -> Usage {
+    Usage(message.into())
+}
+
+/// The prompts, and what of their file is not used.
+fn prompts(args: &Generate) -> Result<(Vec<Prompt>, Vec<String>)> {
+    match (&args.prompt, &args.prompts) {
+        (Some(prompt), _) => Ok((vec![Prompt::new(prompt)], Vec::new())),
+        (None, Some(file)) => {
+            let prompts = prompts::read(file)?;
+            let unused = settings::unused(&prompts);
+            let notice = (!unused.is_empty()).then(|| {
+                format!("{}: {} are no settings of an image", file.display(), unused.join(", "))
+            });
+            Ok((prompts, notice.into_iter().collect()))
+        }
+        (None, None) => bail!(usage("a prompt is missing: give --prompt or --prompts")),
+    }
+}
+
+/// Gives each image its noise from a file, or all the same.
+fn give_noise(path: &Path, images: &mut [Image]) -> Result<()> {
+    let size = images[0].job.size;
+    let file = Weights::open_file(path).context("cannot read the noise")?;
+    let place = || format!("{}: tensor latents", path.display());
+    let view = file.get("latents").with_context(|| format!("{} is missing", place()))?;
+    let expected = [size.channels, size.height, size.width];
+    ensure!(
+        view.shape.len() == 4 && view.shape[1..] == expected,
+        "{} has shape {:?}, not [N, {}, {}, {}]",
+        place(),
+        view.shape,
+        size.channels,
+        size.height,
+        size.width
+    );
+    let (n_given, n_images) = (view.shape[0], images.len());
+    ensure!(
+        n_given == 1 || n_given == n_images,
+        "{} holds noise for {n_given} images; give 1 or {n_images}",
+        place()
+    );
+    let values = file.f32("latents")?;
+    ensure!(values.iter().all(|value| value.is_finite()), "{} is not finite", place());
+    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+    let rows = values.chunks_exact(size.len());
+    let given = rows.map(|row| Arc::new(GivenNoise { name: name.clone(), latents: row.to_vec() }));
+    let given: Vec<Arc<GivenNoise>> = given.collect();
+    for (index, image) in images.iter_mut().enumerate() {
+        ensure!(image.job.size == size, "--noise is for images of one size");
+        image.job.noise = Some(given[index % given.len()].clone());
+    }
+    Ok(())
+}
+
+fn sheet(args: &Generate, images: &[Image], n_prompts: usize) -> Result<Option<(PathBuf, Layout)>> {
+    let Some(file) = args.sheet.clone() else { return Ok(None) };
+    if !outputs::is_png(&file) {
+        bail!(usage(format!("--sheet {}: a sheet is a PNG; end its name in .png", file.display())));
+    }
+    let (width, height) = (images[0].job.width, images[0].job.height);
+    if images.iter().any(|image| (image.job.width, image.job.height) != (width, height)) {
+        bail!(usage("--sheet is for images of one size"));
+    }
+    let layout = Layout::new(n_prompts, args.count as usize, width, height)
+        .map_err(|error| usage(error.to_string()))?;
+    Ok(Some((file, layout)))
+}
