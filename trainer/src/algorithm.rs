@@ -1,8 +1,8 @@
 //! Algorithms behind one loop. Each says how it rolls out, what of that trains, and its objective at one
 //! transition; rewards, advantages, optimiser, checkpoints and metrics are everybody's.
 //!
-//! `algorithm = "…"` in a preset names one of [`ALGORITHMS`]: a method, and the settings its authors
-//! publish, which everything a preset says itself goes before.
+//! `algorithm = "…"` in a preset names one of [`all`]: a method, and the settings its authors publish, which
+//! everything a preset says itself goes before.
 
 pub mod branch;
 #[cfg(test)]
@@ -13,64 +13,198 @@ pub mod nft;
 pub mod sde;
 pub mod window;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, ensure};
 use flow::schedule::Grid;
+use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 pub(crate) use self::copies::Copies;
-use crate::align::AlignConfig;
-use crate::engine::Condition;
-use crate::experience::Experience;
-use crate::model::Model;
-use crate::parameters::Parameters;
-use crate::rollout::Rollout;
-use crate::seeds::{Use, family};
+use crate::group::GroupConfig;
+use crate::group::experience::Experience;
+use crate::group::rollout::Rollout;
+use crate::group::seeds::{Use, family};
+use crate::network::condition::Condition;
+use crate::network::model::Model;
+use crate::tensor::parameters::Parameters;
 
-/// What distinguishes algorithms that settings cannot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Method {
-    /// Neighbor GRPO: [`neighbor`].
-    Neighbor,
-    /// GRPO on transitions of an SDE: [`sde`].
-    Sde,
-    /// The same on a tree of trajectories: [`branch`].
-    Branch,
-    /// Forward-process contrast: [`nft`].
-    Nft,
+/// Name and published settings of an algorithm.
+pub type Published = (&'static str, &'static str);
+
+/// [`Published`] settings by name, from the folder of the algorithms.
+macro_rules! published {
+    ($($name:literal),*) => {
+        &[$(($name, include_str!(concat!("../../algorithms/", $name, ".toml")))),*]
+    };
 }
+use published;
 
-macro_rules! algorithms {
-    ($($name:literal: $method:ident),* $(,)?) => {
-        [$(($name, Method::$method, include_str!(concat!("../algorithms/", $name, ".toml")))),*]
+macro_rules! methods {
+    ($($(#[$doc:meta])* $name:ident: $config:ty),* $(,)?) => {
+        /// The settings of every method.
+        #[derive(Clone, Debug, Deserialize, Serialize)]
+        pub struct Methods {
+            $($(#[$doc])* #[serde(default)] pub(crate) $name: $config,)*
+        }
+
+        /// What every method is published as.
+        const PUBLISHED: &[(&str, &[Published])] = &[$((stringify!($name), <$config>::PUBLISHED)),*];
+
+        impl Methods {
+            fn get(&self, name: &str) -> &dyn Method {
+                match name {
+                    $(stringify!($name) => &self.$name,)*
+                    _ => unreachable!("{name} is a method"),
+                }
+            }
+        }
     };
 }
 
-/// Name, method and published settings of every algorithm.
-pub const ALGORITHMS: [(&str, Method, &str); 12] = algorithms![
-    "neighbor": Neighbor,
-    "neighbor-paper-literal": Neighbor,
-    "neighbor-sde-matched": Neighbor,
-    "neighbor-ar-copo": Neighbor,
-    "dance-grpo": Sde,
-    "flow-grpo": Sde,
-    "flow-grpo-fast": Sde,
-    "mix-grpo": Sde,
-    "mix-grpo-flash": Sde,
-    "mix-grpo-flash-star": Sde,
-    "branch-grpo": Branch,
-    "diffusion-nft": Nft,
-];
+// A method is a line here, and its file.
+methods! {
+    /// The surrogate policy of Neighbor GRPO.
+    neighbor: neighbor::NeighborConfig,
+    /// The stochastic steps of DanceGRPO, Flow-GRPO, MixGRPO and BranchGRPO.
+    sde: sde::SdeConfig,
+    /// The tree of BranchGRPO.
+    branch: branch::BranchConfig,
+    /// The contrast of DiffusionNFT.
+    nft: nft::NftConfig,
+}
 
-/// The method and the published settings of the algorithm called `name`.
+/// Name and published settings of every algorithm.
+pub fn all() -> impl Iterator<Item = Published> {
+    PUBLISHED.iter().flat_map(|(_, published)| *published).copied()
+}
+
+/// The published settings of the algorithm called `name`.
 ///
 /// # Errors
 /// When there is none; lists those there are.
-pub fn named(name: &str) -> Result<(Method, &'static str)> {
-    let found = ALGORITHMS.iter().find(|(known, ..)| *known == name);
-    found.map(|&(_, method, settings)| (method, settings)).ok_or_else(|| {
-        let known: Vec<&str> = ALGORITHMS.iter().map(|(known, ..)| *known).collect();
+pub fn named(name: &str) -> Result<&'static str> {
+    all().find(|(known, _)| *known == name).map(|(_, settings)| settings).ok_or_else(|| {
+        let known: Vec<&str> = all().map(|(known, _)| known).collect();
         anyhow!("unknown algorithm {name:?}: {} are possible", known.join(", "))
     })
+}
+
+/// What learns, and what of a group it learns from.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct TrainingConfig {
+    /// One of [`all`]: what learns, with its published settings.
+    #[serde(default = "neighbor")]
+    pub algorithm: String,
+    /// Members of a group that train, B: 4 anchors of Neighbor GRPO, everybody of the others. Where an
+    /// SDE method trains fewer, they are the best and the worst.
+    #[serde(default)]
+    pub anchors: Option<usize>,
+    /// Optimiser steps an iteration; B of them is Algorithm 1. Steps of Neighbor GRPO over one group share its
+    /// rewards' noise: where much is clipped, take fewer, or a lower rate.
+    #[serde(default)]
+    pub updates: Option<usize>,
+    /// Trained transitions of a member, K; without it, the fraction below.
+    #[serde(default)]
+    pub train_steps: Option<usize>,
+    /// K as a fraction of all transitions but the last.
+    #[serde(default = "timestep_fraction")]
+    pub timestep_fraction: f64,
+}
+
+fn neighbor() -> String {
+    "neighbor".to_owned()
+}
+fn timestep_fraction() -> f64 {
+    0.6
+}
+
+/// What an algorithm is made with, beside its own settings.
+#[derive(Clone, Copy)]
+pub(crate) struct Setting<'a> {
+    pub(crate) group: &'a GroupConfig,
+    pub(crate) methods: &'a Methods,
+    method: &'a dyn Method,
+    /// Members of a group that train, B.
+    pub(crate) n_anchors: usize,
+    /// Optimiser steps an iteration.
+    pub(crate) n_updates: usize,
+    /// Trained transitions of a member, K.
+    pub(crate) n_train_steps: usize,
+}
+
+impl<'a> Setting<'a> {
+    /// # Errors
+    /// When the algorithm is unknown.
+    pub(crate) fn new(
+        group: &'a GroupConfig,
+        training: &TrainingConfig,
+        methods: &'a Methods,
+    ) -> Result<Self> {
+        named(&training.algorithm)?;
+        let is_of = |(_, published): &&(&str, &[Published])| {
+            published.iter().any(|(name, _)| *name == training.algorithm)
+        };
+        let (name, _) = PUBLISHED.iter().find(is_of).expect("it is published");
+        let method = methods.get(name);
+        let n_anchors = training.anchors.unwrap_or_else(|| method.n_anchors(group.group_size));
+        let possible = (group.rollout.steps - 1) as f64;
+        let k = training.train_steps;
+        Ok(Self {
+            group,
+            methods,
+            method,
+            n_anchors,
+            n_updates: training.updates.unwrap_or(n_anchors),
+            n_train_steps: k.unwrap_or((possible * training.timestep_fraction) as usize),
+        })
+    }
+
+    pub(crate) fn validate(&self) -> Result<()> {
+        let (k, possible) = (self.n_train_steps, self.group.rollout.steps - 1);
+        ensure!((1..=possible).contains(&k), "train_steps = {k}: from 1 to {possible}");
+        let (b, n, g) = (self.n_anchors, self.n_updates, self.group.group_size);
+        ensure!((1..=g).contains(&b), "anchors = {b}: from 1 to group_size = {g}");
+        ensure!((1..=b).contains(&n), "updates = {n}: from 1 to anchors = {b}");
+        self.method.validate(self)
+    }
+
+    /// The algorithm, on the time grids of `grid`.
+    pub(crate) fn open(self, grid: Grid) -> Box<dyn Algorithm + 'a> {
+        self.method.open(self, grid)
+    }
+
+    /// [`Method::feels_rounding`].
+    pub(crate) fn feels_rounding(&self) -> bool {
+        self.method.feels_rounding()
+    }
+
+    /// [`Method::warning`].
+    pub(crate) fn warning(&self) -> Option<&'static str> {
+        self.method.warning()
+    }
+}
+
+/// The settings that distinguish algorithms of one kind. Their constant `PUBLISHED` names those algorithms.
+pub(crate) trait Method {
+    /// B of a group of `group_size`, unless told otherwise.
+    fn n_anchors(&self, group_size: usize) -> usize {
+        group_size
+    }
+
+    /// Refuses settings that are out of range, or contradict `setting`.
+    fn validate(&self, setting: &Setting<'_>) -> Result<()>;
+
+    /// The algorithm of these settings, on the time grids of `grid`.
+    fn open<'a>(&'a self, setting: Setting<'a>, grid: Grid) -> Box<dyn Algorithm + 'a>;
+
+    /// Whether ratios feel the last bits of a velocity, so that rollouts must round as updates do.
+    fn feels_rounding(&self) -> bool {
+        false
+    }
+
+    /// What a person should know who chose this.
+    fn warning(&self) -> Option<&'static str> {
+        None
+    }
 }
 
 /// One transition that trains.
@@ -171,30 +305,24 @@ pub(crate) trait Algorithm {
     }
 }
 
-/// The algorithm of `config`, on time grids bent by `shift`.
-pub(crate) fn open(config: &AlignConfig, grid: Grid) -> Box<dyn Algorithm + '_> {
-    match config.method() {
-        Method::Neighbor => Box::new(neighbor::Neighbor::new(config, grid)),
-        Method::Sde => Box::new(sde::Policy::new(config, grid)),
-        Method::Branch => Box::new(branch::Branch::new(config, grid)),
-        Method::Nft => Box::new(nft::Nft::new(config, grid)),
-    }
-}
-
-/// Network passes an image, mean of the run: forward alone, in rollout and updates; forward and backward.
+/// Network passes an image in groups of `group_size`, mean of `iterations`: forward alone, in rollout and
+/// updates; forward and backward.
 ///
 /// # Errors
 /// When the solver is unknown or the grid cannot be made.
-pub(crate) fn nfe(config: &AlignConfig, grid: Grid) -> Result<[f64; 2]> {
-    let algorithm = open(config, grid);
-    let (group_size, mut sum) = (config.group_size as f64, [0.0; 2]);
-    for iteration in 0..config.iterations {
+pub(crate) fn nfe(
+    algorithm: &dyn Algorithm,
+    group_size: usize,
+    iterations: usize,
+) -> Result<[f64; 2]> {
+    let mut sum = [0.0; 2];
+    for iteration in 0..iterations {
         let rollout = algorithm.rollout(iteration)?;
-        let trained = algorithm.n_trained(&rollout) as f64 / group_size;
-        sum[0] += rollout.nfe(config.group_size) + algorithm.n_references() as f64 * trained;
+        let trained = algorithm.n_trained(&rollout) as f64 / group_size as f64;
+        sum[0] += rollout.nfe(group_size) + algorithm.n_references() as f64 * trained;
         sum[1] += trained;
     }
-    Ok(sum.map(|total| total / config.iterations as f64))
+    Ok(sum.map(|total| total / iterations as f64))
 }
 
 /// The `index`-th of `n` parts of `all`, as even as can be.
@@ -205,13 +333,13 @@ pub(crate) fn part<T>(all: &[T], n: usize, index: usize) -> &[T] {
 /// For each optimiser step, its part of the `members` of every live group, each with `k` of `calls` drawn for
 /// it.
 pub(crate) fn drawn(
-    config: &AlignConfig,
+    setting: &Setting<'_>,
     experience: &Experience,
     calls: &[usize],
     k: usize,
     members: impl Fn(usize) -> Vec<usize>,
 ) -> Vec<Vec<Item>> {
-    let (n, steps) = (config.n_updates(), family(config.seed, Use::Steps));
+    let (n, steps) = (setting.n_updates, family(setting.group.seed, Use::Steps));
     let items = |group: usize, member: usize| {
         let chosen = steps.choose(experience.stream(group, member), calls.len(), k);
         let advantage = experience.advantages[group].values[member];

@@ -5,13 +5,13 @@ use std::process::ExitCode;
 use clap::Parser;
 use flow::panics;
 use flow::usage::Usage;
-use trainer::args::Cli;
+use trainer::command::args::Cli;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let said = match panics::reported(|| trainer::run(&cli)) {
+    let said = match panics::reported(|| trainer::command::run(&cli)) {
         Ok(Ok(())) => return ExitCode::SUCCESS,
-        Ok(Err(error)) if error.is::<trainer::align::Stopped>() => return ExitCode::from(130),
+        Ok(Err(error)) if error.is::<trainer::run::align::Stopped>() => return ExitCode::from(130),
         Ok(Err(error)) if error.is::<Usage>() => {
             eprintln!("error: {error:#}");
             return ExitCode::from(2);

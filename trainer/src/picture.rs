@@ -1,4 +1,8 @@
-//! RGB images: written as PNG, read from PNG and JPEG.
+//! RGB images: written as PNG, read from PNG and JPEG, and what is drawn on them.
+
+pub mod font;
+pub mod plot;
+pub mod sheet;
 
 use std::{io::Cursor, path::Path};
 

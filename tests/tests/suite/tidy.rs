@@ -1,6 +1,6 @@
 //! The repository's own rules: which package knows which library, sizes, and that what is named exists.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -20,6 +20,10 @@ const LONG_FUNCTIONS: [(&str, &str); 0] = [];
 /// Folders of the packages.
 const PACKAGES: [&str; 9] =
     ["benches", "cluster", "exporter", "flow", "host", "onnx", "sampler", "tests", "trainer"];
+
+/// Rooms of the trainer from the ground up: each knows those before it, and none after it.
+const TRAINER: [&str; 9] =
+    ["picture", "data", "tensor", "network", "reward", "group", "algorithm", "run", "command"];
 
 /// Every package below `package` in the build, itself included.
 fn dependencies(package: &str) -> BTreeSet<String> {
@@ -174,9 +178,11 @@ fn function_lengths_are_counted() {
 
 #[test]
 fn every_preset_says_what_it_is_and_ships() {
-    for (kind, source) in [("presets", "config.rs"), ("algorithms", "algorithm.rs")] {
+    let of_trainer = sources().into_iter().filter(|file| file.starts_with("trainer/src"));
+    let program: String =
+        of_trainer.map(|file| fs::read_to_string(root().join(file)).unwrap()).collect();
+    for kind in ["presets", "algorithms"] {
         let folder = root().join("trainer").join(kind);
-        let program = fs::read_to_string(root().join("trainer/src").join(source)).unwrap();
         let files = files_below(&folder);
         assert!(!files.is_empty());
         for file in files {
@@ -189,6 +195,147 @@ fn every_preset_says_what_it_is_and_ships() {
             let ships = program.contains(&by_path) || program.contains(&by_name);
             assert!(ships, "{name} is not in the program");
         }
+    }
+}
+
+/// Which rooms of a package (a top module with all below it) name which others, outside of their tests.
+type Rooms = BTreeMap<String, BTreeSet<String>>;
+
+fn rooms(package: &str) -> Rooms {
+    let src = Path::new(package).join("src");
+    let files = sources().into_iter().filter_map(|file| {
+        let module = file.strip_prefix(&src).ok()?.with_extension("");
+        let mut module: Vec<String> =
+            module.iter().map(|part| part.to_string_lossy().into_owned()).collect();
+        module.pop_if(|last| last == "mod");
+        let is_root = module.len() == 1 && ["lib", "main", "launch"].contains(&&*module[0]);
+        (!is_root).then(|| (module, fs::read_to_string(root().join(file)).unwrap()))
+    });
+    rooms_of(&files.collect::<Vec<(Vec<String>, String)>>())
+}
+
+/// The rooms of modules, given by path and text.
+fn rooms_of(modules: &[(Vec<String>, String)]) -> Rooms {
+    let mut rooms: Rooms =
+        modules.iter().map(|(module, _)| (module[0].clone(), BTreeSet::new())).collect();
+    let names: BTreeSet<String> = rooms.keys().cloned().collect();
+    let for_tests: Vec<Vec<String>> = modules.iter().flat_map(test_modules).collect();
+    for (module, text) in modules {
+        if for_tests.iter().any(|tests| module.starts_with(tests)) {
+            continue;
+        }
+        let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+        let named = named_at_the_root(code, module.len()).into_iter();
+        let others = named.filter(|name| names.contains(name) && *name != module[0]);
+        rooms.get_mut(&module[0]).unwrap().extend(others);
+    }
+    rooms
+}
+
+/// Modules of their own files that `module` has for its tests.
+fn test_modules((module, text): &(Vec<String>, String)) -> Vec<Vec<String>> {
+    let after = text.split("#[cfg(test)]\n").skip(1);
+    let names = after.filter_map(|rest| {
+        let line = rest.lines().next()?;
+        line.trim_start_matches("pub(crate) ").strip_prefix("mod ")?.strip_suffix(';')
+    });
+    names.map(|name| [&module[..], &[name.to_owned()]].concat()).collect()
+}
+
+/// The first names of paths that start at the package's root, in a module `depth` below it.
+fn named_at_the_root(code: &str, depth: usize) -> Vec<String> {
+    let from_below = "super::".repeat(depth);
+    let starts = ["crate::", &from_below].into_iter().flat_map(|start| code.split(start).skip(1));
+    let is_name = |c: char| c.is_alphanumeric() || c == '_';
+    let name =
+        |path: &str| path.trim_start().split(|c| !is_name(c)).next().unwrap_or("").to_owned();
+    let mut names = Vec::new();
+    for rest in starts {
+        let Some(list) = rest.strip_prefix('{') else {
+            names.push(name(rest));
+            continue;
+        };
+        let (mut open, mut item) = (1, 0);
+        for (at, c) in list.char_indices() {
+            open = match c {
+                '{' => open + 1,
+                '}' => open - 1,
+                _ => open,
+            };
+            if open == 0 || (open == 1 && c == ',') {
+                names.push(name(&list[item..at]));
+                item = at + 1;
+            }
+            if open == 0 {
+                break;
+            }
+        }
+    }
+    names
+}
+
+/// A way round from a room to itself.
+fn circle(rooms: &Rooms) -> Option<Vec<&str>> {
+    // What knows nothing but what is already out cannot lie on a circle.
+    let mut left: BTreeSet<&str> = rooms.keys().map(String::as_str).collect();
+    let open = |room: &str, left: &BTreeSet<&str>| {
+        rooms[room].iter().find(|other| left.contains(other.as_str())).map(String::as_str)
+    };
+    while let Some(room) = left.iter().copied().find(|&room| open(room, &left).is_none()) {
+        left.remove(room);
+    }
+    let mut way = vec![*left.first()?];
+    loop {
+        let next = open(way[way.len() - 1], &left)?;
+        if let Some(start) = way.iter().position(|&room| room == next) {
+            return Some([&way[start..], &[next]].concat());
+        }
+        way.push(next);
+    }
+}
+
+#[test]
+fn no_room_knows_what_is_above_it() {
+    for package in PACKAGES {
+        let rooms = rooms(package);
+        let circle = circle(&rooms).map(|rooms| rooms.join(" → "));
+        assert_eq!(circle, None, "{package} has a circle of rooms");
+    }
+    let rooms = rooms("trainer");
+    let found: BTreeSet<&str> = rooms.keys().map(String::as_str).collect();
+    assert_eq!(found, BTreeSet::from(TRAINER), "name the trainer's rooms here, from the ground up");
+    for (floor, room) in TRAINER.iter().enumerate() {
+        for other in &rooms[*room] {
+            let is_below = TRAINER[..floor].contains(&other.as_str());
+            assert!(is_below, "trainer: {room} names {other}, which stands above it");
+        }
+    }
+    assert!(rooms["run"].contains("algorithm") && rooms["algorithm"].contains("group"));
+}
+
+#[test]
+fn circles_of_rooms_are_found() {
+    let module = |path: &str, text: &str| {
+        (path.split("::").map(str::to_owned).collect::<Vec<String>>(), text.to_owned())
+    };
+    let straight = [
+        module("a", "fn f() {}\n#[cfg(test)]\nmod tests {\n    use crate::b;\n}\n"),
+        module("a::deep", "use super::near;\n"),
+        module("b", "use crate::a::{deep, near};\n#[cfg(test)]\nmod cases;\n"),
+        module("b::cases", "use crate::c;\n"),
+        module("c", "use crate::{\n    a::{b, deep},\n    b,\n};\n"),
+    ];
+    let rooms = rooms_of(&straight);
+    assert_eq!(rooms["c"], BTreeSet::from(["a".to_owned(), "b".to_owned()]));
+    assert_eq!(circle(&rooms), None);
+    for text in [
+        "use crate::c::x;",
+        "use super::super::c;",
+        "fn f() { crate::c::x() }",
+        "use crate::{c, x};",
+    ] {
+        let rooms = rooms_of(&[&straight[..], &[module("a::new", text)]].concat());
+        assert_eq!(circle(&rooms).map(|way| way.len()), Some(3), "{text}");
     }
 }
 

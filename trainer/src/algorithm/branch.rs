@@ -11,15 +11,15 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::sde::Policy;
-use super::{Algorithm, Batch, Item, part};
-use crate::advantage::{Advantages, Scored};
-use crate::align::AlignConfig;
-use crate::engine::Condition;
-use crate::experience::{Experience, given};
-use crate::model::Model;
-use crate::parameters::Parameters;
-use crate::rollout::Rollout;
-use crate::seeds::{Use, family};
+use super::{Algorithm, Batch, Item, Method, Published, Setting, part, published};
+use crate::group::GroupConfig;
+use crate::group::advantage::{Advantages, Scored};
+use crate::group::experience::{Experience, given};
+use crate::group::rollout::Rollout;
+use crate::group::seeds::{Use, family};
+use crate::network::condition::Condition;
+use crate::network::model::Model;
+use crate::tensor::parameters::Parameters;
 
 /// How a node's reward comes from its children's.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
@@ -101,9 +101,43 @@ impl Default for BranchConfig {
     }
 }
 
+impl BranchConfig {
+    pub(super) const PUBLISHED: &[Published] = published!["branch-grpo"];
+}
+
+impl Method for BranchConfig {
+    fn validate(&self, setting: &Setting<'_>) -> Result<()> {
+        setting.methods.sde.validate(setting)?;
+        let config = setting.group;
+        let (splits, n_steps) = (self.splits(config), config.rollout.steps);
+        ensure!(
+            1usize.checked_shl(splits.len() as u32) == Some(config.group_size),
+            "branch.splits has {} steps: 2 to their number must be group_size = {}",
+            splits.len(),
+            config.group_size
+        );
+        ensure!(
+            splits.windows(2).all(|pair| pair[0] < pair[1])
+                && splits.last().is_some_and(|&last| last + 1 < n_steps),
+            "branch.splits = {splits:?}: rising, and below the last of rollout.steps = {n_steps}"
+        );
+        ensure!(self.split_noise > 0.0, "branch.split_noise = {}: above 0", self.split_noise);
+        ensure!(self.prune_interval > 0, "branch.prune_interval must be at least 1");
+        ensure!(!self.prune_depths.contains(&0), "branch.prune_depths: depths count from 1");
+        let share = self.prune_share;
+        ensure!(share > 0.0 && share <= 1.0, "branch.prune_share = {share}: in (0, 1]");
+        Ok(())
+    }
+
+    fn open<'a>(&'a self, setting: Setting<'a>, grid: Grid) -> Box<dyn Algorithm + 'a> {
+        Box::new(Branch::new(self, setting, grid))
+    }
+}
+
 /// `BranchGRPO`.
-pub(crate) struct Branch<'a> {
-    config: &'a AlignConfig,
+struct Branch<'a> {
+    setting: Setting<'a>,
+    config: &'a BranchConfig,
     policy: Policy<'a>,
     splits: Vec<usize>,
     last_split: usize,
@@ -118,10 +152,10 @@ struct Edge {
 }
 
 impl<'a> Branch<'a> {
-    pub(crate) fn new(config: &'a AlignConfig, grid: Grid) -> Self {
-        let splits = config.branch.splits(config);
+    fn new(config: &'a BranchConfig, setting: Setting<'a>, grid: Grid) -> Self {
+        let splits = config.splits(setting.group);
         let last_split = splits.last().copied().unwrap_or(0);
-        Self { config, policy: Policy::new(config, grid), splits, last_split }
+        Self { setting, config, policy: Policy::new(setting, grid), splits, last_split }
     }
 
     /// Advantages of the nodes at which each noisy step of `group` arrives.
@@ -131,12 +165,12 @@ impl<'a> Branch<'a> {
         let arrivals: Vec<usize> = widths[1..].to_vec();
         let edges: Vec<Option<Vec<f64>>> = (0..arrivals.len())
             .map(|step| {
-                let weighs = self.config.branch.fusion == Fusion::Probability;
+                let weighs = self.config.fusion == Fusion::Probability;
                 let splits = experience.rollout.splits.contains(&step);
                 (weighs && splits).then(|| self.log_probs(experience, group, step, arrivals[step]))
             })
             .collect();
-        let rewards = given(self.config, &experience.scores[group]);
+        let rewards = given(self.setting.group, &experience.scores[group]);
         let fused: Vec<Vec<Vec<f64>>> =
             rewards.iter().map(|reward| fuse(reward.scores, &arrivals, &edges)).collect();
         let at = |step: usize| {
@@ -152,7 +186,7 @@ impl<'a> Branch<'a> {
                     scores: &fused[step],
                 })
                 .collect();
-            self.config.advantage.of_group(width, &scored)
+            self.setting.group.advantage.of_group(width, &scored)
         };
         (0..arrivals.len()).map(at).collect()
     }
@@ -166,7 +200,7 @@ impl<'a> Branch<'a> {
         width: usize,
     ) -> Vec<f64> {
         let call = &experience.trajectory.calls[step];
-        let precision = self.config.sde.noise.precision(&call.step);
+        let precision = self.setting.methods.sde.noise.precision(&call.step);
         let arrived = experience.trajectory.arrived(step);
         let log_prob = |child: usize| {
             let member = child * experience.group_size / width;
@@ -180,7 +214,7 @@ impl<'a> Branch<'a> {
 
     /// Depths whose edges do not train in `iteration`.
     fn pruned(&self, iteration: usize) -> Vec<usize> {
-        let branch = &self.config.branch;
+        let branch = self.config;
         let first = branch.prune_depths.iter().min().copied().unwrap_or(0);
         let moved = (iteration / branch.prune_interval).min(first.saturating_sub(self.last_split));
         branch.prune_depths.iter().map(|depth| depth - moved).collect()
@@ -194,7 +228,7 @@ impl<'a> Branch<'a> {
             nodes.values.iter().enumerate().map(edge)
         });
         let deep: Vec<Edge> = edges.filter(|edge| !pruned.contains(&(edge.step + 1))).collect();
-        self.config.branch.narrow(deep, self.last_split)
+        self.config.narrow(deep, self.last_split)
     }
 }
 
@@ -220,28 +254,7 @@ fn fuse_pair(rewards: &[f64], log_probs: Option<&[f64]>, left: usize) -> f64 {
 }
 
 impl BranchConfig {
-    pub(crate) fn validate(&self, config: &AlignConfig) -> Result<()> {
-        let (splits, n_steps) = (self.splits(config), config.rollout.steps);
-        ensure!(
-            1usize.checked_shl(splits.len() as u32) == Some(config.group_size),
-            "branch.splits has {} steps: 2 to their number must be group_size = {}",
-            splits.len(),
-            config.group_size
-        );
-        ensure!(
-            splits.windows(2).all(|pair| pair[0] < pair[1])
-                && splits.last().is_some_and(|&last| last + 1 < n_steps),
-            "branch.splits = {splits:?}: rising, and below the last of rollout.steps = {n_steps}"
-        );
-        ensure!(self.split_noise > 0.0, "branch.split_noise = {}: above 0", self.split_noise);
-        ensure!(self.prune_interval > 0, "branch.prune_interval must be at least 1");
-        ensure!(!self.prune_depths.contains(&0), "branch.prune_depths: depths count from 1");
-        let share = self.prune_share;
-        ensure!(share > 0.0 && share <= 1.0, "branch.prune_share = {share}: in (0, 1]");
-        Ok(())
-    }
-
-    fn splits(&self, config: &AlignConfig) -> Vec<usize> {
+    fn splits(&self, config: &GroupConfig) -> Vec<usize> {
         let every = (3 * config.rollout.steps / 20).max(1);
         let evenly =
             || (0..config.group_size.ilog2() as usize).map(|index| index * every).collect();
@@ -278,12 +291,12 @@ impl BranchConfig {
 
 impl Algorithm for Branch<'_> {
     fn rollout(&self, _: usize) -> Result<Rollout> {
-        let (splits, split_noise) = (self.splits.clone(), self.config.branch.split_noise);
+        let (splits, split_noise) = (self.splits.clone(), self.config.split_noise);
         Ok(Rollout { splits, split_noise, ..self.policy.all_noisy()? })
     }
 
     fn updates(&self, experience: &Experience) -> Vec<Vec<Item>> {
-        let n = self.config.n_updates();
+        let n = self.setting.n_updates;
         let widths = experience.rollout.widths(experience.group_size);
         let trees: Vec<Vec<Item>> = experience
             .live()
@@ -292,7 +305,7 @@ impl Algorithm for Branch<'_> {
                 let advantages = self.advantages(experience, group);
                 let edges = self.edges(&advantages, experience.iteration);
                 let stream = experience.first_group + group as u64;
-                let order = family(self.config.seed, Use::Branches);
+                let order = family(self.setting.group.seed, Use::Branches);
                 let order = order.choose(stream, edges.len(), edges.len());
                 let item = |Edge { step, child, advantage }| {
                     let member = child * experience.group_size / widths[step + 1];
@@ -317,7 +330,7 @@ impl Algorithm for Branch<'_> {
     }
 
     fn n_trained(&self, rollout: &Rollout) -> usize {
-        let widths = rollout.widths(self.config.group_size);
+        let widths = rollout.widths(self.setting.group.group_size);
         let nodes = |&width: &usize| Advantages { values: vec![0.0; width], is_flat: false };
         self.edges(&widths[1..].iter().map(nodes).collect::<Vec<Advantages>>(), 0).len()
     }
@@ -336,9 +349,10 @@ mod tests {
     use flow::schedule::Shift;
 
     use super::*;
-    use crate::advantage::AdvantageConfig;
     use crate::algorithm::cases::cases;
-    use crate::config::{ALIGN_PRESETS, Source, read};
+    use crate::group::advantage::AdvantageConfig;
+    use crate::run::config::AlignConfig;
+    use crate::run::settings::{ALIGN_PRESETS, Source, read};
 
     #[test]
     fn rewards_fuse_from_leaves_to_root_and_depths_compare() {
@@ -368,6 +382,10 @@ mod tests {
         read(&Source::Preset("branch-grpo"), &ALIGN_PRESETS, &settings).unwrap()
     }
 
+    fn opened(config: &AlignConfig) -> Branch<'_> {
+        Branch::new(&config.methods.branch, config.setting().unwrap(), Shift::Factor(3.0).into())
+    }
+
     /// A tree of the preset's shape whose leaf i has advantage i.
     fn advantages(branch: &Branch<'_>) -> Vec<Advantages> {
         let widths = branch.rollout(0).unwrap().widths(16);
@@ -378,12 +396,12 @@ mod tests {
     #[test]
     fn every_edge_trains_unless_its_depth_is_pruned() {
         let whole = config(&[]);
-        let branch = Branch::new(&whole, Shift::Factor(3.0).into());
+        let branch = opened(&whole);
         assert_eq!(branch.splits, [0, 3, 6, 9]);
         // 2 nodes three times, 4, 8, and 16 ten times; the step to the image does not train.
         assert_eq!(branch.edges(&advantages(&branch), 0).len(), 3 * (2 + 4 + 8) + 16 * 10);
         let deep = config(&["branch.prune_depths=[15,16,17]"]);
-        let branch = Branch::new(&deep, Shift::Factor(3.0).into());
+        let branch = opened(&deep);
         assert_eq!(branch.pruned(29), [15, 16, 17]);
         assert_eq!(branch.pruned(60), [13, 14, 15]);
         assert_eq!(branch.pruned(100_000), [9, 10, 11]);
@@ -394,7 +412,7 @@ mod tests {
     fn width_is_pruned_after_the_last_split() {
         let late = |width: &str| {
             let config = config(&[width]);
-            let branch = Branch::new(&config, Shift::Factor(3.0).into());
+            let branch = opened(&config);
             let edges = branch.edges(&advantages(&branch), 0);
             edges.into_iter().filter(|edge| edge.step > 9).collect::<Vec<Edge>>()
         };

@@ -4,9 +4,9 @@ use anyhow::Result;
 use flow::checkpoint::{Entry, Weights};
 use tch::{Device, Tensor, no_grad};
 
-use crate::engine::Condition;
-use crate::model::Model;
-use crate::parameters::Parameters;
+use crate::network::condition::Condition;
+use crate::network::model::Model;
+use crate::tensor::parameters::Parameters;
 
 /// One flat tensor a segment.
 pub(crate) struct Copies(Vec<Tensor>);

@@ -16,14 +16,16 @@ use flow::schedule::Grid;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::{Algorithm, Batch, Copies, Item, Objective, drawn, numbers, stack};
-use crate::align::AlignConfig;
-use crate::engine::Condition;
-use crate::experience::Experience;
-use crate::model::Model;
-use crate::parameters::Parameters;
-use crate::rollout::{Rollout, Start};
-use crate::seeds::{Use, family};
+use super::{
+    Algorithm, Batch, Copies, Item, Method, Objective, Published, Setting, drawn, numbers,
+    published, stack,
+};
+use crate::group::experience::Experience;
+use crate::group::rollout::{Rollout, Start};
+use crate::group::seeds::{Use, family};
+use crate::network::condition::Condition;
+use crate::network::model::Model;
+use crate::tensor::parameters::Parameters;
 
 /// Settings of the contrast.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -81,30 +83,45 @@ impl Default for NftConfig {
 /// Least weight w of an error.
 const LEAST_WEIGHT: f64 = 1e-5;
 
+impl NftConfig {
+    pub(super) const PUBLISHED: &[Published] = published!["diffusion-nft"];
+}
+
+impl Method for NftConfig {
+    fn validate(&self, _: &Setting<'_>) -> Result<()> {
+        let Self { mix, limit, kl, decay_rate, decay_max, .. } = *self;
+        ensure!(mix > 0.0, "nft.mix = {mix}: above 0");
+        ensure!(limit > 0.0, "nft.limit = {limit}: above 0");
+        ensure!(kl >= 0.0, "nft.kl = {kl}: at least 0");
+        ensure!(decay_rate >= 0.0, "nft.decay_rate = {decay_rate}: at least 0");
+        ensure!((0.0..1.0).contains(&decay_max), "nft.decay_max = {decay_max}: from 0, below 1");
+        Ok(())
+    }
+
+    fn open<'a>(&'a self, setting: Setting<'a>, grid: Grid) -> Box<dyn Algorithm + 'a> {
+        Box::new(Nft { setting, config: self, grid, old: None, reference: None })
+    }
+}
+
 /// `DiffusionNFT`.
-pub(crate) struct Nft<'a> {
-    config: &'a AlignConfig,
+struct Nft<'a> {
+    setting: Setting<'a>,
+    config: &'a NftConfig,
     grid: Grid,
     /// The weights of `v_old`, and those that the run started from.
     old: Option<Copies>,
     reference: Option<Copies>,
 }
 
-impl<'a> Nft<'a> {
-    pub(crate) fn new(config: &'a AlignConfig, grid: Grid) -> Self {
-        Self { config, grid, old: None, reference: None }
-    }
-}
-
 impl Algorithm for Nft<'_> {
     fn rollout(&self, _: usize) -> Result<Rollout> {
-        Ok(Rollout::apart(Start::Independent, self.config.rollout.steps(self.grid)?))
+        Ok(Rollout::apart(Start::Independent, self.setting.group.rollout.steps(self.grid)?))
     }
 
     fn updates(&self, experience: &Experience) -> Vec<Vec<Item>> {
         let calls = experience.trajectory.transitions();
         let everybody = |_| (0..experience.group_size).collect();
-        drawn(self.config, experience, &calls, self.config.n_train_steps(), everybody)
+        drawn(&self.setting, experience, &calls, self.setting.n_train_steps, everybody)
     }
 
     fn batch<'b>(
@@ -117,7 +134,7 @@ impl Algorithm for Nft<'_> {
         let trajectory = &experience.trajectory;
         let x0 = stack(items, |item| experience.row(&trajectory.x0, item.group, item.member));
         let t = numbers(items, &x0, |item| trajectory.calls[item.call].step.t);
-        let noise = family(self.config.seed, Use::Forward);
+        let noise = family(self.setting.group.seed, Use::Forward);
         let eps: Vec<Vec<f32>> = items
             .iter()
             .map(|item| {
@@ -150,21 +167,21 @@ impl Algorithm for Nft<'_> {
             tensors: tensors.map(|(name, tensor)| (name, tensor.shallow_clone())).into(),
             x_in: x_t,
             t_in: t,
-            objective: Box::new(move |v| self.config.nft.objective(&contrast, v)),
+            objective: Box::new(move |v| self.config.objective(&contrast, v)),
         }
     }
 
     fn n_trained(&self, _: &Rollout) -> usize {
-        self.config.group_size * self.config.n_train_steps()
+        self.setting.group.group_size * self.setting.n_train_steps
     }
 
     fn n_references(&self) -> usize {
-        1 + usize::from(self.config.nft.kl > 0.0)
+        1 + usize::from(self.config.kl > 0.0)
     }
 
     fn begin(&mut self, trained: &Parameters) {
         self.old = Some(Copies::of(trained));
-        self.reference = (self.config.nft.kl > 0.0).then(|| Copies::of(trained));
+        self.reference = (self.config.kl > 0.0).then(|| Copies::of(trained));
     }
 
     fn behaviour(&self) -> Option<&Copies> {
@@ -173,7 +190,7 @@ impl Algorithm for Nft<'_> {
 
     fn finish(&self, trained: &Parameters, n_steps: i64) {
         if let Some(old) = &self.old {
-            old.follow(trained, self.config.nft.decay(n_steps));
+            old.follow(trained, self.config.decay(n_steps));
         }
     }
 }
@@ -194,16 +211,6 @@ struct Contrast {
 }
 
 impl NftConfig {
-    pub(crate) fn validate(&self) -> Result<()> {
-        let Self { mix, limit, kl, decay_rate, decay_max, .. } = *self;
-        ensure!(mix > 0.0, "nft.mix = {mix}: above 0");
-        ensure!(limit > 0.0, "nft.limit = {limit}: above 0");
-        ensure!(kl >= 0.0, "nft.kl = {kl}: at least 0");
-        ensure!(decay_rate >= 0.0, "nft.decay_rate = {decay_rate}: at least 0");
-        ensure!((0.0..1.0).contains(&decay_max), "nft.decay_max = {decay_max}: from 0, below 1");
-        Ok(())
-    }
-
     /// Share of v_old that the iteration keeps after which `n_steps` optimiser steps are made.
     fn decay(&self, n_steps: i64) -> f64 {
         (self.decay_rate * (n_steps - self.decay_from).max(0) as f64).min(self.decay_max)

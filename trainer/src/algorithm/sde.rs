@@ -22,13 +22,15 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::window::WindowConfig;
-use super::{Algorithm, Batch, Copies, Item, Objective, Ratio, drawn, numbers, stack};
-use crate::align::AlignConfig;
-use crate::engine::Condition;
-use crate::experience::Experience;
-use crate::model::Model;
-use crate::parameters::Parameters;
-use crate::rollout::{Rollout, Start};
+use super::{
+    Algorithm, Batch, Copies, Item, Method, Objective, Published, Ratio, Setting, drawn, numbers,
+    published, stack,
+};
+use crate::group::experience::Experience;
+use crate::group::rollout::{Rollout, Start};
+use crate::network::condition::Condition;
+use crate::network::model::Model;
+use crate::tensor::parameters::Parameters;
 
 /// Settings of methods that train on an SDE.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -89,29 +91,68 @@ impl Default for SdeConfig {
     }
 }
 
+impl SdeConfig {
+    pub(super) const PUBLISHED: &[Published] = published![
+        "dance-grpo",
+        "flow-grpo",
+        "flow-grpo-fast",
+        "mix-grpo",
+        "mix-grpo-flash",
+        "mix-grpo-flash-star"
+    ];
+}
+
+impl Method for SdeConfig {
+    fn validate(&self, setting: &Setting<'_>) -> Result<()> {
+        let Self { level, clip, kl, compress, .. } = *self;
+        ensure!(level > 0.0 && level.is_finite(), "sde.level = {level}: above 0");
+        ensure!(self.noise != Sde::Cps || level < 1.0, "sde.level = {level}: below 1 with cps");
+        ensure!(clip > 0.0 && clip < 1.0, "sde.clip = {clip}: in (0, 1)");
+        ensure!(kl >= 0.0, "sde.kl = {kl}: at least 0");
+        if let Some(share) = compress {
+            ensure!(share > 0.0 && share <= 1.0, "sde.compress = {share}: in (0, 1]");
+            ensure!(
+                self.window.is_some(),
+                "sde.compress: only steps after a window; add [sde.window]"
+            );
+        }
+        if let Some(window) = &self.window {
+            window.validate()?;
+            let n_steps = setting.group.rollout.steps;
+            ensure!(n_steps >= 3, "rollout.steps = {n_steps}: a window needs at least 3");
+        }
+        Ok(())
+    }
+
+    fn open<'a>(&'a self, setting: Setting<'a>, grid: Grid) -> Box<dyn Algorithm + 'a> {
+        Box::new(Policy::new(setting, grid))
+    }
+}
+
 /// GRPO on an SDE.
-pub(crate) struct Policy<'a> {
-    config: &'a AlignConfig,
+pub(super) struct Policy<'a> {
+    setting: Setting<'a>,
+    config: &'a SdeConfig,
     grid: Grid,
     reference: Option<Copies>,
 }
 
 impl<'a> Policy<'a> {
-    pub(crate) fn new(config: &'a AlignConfig, grid: Grid) -> Self {
-        Self { config, grid, reference: None }
+    pub(super) fn new(setting: Setting<'a>, grid: Grid) -> Self {
+        Self { setting, config: &setting.methods.sde, grid, reference: None }
     }
 
     /// [`Rollout::time`] and all noisy steps of a whole grid, from shared noise: what a tree grows on.
-    pub(crate) fn all_noisy(&self) -> Result<Rollout> {
-        let sde = &self.config.sde;
-        let schedule = Schedule::new(self.config.rollout.steps, self.grid)?;
+    pub(super) fn all_noisy(&self) -> Result<Rollout> {
+        let sde = self.config;
+        let schedule = Schedule::new(self.setting.group.rollout.steps, self.grid)?;
         let steps = plan(&schedule, (sde.noise, sde.level), &(0..schedule.n_steps()), false);
         Ok(Rollout { truncate: sde.truncate, ..Rollout::apart(Start::Shared, steps) })
     }
 
     /// Members that train: all, or the best and the worst where there are fewer.
     fn members(&self, experience: &Experience, group: usize) -> Vec<usize> {
-        let (n, kept) = (experience.group_size, self.config.n_anchors());
+        let (n, kept) = (experience.group_size, self.setting.n_anchors);
         let mut members: Vec<usize> = (0..n).collect();
         if kept < n {
             let values = &experience.advantages[group].values;
@@ -129,8 +170,9 @@ fn noisy(rollout: &Rollout) -> Vec<usize> {
 
 impl Algorithm for Policy<'_> {
     fn rollout(&self, iteration: usize) -> Result<Rollout> {
-        let (sde, n) = (&self.config.sde, self.config.rollout.steps);
-        let window = sde.window.as_ref().map(|window| window.at(iteration, n, self.config.seed));
+        let (sde, group) = (self.config, self.setting.group);
+        let n = group.rollout.steps;
+        let window = sde.window.as_ref().map(|window| window.at(iteration, n, group.seed));
         let kept = window.as_ref().map_or(n, |window| window.end);
         let schedule = match sde.compress {
             // The last window's step counts among those that are compressed, and so do both ends.
@@ -147,9 +189,9 @@ impl Algorithm for Policy<'_> {
     }
 
     fn updates(&self, experience: &Experience) -> Vec<Vec<Item>> {
-        let k = self.n_trained(&experience.rollout) / self.config.n_anchors();
+        let k = self.n_trained(&experience.rollout) / self.setting.n_anchors;
         let members = |group: usize| self.members(experience, group);
-        drawn(self.config, experience, &noisy(&experience.rollout), k, members)
+        drawn(&self.setting, experience, &noisy(&experience.rollout), k, members)
     }
 
     fn batch<'b>(
@@ -184,25 +226,25 @@ impl Algorithm for Policy<'_> {
             advantages,
             v_reference,
         };
-        let objective = Box::new(move |v: &Tensor| self.config.sde.objective(&transitions, v));
+        let objective = Box::new(move |v: &Tensor| self.config.objective(&transitions, v));
         Batch { x_in, t_in, objective, tensors }
     }
 
     fn n_trained(&self, rollout: &Rollout) -> usize {
         let noisy = noisy(rollout).len();
-        let k = match self.config.sde.window {
+        let k = match self.config.window {
             Some(_) => noisy,
-            None => self.config.n_train_steps().min(noisy),
+            None => self.setting.n_train_steps.min(noisy),
         };
-        self.config.n_anchors() * k
+        self.setting.n_anchors * k
     }
 
     fn n_references(&self) -> usize {
-        usize::from(self.config.sde.kl > 0.0)
+        usize::from(self.config.kl > 0.0)
     }
 
     fn begin(&mut self, trained: &Parameters) {
-        self.reference = (self.config.sde.kl > 0.0).then(|| Copies::of(trained));
+        self.reference = (self.config.kl > 0.0).then(|| Copies::of(trained));
     }
 }
 
@@ -223,26 +265,6 @@ struct Transitions {
 }
 
 impl SdeConfig {
-    pub(crate) fn validate(&self, n_steps: usize) -> Result<()> {
-        let Self { level, clip, kl, compress, .. } = *self;
-        ensure!(level > 0.0 && level.is_finite(), "sde.level = {level}: above 0");
-        ensure!(self.noise != Sde::Cps || level < 1.0, "sde.level = {level}: below 1 with cps");
-        ensure!(clip > 0.0 && clip < 1.0, "sde.clip = {clip}: in (0, 1)");
-        ensure!(kl >= 0.0, "sde.kl = {kl}: at least 0");
-        if let Some(share) = compress {
-            ensure!(share > 0.0 && share <= 1.0, "sde.compress = {share}: in (0, 1]");
-            ensure!(
-                self.window.is_some(),
-                "sde.compress: only steps after a window; add [sde.window]"
-            );
-        }
-        if let Some(window) = &self.window {
-            window.validate()?;
-            ensure!(n_steps >= 3, "rollout.steps = {n_steps}: a window needs at least 3");
-        }
-        Ok(())
-    }
-
     /// J and its gradient at the current velocity `v` `[M, S, C]`.
     fn objective(&self, transitions: &Transitions, v: &Tensor) -> Objective {
         let v = v.detach().set_requires_grad(true);

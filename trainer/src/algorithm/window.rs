@@ -5,7 +5,7 @@ use std::ops::Range;
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::seeds::{Use, family};
+use crate::group::seeds::{Use, family};
 
 /// How the window moves.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]

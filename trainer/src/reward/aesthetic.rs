@@ -11,8 +11,8 @@ use tch::{Device, Tensor};
 use super::clip::Clip;
 use super::network::{Network, NetworkReward, compute};
 use super::preparation::Fit;
-use crate::parameters::{Parameters, Storage};
-use crate::pickle;
+use crate::data::pickle;
+use crate::tensor::parameters::{Parameters, Storage};
 
 /// A linear head on the vectors of CLIP ViT-L/14, about 1 to 10. The prompt is not looked at.
 pub(super) struct Aesthetic {

@@ -13,8 +13,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::network::{Network, NetworkReward, compute};
 use super::preparation::{Fit, Preparation};
-use crate::parameters::{self, Parameters, Storage};
-use crate::pickle;
+use crate::data::pickle;
+use crate::tensor::parameters::{self, Parameters, Storage};
 
 /// Whose preparation of images and prompts a score follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

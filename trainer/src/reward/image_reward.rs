@@ -11,8 +11,8 @@ use tch::{Device, Tensor};
 
 use super::network::{Network, NetworkReward, compute};
 use super::preparation::{Fit, Preparation};
-use crate::parameters::{Parameters, Storage};
-use crate::pickle;
+use crate::data::pickle;
+use crate::tensor::parameters::{Parameters, Storage};
 
 /// The raw reward, about −2.5 to 2.5: standardised over the data it was trained on.
 pub(super) struct ImageReward {

@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use super::Reward;
 use super::preparation::Preparation;
-use crate::device::Compute;
+use crate::tensor::device::Compute;
 
 /// Scores are computed in f32, whatever the run computes in.
 pub(super) fn compute(device: Device) -> Compute {

@@ -221,7 +221,7 @@ mod tests {
     use image::Rgb;
 
     use super::*;
-    use crate::font;
+    use crate::picture::font;
 
     /// The models `make runtime` installs.
     fn open(name: &str) -> Ocr {

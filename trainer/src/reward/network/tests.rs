@@ -18,9 +18,9 @@ use serde::Deserialize;
 use tch::Device;
 
 use super::*;
+use crate::data::splitmix::SplitMix64;
 use crate::reward::preparation::Fit;
 use crate::reward::{RewardConfig, Rewards};
-use crate::splitmix::SplitMix64;
 
 #[derive(Deserialize)]
 struct Case {

@@ -1,0 +1,184 @@
+//! The commands, and which of them the command line asks for.
+
+use std::num::NonZero;
+
+use anyhow::{Context, Result};
+use flow::checksums::Checksums;
+
+use self::args::{Cli, Command, SampleArgs, SourceArgs};
+use crate::data::{pickle, signs};
+use crate::group::rollout::RolloutConfig;
+use crate::network::{model, reference};
+use crate::run::settings::{self, Source};
+use crate::run::{align, interrupt};
+use crate::tensor::device;
+
+pub mod args;
+pub mod bench;
+pub mod compare;
+pub mod embed;
+pub mod eval;
+pub mod init;
+pub mod plan;
+pub mod pretrain;
+mod published;
+pub mod sample;
+pub mod score;
+
+/// Does what the command line asks for.
+///
+/// # Errors
+/// Whatever is wrong, in one line.
+pub fn run(cli: &Cli) -> Result<()> {
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let threads = cli.threads.unwrap_or(cores);
+    tch::set_num_threads(threads as i32);
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+    let compute = device::compute(&cli.device, &cli.precision)?;
+    interrupt::listen()?;
+    match &cli.command {
+        Command::Align { source, resume, record_update } => {
+            let config = settings::read(&of(source), &settings::ALIGN_PRESETS, &source.settings)?;
+            let record_update = record_update.clone();
+            align::run(
+                &config,
+                &align::Options { resume: *resume, record_update, threads, compute },
+            )
+        }
+        Command::Pretrain { source } => {
+            let config =
+                settings::read(&of(source), &pretrain::PRETRAIN_PRESETS, &source.settings)?;
+            pretrain::run(&config, compute.device)
+        }
+        Command::Eval { models, prompts, n_images, seed, out, source } => {
+            let config = settings::read(&of(source), &settings::ALIGN_PRESETS, &source.settings)?;
+            let (n_images, seed) = (*n_images, *seed);
+            eval::run(
+                &config,
+                &eval::Options { models, prompts, n_images, seed, out, threads, compute },
+            )
+        }
+        Command::Score { images, prompt, source } => {
+            let config = settings::read(&of(source), &settings::ALIGN_PRESETS, &source.settings)?;
+            let device = compute.device;
+            score::run(&config, &score::Options { images, prompt, threads, device })
+        }
+        Command::Compare { jobs, source } => {
+            let config = settings::read(&of(source), &compare::COMPARE_PRESETS, &source.settings)?;
+            let jobs = jobs.unwrap_or(threads);
+            compare::run(&config, &compare::Options { jobs, device: &cli.device })
+        }
+        Command::Sample(args) => sample::run(&sample_options(args, compute)),
+        Command::Reference { model } => {
+            let loading = model::Loading::to_sample(compute, false);
+            let loaded = model::Model::load(model, loading)?;
+            reference::write(&loaded, model)?;
+            Checksums::renew(model, flow::reference::FILE)?;
+            println!("{}", model.join(flow::reference::FILE).display());
+            Ok(())
+        }
+        Command::Embed { model, prompts, import, out } => match (import, model, prompts) {
+            (Some(list), ..) => embed::import(list, out),
+            (None, Some(model), Some(prompts)) => {
+                embed::run(&embed::Options { model, prompts, out, compute })
+            }
+            _ => unreachable!("the command line asks for one or the other"),
+        },
+        Command::Plan { .. } | Command::Bench { .. } => measure(&cli.command, compute),
+        Command::Convert { .. } | Command::Init { .. } | Command::Signs { .. } => {
+            make(&cli.command)
+        }
+    }
+}
+
+/// What a model costs, counted or measured.
+fn measure(command: &Command, compute: device::Compute) -> Result<()> {
+    match command {
+        Command::Plan { model, text_tokens, lora_rank, utilisation, source } => {
+            let config = settings::read(&of(source), &settings::ALIGN_PRESETS, &source.settings)?;
+            plan::run(&plan::Options {
+                config: &config,
+                pipeline: &published::open(model)?,
+                text_tokens: *text_tokens,
+                lora_rank: *lora_rank,
+                utilisation: *utilisation,
+            })
+        }
+        Command::Bench {
+            model,
+            sizes,
+            batch,
+            text_tokens,
+            lora_rank,
+            plain,
+            stream,
+            repeats,
+            json,
+        } => bench::run(&bench::Options {
+            pipeline: &published::open(model)?,
+            sizes,
+            batch: *batch,
+            text_tokens: *text_tokens,
+            lora_rank: *lora_rank,
+            plain: *plain,
+            stream: *stream,
+            repeats: *repeats,
+            json: *json,
+            compute,
+        }),
+        _ => unreachable!("called for these"),
+    }
+}
+
+/// Files for other commands.
+fn make(command: &Command) -> Result<()> {
+    match command {
+        Command::Convert { from, to } => {
+            pickle::convert(from, to)?;
+            println!("{}", to.display());
+            Ok(())
+        }
+        Command::Init { like, out, seed, zero, shard_gb } => init::run(&init::Options {
+            like,
+            out,
+            seed: *seed,
+            zero: *zero,
+            max_shard_bytes: (shard_gb * 1e9) as usize,
+        }),
+        Command::Signs { out, n } => {
+            let config = signs::SignsConfig { n_images: *n, ..signs::SignsConfig::default() };
+            signs::write(out, &config).with_context(|| format!("cannot write {}", out.display()))
+        }
+        _ => unreachable!("called for these"),
+    }
+}
+
+fn of(args: &SourceArgs) -> Source<'_> {
+    match (&args.preset, &args.config) {
+        (_, Some(path)) => Source::File(path),
+        (preset, None) => Source::Preset(preset.as_deref().unwrap_or_default()),
+    }
+}
+
+fn sample_options(args: &SampleArgs, compute: device::Compute) -> sample::Options<'_> {
+    sample::Options {
+        model: &args.model,
+        prompt: &args.prompt,
+        n: args.n,
+        seed: args.seed,
+        rollout: RolloutConfig {
+            solver: args.solver.clone(),
+            steps: args.steps,
+            shift: args.shift,
+            guidance: args.guidance,
+            size: args.width.zip(args.height).map(|(width, height)| [width, height]),
+            batch: args.n.max(1),
+        },
+        noise: args.noise.as_deref(),
+        latents_out: args.latents_out.as_deref(),
+        out: &args.out,
+        loras: &args.loras,
+        stream: args.stream,
+        compute,
+    }
+}

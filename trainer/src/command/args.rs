@@ -1,0 +1,299 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::builder::{PossibleValuesParser, RangedU64ValueParser};
+use clap::{Args, Parser, Subcommand};
+use flow::checkpoint::MAX_SHARD_BYTES;
+use flow::models::transformer::GUIDANCE;
+use flow::solver::{DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS};
+use flow::tokens::MAX_TEXT_TOKENS;
+
+use crate::network::lora::RANK;
+use crate::tensor::device::PRECISIONS;
+
+/// Aligns flow-matching text-to-image models with human preference (Neighbor GRPO).
+#[derive(Parser)]
+#[command(name = "ng-train", version, subcommand_required = true, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+    /// Where tensors live: auto, cpu, cuda or cuda:N
+    #[arg(long, global = true, default_value = "auto")]
+    pub device: String,
+    /// What networks compute in; auto is bf16 on a GPU, f32 on the CPU
+    #[arg(long, global = true, default_value = "auto",
+          value_parser = PossibleValuesParser::new(PRECISIONS))]
+    pub precision: String,
+    /// CPU threads [default: all cores]
+    #[arg(long, global = true, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
+    pub threads: Option<usize>,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Align a model: roll out, reward, update
+    ///
+    /// The output folder gets metrics.jsonl and a TensorBoard event file, curve.png, samples/ (a sheet
+    /// every save_every iterations), checkpoints/ (complete, for --resume) and, at the end, aligned/: a
+    /// pipeline folder that diffusers loads. Ctrl-C saves and stops.
+    Align {
+        #[command(flatten)]
+        source: SourceArgs,
+        /// Continue from the newest checkpoint of the output folder
+        #[arg(long)]
+        resume: bool,
+        /// Store the tensors of the first iteration's last update as safetensors
+        #[arg(long, value_name = "FILE")]
+        record_update: Option<PathBuf>,
+    },
+    /// Train a small model from captioned images: autoencoder, then flow
+    Pretrain {
+        #[command(flatten)]
+        source: SourceArgs,
+    },
+    /// Compare checkpoints on a prompt file; writes eval.md, eval.json and side-by-side.png
+    ///
+    /// The tables have each metric's mean, and how often each model beats those before it on the same prompt
+    /// and noise. Images and scores stay in the output folder; what is known of a model under the same
+    /// settings, by the names, sizes and times of its files, is not made again, so the same command goes on
+    /// where a stopped one was.
+    Eval {
+        /// Pipeline folder, or a LoRA (with :SCALE) on the pipeline before it; repeatable
+        #[arg(long = "model", required = true, value_name = "DIR|LORA[:SCALE]")]
+        models: Vec<String>,
+        /// Prompt file: .txt, .json, .jsonl or .parquet
+        #[arg(long, value_name = "FILE")]
+        prompts: PathBuf,
+        /// Images a prompt
+        #[arg(long = "images", value_name = "N", default_value_t = 1,
+              value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]
+        n_images: usize,
+        /// Image j of prompt i of P starts from the noise of seed + i + j*P
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
+        /// Folder for the results
+        #[arg(long, value_name = "DIR", default_value = "out/eval")]
+        out: PathBuf,
+        /// Rewards, judges, rollout, embeddings and stream come from it
+        #[command(flatten)]
+        source: SourceArgs,
+    },
+    /// Score images that exist; prints one JSON line an image
+    ///
+    /// Scales, higher being better: hpsv2, pickscore and clip are cosines, about 0.2 to 0.4, 0.18 to 0.24
+    /// and 0.1 to 0.4; image-reward is about -2.5 to 2.5, aesthetic 1 to 10, jpeg in kB, colour 0 to 1.
+    /// The README has the files and how each prepares images.
+    Score {
+        /// PNG or JPEG files
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<PathBuf>,
+        /// What all of them should show
+        #[arg(long, value_name = "TEXT")]
+        prompt: String,
+        /// Rewards and judges come from it
+        #[command(flatten)]
+        source: SourceArgs,
+    },
+    /// Run methods side by side for the same time, over several seeds, and report
+    ///
+    /// The output folder gets report.md with tables at equal iterations, network passes and seconds,
+    /// curves as PNG, side-by-side/ and runs/. What is finished is not run again.
+    Compare {
+        /// Runs at a time, one thread each [default: all cores]
+        #[arg(long, value_name = "N",
+              value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
+        jobs: Option<usize>,
+        /// What is compared
+        #[command(flatten)]
+        source: SourceArgs,
+    },
+    /// Sample images from a checkpoint through libtorch
+    Sample(SampleArgs),
+    /// Write reference.safetensors into a pipeline folder, for `ng-export --verify`
+    Reference {
+        /// Pipeline folder
+        model: PathBuf,
+    },
+    /// Embed prompts once, so that training never holds the text encoders
+    ///
+    /// The encoders are read block by block and need little memory. A run that was stopped goes on where
+    /// it was; texts that are known are not embedded again. `align` reads the cache by its setting
+    /// embeddings.
+    Embed {
+        /// Pipeline folder
+        #[arg(long, value_name = "DIR", required_unless_present = "import")]
+        model: Option<PathBuf>,
+        /// Prompt file: .txt, .json, .jsonl or .parquet
+        #[arg(long, value_name = "FILE", required_unless_present = "import")]
+        prompts: Option<PathBuf>,
+        /// Take over embeddings that DanceGRPO made: its videos2caption.json
+        #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "prompts"])]
+        import: Option<PathBuf>,
+        /// Folder of the cache
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
+    /// Make safetensors of a .pt, .pth, .bin or .ckpt file, without running what is in it
+    Convert {
+        /// A file that PyTorch pickled
+        from: PathBuf,
+        /// Safetensors file to write
+        to: PathBuf,
+    },
+    /// Say what a run will cost: parameters, network passes, memory a rank, seconds
+    Plan {
+        /// flux.1-dev, flux.1-schnell, or a pipeline folder
+        #[arg(long, value_name = "NAME|DIR")]
+        model: String,
+        /// T5 tokens a prompt
+        #[arg(long, value_name = "N", default_value_t = MAX_TEXT_TOKENS)]
+        text_tokens: usize,
+        /// Rank of adapters
+        #[arg(long, value_name = "N", default_value_t = RANK)]
+        lora_rank: usize,
+        /// Share of an H800's dense bf16 peak (989 TFLOP/s) that is reached
+        #[arg(long, value_name = "SHARE", default_value_t = 0.4)]
+        utilisation: f64,
+        /// The run: --set rollout.size=[1024,1024] and the like change it
+        #[command(flatten)]
+        source: SourceArgs,
+    },
+    /// Measure a velocity and a training pass on this device, with random weights made there
+    ///
+    /// The training pass is forward and backward of adapters, each block computed again from its input.
+    /// GB are those above the weights.
+    Bench {
+        /// flux.1-dev, flux.1-schnell, or a pipeline folder
+        #[arg(long, value_name = "NAME|DIR")]
+        model: String,
+        /// Pixels; repeatable [default: the model's own size]
+        #[arg(long = "size", value_name = "WIDTHxHEIGHT", value_parser = size)]
+        sizes: Vec<[usize; 2]>,
+        /// Images at a time
+        #[arg(long, value_name = "N", default_value_t = 1,
+              value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
+        batch: usize,
+        /// T5 tokens a prompt
+        #[arg(long, value_name = "N", default_value_t = MAX_TEXT_TOKENS)]
+        text_tokens: usize,
+        /// Rank of adapters
+        #[arg(long, value_name = "N", default_value_t = RANK)]
+        lora_rank: usize,
+        /// Keep all activations for backward in place of computing blocks again
+        #[arg(long)]
+        plain: bool,
+        /// Read the folder's own weights from disk block by block: for models larger than memory
+        #[arg(long)]
+        stream: bool,
+        /// Passes of each kind; the median is told
+        #[arg(long, value_name = "N", default_value_t = 3,
+              value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]
+        repeats: usize,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write a checkpoint of random bf16 weights, for benchmarks and tests
+    Init {
+        /// flux.1-dev, flux.1-schnell (these with a tokenizer of letters), or a pipeline folder
+        #[arg(long, value_name = "NAME|DIR")]
+        like: String,
+        /// Folder to write; it must not exist
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// The weights follow from it
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
+        /// Leave every weight 0, in sparse files that take no room on disk
+        #[arg(long)]
+        zero: bool,
+        /// Most GB (10⁹ bytes) of weights in one file
+        #[arg(long, value_name = "GB", default_value_t = MAX_SHARD_BYTES as f64 / 1e9)]
+        shard_gb: f64,
+    },
+    /// Render the captioned images that the embedded model is trained on
+    Signs {
+        /// Folder to write; it must not exist
+        out: PathBuf,
+        /// Images
+        #[arg(short, default_value_t = 16_000,
+              value_parser = RangedU64ValueParser::<usize>::new().range(1..=10_000_000))]
+        n: usize,
+    },
+}
+
+/// Where a configuration comes from.
+#[derive(Args)]
+pub struct SourceArgs {
+    /// A run that ships with the program
+    #[arg(long, conflicts_with = "config", required_unless_present = "config")]
+    pub preset: Option<String>,
+    /// A run described by a TOML file
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Replace one setting, as in optimizer.learning_rate=1e-5 or rewards.0.weight=2; repeatable
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub settings: Vec<String>,
+}
+
+#[derive(Args)]
+pub struct SampleArgs {
+    /// Pipeline folder
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// What to draw
+    #[arg(long)]
+    pub prompt: String,
+    /// Images
+    #[arg(short, default_value_t = 1,
+          value_parser = RangedU64ValueParser::<usize>::new().range(1..=10_000))]
+    pub n: usize,
+    /// Image i starts from the noise of seed + i
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// How a step is taken
+    #[arg(long, default_value = DEFAULT_SOLVER.name(),
+          value_parser = PossibleValuesParser::new(SOLVERS.map(|(name, _)| name)))]
+    pub solver: String,
+    /// Steps
+    #[arg(long, default_value_t = DEFAULT_STEPS,
+          value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]
+    pub steps: usize,
+    /// Constant shift of the time grid [default: the checkpoint's scheduler]
+    #[arg(long)]
+    pub shift: Option<f64>,
+    /// Guidance scale, for a model that embeds one
+    #[arg(long, default_value_t = GUIDANCE)]
+    pub guidance: f64,
+    /// Pixels [default: the model's own]
+    #[arg(long, requires = "height")]
+    pub width: Option<usize>,
+    /// Pixels [default: the model's own]
+    #[arg(long, requires = "width")]
+    pub height: Option<usize>,
+    /// Start from this noise: safetensors, tensor `latents` [n, Z, h, w]
+    #[arg(long, value_name = "FILE")]
+    pub noise: Option<PathBuf>,
+    /// Add the adapters of a LoRA file or folder; repeatable, summed
+    #[arg(long = "lora", value_name = "FILE[:SCALE]", value_parser = flow::lora::scaled_path)]
+    pub loras: Vec<(PathBuf, f64)>,
+    /// Keep weights on disk and read them block by block: for models larger than memory
+    #[arg(long)]
+    pub stream: bool,
+    /// Store the final latents there
+    #[arg(long, value_name = "FILE")]
+    pub latents_out: Option<PathBuf>,
+    /// PNG file; several images get a number before the extension
+    #[arg(short, long, value_name = "FILE", default_value = "out.png")]
+    pub out: PathBuf,
+}
+
+/// Width and height from `720x1280`.
+fn size(text: &str) -> Result<[usize; 2], String> {
+    let sides = text.split_once('x').map(|(width, height)| [width.parse(), height.parse()]);
+    match sides {
+        Some([Ok(width), Ok(height)]) => Ok([width, height]),
+        _ => Err("width and height in pixels, as in 1024x768".to_owned()),
+    }
+}

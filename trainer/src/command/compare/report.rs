@@ -1,0 +1,232 @@
+//! The report of a comparison: `report.md` with its tables, curves as PNG, a sheet of pictures.
+
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use flow::checkpoint::write_atomically;
+use serde::Deserialize;
+
+use super::growth::{Cost, Growth};
+use super::{CompareConfig, RunConfig, TableConfig, Task, slug};
+use crate::picture::plot::{self, Series};
+
+/// Points of a curve over several seeds.
+const CURVE_POINTS: usize = 120;
+/// A level is told for when half of the way from start to the best end is reached.
+const HALF: f64 = 0.5;
+
+/// A run over its seeds.
+struct Measured<'a> {
+    name: &'a str,
+    growths: Vec<Growth>,
+    /// Held-out metrics, a row a seed.
+    held_out: Vec<Vec<f64>>,
+}
+
+/// Part of `eval.json`.
+#[derive(Deserialize)]
+struct Evaluated {
+    means: Vec<(String, f64)>,
+}
+
+/// Writes `report.md` and its pictures.
+///
+/// # Errors
+/// When a run left no metrics, or a file cannot be written.
+pub(super) fn write(config: &CompareConfig, tasks: &[Task<'_>], reward: &str) -> Result<()> {
+    let base = evaluated(&tasks[0].eval())?;
+    let metrics: Vec<&str> = base.iter().map(|(name, _)| name.as_str()).collect();
+    let mut text = format!(
+        "# Comparison\n\nEvery run trained for {} minutes on one thread from the same model, seeds {:?}. Rewards are \
+         means over iterations; held-out metrics are of {}. ± is the standard deviation over seeds.\n\n",
+        config.minutes,
+        config.seeds,
+        config.prompts.display()
+    );
+    let before: Vec<String> = base.iter().map(|(_, value)| format!("{value:.3}")).collect();
+    text += &row("held out", &metrics.iter().map(|&name| name.to_owned()).collect::<Vec<String>>());
+    text += &rule(metrics.len());
+    text += &row("before", &before);
+    for table in &config.tables {
+        let runs = table
+            .runs
+            .iter()
+            .map(|run| measured(run, tasks, reward))
+            .collect::<Result<Vec<Measured<'_>>>>()?;
+        text += &section(config, table, &runs, reward, &metrics)?;
+    }
+    write_atomically(&config.output.join("report.md"), text.as_bytes())?;
+    print!("{text}");
+    Ok(())
+}
+
+fn measured<'a>(run: &'a RunConfig, tasks: &[Task<'_>], reward: &str) -> Result<Measured<'a>> {
+    let of_run = tasks.iter().filter(|task| task.run.is_some_and(|other| other.name == run.name));
+    let (mut growths, mut held_out) = (Vec::new(), Vec::new());
+    for task in of_run {
+        growths.push(Growth::read(&task.folder, reward)?);
+        held_out.push(evaluated(&task.eval())?.into_iter().map(|(_, value)| value).collect());
+    }
+    Ok(Measured { name: &run.name, growths, held_out })
+}
+
+/// Held-out metrics by name.
+fn evaluated(path: &Path) -> Result<Vec<(String, f64)>> {
+    let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let columns: Vec<Evaluated> =
+        serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
+    let column =
+        columns.into_iter().next().with_context(|| format!("{} is empty", path.display()))?;
+    Ok(column.means)
+}
+
+fn section(
+    config: &CompareConfig,
+    table: &TableConfig,
+    runs: &[Measured<'_>],
+    reward: &str,
+    metrics: &[&str],
+) -> Result<String> {
+    let mut text = format!("\n## {}\n\n", table.title);
+    let in_training = format!("{reward} in training");
+    let mut head = vec!["iterations", "NFE old", "NFE θ", "s an iteration", &in_training];
+    head.extend(metrics);
+    text += &row("run", &head.iter().map(|&name| name.to_owned()).collect::<Vec<String>>());
+    text += &rule(head.len());
+    for run in runs {
+        let of =
+            |value: &dyn Fn(&Growth) -> f64| run.growths.iter().map(value).collect::<Vec<f64>>();
+        let [start, end] = [0, 1].map(|i| spread(&of(&|growth| growth.ends()[i]), 2));
+        let mut cells = vec![
+            spread(&of(&|growth| growth.total(Cost::Iterations)), 0),
+            spread(&of(&|growth| growth.passes()[0]), 1),
+            spread(&of(&|growth| growth.passes()[1]), 2),
+            spread(&of(&Growth::seconds), 2),
+            format!("{start} → {end}"),
+        ];
+        for metric in 0..metrics.len() {
+            let values: Vec<f64> = run.held_out.iter().map(|row| row[metric]).collect();
+            cells.push(spread(&values, 3));
+        }
+        text += &row(run.name, &cells);
+    }
+    text += &at_equal_cost(runs, reward);
+    for (cost, name, unit) in [
+        (Cost::Seconds, "seconds", "seconds without rewards"),
+        (Cost::Passes, "passes", "network passes an image"),
+    ] {
+        let file = format!("{}-{name}.png", slug(&table.title));
+        let curves: Vec<Vec<(f64, f64)>> = runs.iter().map(|run| curve(run, cost)).collect();
+        let series: Vec<Series<'_>> = runs
+            .iter()
+            .zip(&curves)
+            .map(|(run, points)| Series { name: run.name, points, is_smooth: true })
+            .collect();
+        plot::curve(&config.output.join(&file), &table.title, &series, unit, reward)?;
+        let _ = write!(text, "\n![{reward} against {unit}]({file})\n");
+    }
+    Ok(text)
+}
+
+/// Rewards where every run has spent as much, and what half of the way costs each.
+fn at_equal_cost(runs: &[Measured<'_>], reward: &str) -> String {
+    let growths = || runs.iter().flat_map(|run| &run.growths);
+    let limit = |cost: Cost| growths().map(|g| g.total(cost)).fold(f64::INFINITY, f64::min);
+    let costs = [Cost::Iterations, Cost::Passes, Cost::Seconds].map(|cost| (cost, limit(cost)));
+    let mean_of = |pick: usize| {
+        let ends = runs.iter().map(|run| {
+            let ends: Vec<f64> = run.growths.iter().map(|g| g.ends()[pick]).collect();
+            mean(&ends)
+        });
+        ends.fold(f64::NEG_INFINITY, f64::max)
+    };
+    let level = mean_of(0) + HALF * (mean_of(1) - mean_of(0));
+    let mut text = String::from("\n");
+    let [iterations, passes, seconds] = costs.map(|(_, limit)| format!("{limit:.0}"));
+    text += &row(
+        &format!("{reward} after"),
+        &[
+            format!("{iterations} iterations"),
+            format!("{passes} passes"),
+            format!("{seconds} s"),
+            format!("passes to {level:.2}"),
+            format!("s to {level:.2}"),
+        ],
+    );
+    text += &rule(5);
+    for run in runs {
+        let mut cells: Vec<String> = costs
+            .iter()
+            .map(|&(cost, limit)| {
+                let values: Option<Vec<f64>> =
+                    run.growths.iter().map(|g| g.at(cost, limit)).collect();
+                values.map_or("–".to_owned(), |values| spread(&values, 2))
+            })
+            .collect();
+        for cost in [Cost::Passes, Cost::Seconds] {
+            let reached: Vec<f64> =
+                run.growths.iter().filter_map(|growth| growth.reaches(cost, level)).collect();
+            let n = run.growths.len();
+            cells.push(match reached.len() {
+                0 => "not".to_owned(),
+                some if some == n => spread(&reached, 0),
+                some => format!("{} ({some} of {n} seeds)", spread(&reached, 0)),
+            });
+        }
+        text += &row(run.name, &cells);
+    }
+    text
+}
+
+/// The mean over seeds, as far as all of them go.
+fn curve(run: &Measured<'_>, cost: Cost) -> Vec<(f64, f64)> {
+    let starts = run.growths.iter().filter_map(|g| g.points(cost).next()).map(|point| point.0);
+    let ends = run.growths.iter().map(|growth| growth.total(cost));
+    let (from, to) = (starts.fold(0.0, f64::max), ends.fold(f64::INFINITY, f64::min));
+    (0..CURVE_POINTS)
+        .filter_map(|i| {
+            let x = from + (to - from) * i as f64 / (CURVE_POINTS - 1) as f64;
+            let values: Option<Vec<f64>> = run.growths.iter().map(|g| g.at(cost, x)).collect();
+            Some((x, mean(&values?)))
+        })
+        .collect()
+}
+
+fn row(first: &str, cells: &[String]) -> String {
+    format!("| {first} | {} |\n", cells.join(" | "))
+}
+
+/// What follows the heads of `n` columns of numbers.
+fn rule(n: usize) -> String {
+    row("---", &vec!["---:".to_owned(); n])
+}
+
+/// Mean, and standard deviation where there are several, to so many decimals.
+fn spread(values: &[f64], decimals: usize) -> String {
+    let mean = mean(values);
+    let n = values.len() as f64;
+    let std = (values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt();
+    if std > 0.0 {
+        format!("{mean:.decimals$} ± {std:.decimals$}")
+    } else {
+        format!("{mean:.decimals$}")
+    }
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spread_over_seeds_is_told_where_there_is_one() {
+        assert_eq!(spread(&[1.0, 3.0], 1), "2.0 ± 1.4");
+        assert_eq!(spread(&[2.0], 2), "2.00");
+        assert_eq!(spread(&[2.0, 2.0], 0), "2");
+    }
+}

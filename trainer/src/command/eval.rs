@@ -1,0 +1,183 @@
+//! Comparing checkpoints: every prompt sampled from fixed seeds, scored by rewards and by judges no run
+//! trains on.
+//!
+//! Images and scores stay in the output folder, under names that follow from all that they depend on: the
+//! settings, the prompts, and the files, by name, size and time of change. What is there is not made
+//! again. What a server answers, or another version of this program computes, leaves no such trace.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use flow::checkpoint::write_atomically;
+use flow::prompts::Prompt;
+use serde_json::json;
+
+use self::contestant::Contestant;
+use self::metric::Metric;
+use self::record::Record;
+use self::table::Column;
+use crate::data::prompts;
+use crate::network::embeddings::Embeddings;
+use crate::network::model::Model;
+use crate::picture;
+use crate::reward::RewardConfig;
+use crate::run::align::Stopped;
+use crate::run::config::AlignConfig;
+use crate::run::interrupt;
+use crate::run::progress::Progress;
+use crate::run::report::sample;
+use crate::tensor::device::{Compute, precision_name};
+
+mod contestant;
+mod metric;
+mod record;
+mod sheet;
+mod stamp;
+mod table;
+mod wins;
+
+/// What to compare.
+pub struct Options<'a> {
+    /// Pipeline folders; a LoRA among them goes on the nearest pipeline before it.
+    pub models: &'a [String],
+    /// Prompts.
+    pub prompts: &'a Path,
+    /// Images a prompt.
+    pub n_images: usize,
+    /// Image j of prompt i of P starts from the noise of `seed` + i + j·P.
+    pub seed: u64,
+    /// Folder for `eval.json`, `eval.md`, `side-by-side.png` and a folder a contestant.
+    pub out: &'a Path,
+    /// Worker threads of rewards.
+    pub threads: usize,
+    /// Where tensors live.
+    pub compute: Compute,
+}
+
+/// Samples and scores what is not there yet; prints a Markdown table.
+///
+/// # Errors
+/// When a model, the prompts or a metric fails, or the output cannot be written; [`Stopped`] when asked
+/// to stop.
+pub fn run(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
+    let prompts = prompts::read(options.prompts)?;
+    if let Some(folder) = &config.embeddings {
+        Embeddings::open(folder)?.check(prompts.iter().map(|prompt| &*prompt.text))?;
+    }
+    let contestants = Contestant::all(options.models)?;
+    let names: Vec<&str> = contestants.iter().map(|one| &*one.name).collect();
+    let headers = contestant::short(&names);
+    let mut records = contestants
+        .iter()
+        .map(|one| {
+            let settings = settings(config, options, one, &prompts)?;
+            Record::open(options.out, one.last_name(), &settings)
+        })
+        .collect::<Result<Vec<Record>>>()?;
+    let configs: Vec<&RewardConfig> = config.group.rewards.iter().chain(&config.judges).collect();
+    let mut metrics = Vec::new();
+    for (i, config) in configs.iter().enumerate() {
+        let name = &config.name;
+        let is_new = configs[..i].iter().all(|other| other.name != *name);
+        ensure!(is_new, "two rewards are named {name:?}");
+        metrics.push(Metric::new(config, &prompts, options.n_images)?);
+    }
+    for metric in &mut metrics {
+        metric.open_for(&records, options.threads, options.compute.device)?;
+    }
+    let mut held = None;
+    for (contestant, record) in contestants.iter().zip(&mut records) {
+        let name = &contestant.name;
+        held = draw(config, options, contestant, &prompts, record, held)
+            .with_context(|| format!("cannot evaluate {name}"))?;
+        for metric in &metrics {
+            metric.score(record, name).with_context(|| format!("cannot evaluate {name}"))?;
+        }
+    }
+    drop(held);
+    let mut columns: Vec<Column> = Vec::new();
+    for (name, record) in names.iter().zip(&records) {
+        let scores = metrics
+            .iter()
+            .filter_map(|metric| Some((metric.config.name.clone(), metric.scores(record)?)));
+        columns.push(Column::new(name, scores.collect(), &columns));
+    }
+    let names: Vec<&str> = configs.iter().map(|config| &*config.name).collect();
+    let text = table::markdown(&columns, &names);
+    write_atomically(&options.out.join("eval.md"), text.as_bytes())?;
+    write_atomically(&options.out.join("eval.json"), &serde_json::to_vec_pretty(&columns)?)?;
+    let sheet = sheet::draw(&headers, &prompts, &records, &columns, &configs)?;
+    picture::save(&options.out.join("side-by-side.png"), &sheet)?;
+    print!("{text}");
+    Ok(())
+}
+
+/// All that the images of `contestant` follow from, but for their number.
+fn settings(
+    config: &AlignConfig,
+    options: &Options<'_>,
+    contestant: &Contestant,
+    prompts: &[Prompt],
+) -> Result<serde_json::Value> {
+    let texts: Vec<&str> = prompts.iter().map(|prompt| &*prompt.text).collect();
+    let mut files = contestant.stamps()?;
+    if let Some(folder) = &config.embeddings {
+        files.extend(stamp::of(folder)?);
+    }
+    Ok(json!({
+        "files": files,
+        "rollout": config.group.rollout,
+        "seed": options.seed,
+        "device": if options.compute.device.is_cuda() { "cuda" } else { "cpu" },
+        "precision": precision_name(options.compute.kind),
+        "prompts": texts,
+    }))
+}
+
+/// Draws the images that `record` lacks, the images of a batch always together, so that each has the same
+/// bits whenever it is drawn. Returns the last model that was needed.
+fn draw(
+    config: &AlignConfig,
+    options: &Options<'_>,
+    contestant: &Contestant,
+    prompts: &[Prompt],
+    record: &Record,
+    held: Option<Model>,
+) -> Result<Option<Model>> {
+    let rollout = &config.group.rollout;
+    let all: Vec<usize> = (0..prompts.len()).collect();
+    let batches = (0..options.n_images)
+        .flat_map(|image| all.chunks(rollout.batch).map(move |batch| (image, batch)));
+    let missing: Vec<(usize, &[usize])> = batches
+        .filter(|(image, batch)| !batch.iter().all(|&prompt| record.has(prompt, *image)))
+        .collect();
+    if missing.is_empty() {
+        return Ok(held);
+    }
+    let model = contestant.load(held, config, options.compute)?;
+    let size = model.latent_size(rollout.size)?;
+    let plan = rollout.plan(&model.pipeline.scheduler, &size)?;
+    let total = prompts.len() * options.n_images;
+    let n_missing: usize = missing.iter().map(|(_, batch)| batch.len()).sum();
+    let progress = Progress::new("sample", total, total - n_missing);
+    for (image, batch) in missing {
+        check_interrupt()?;
+        let texts: Vec<&str> = batch.iter().map(|&prompt| &*prompts[prompt].text).collect();
+        let seed = options.seed + (image * prompts.len() + batch[0]) as u64;
+        let images = sample(&model, &texts, seed, &plan, &size, rollout.guidance, batch.len())?;
+        for (&prompt, pixels) in batch.iter().zip(&images) {
+            record.save(prompt, image, pixels)?;
+        }
+        progress.advance_by(batch.len(), &contestant.name);
+    }
+    Ok(Some(model))
+}
+
+/// Ends the work where someone asked for it.
+fn check_interrupt() -> Result<()> {
+    if interrupt::asked() {
+        eprintln!("stopped: the same command continues");
+        bail!(Stopped);
+    }
+    Ok(())
+}

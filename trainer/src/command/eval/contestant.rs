@@ -1,0 +1,164 @@
+//! What is compared: pipelines, and pipelines with a LoRA on them.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use flow::lora;
+use flow::pipeline::Pipeline;
+use flow::usage::Usage;
+
+use super::stamp;
+use crate::network::embeddings::Embeddings;
+use crate::network::model::{Loading, Model};
+use crate::run::config::AlignConfig;
+use crate::tensor::device::Compute;
+
+/// Files and folders of a pipeline that images follow from.
+const PARTS: [&str; 8] = [
+    "model_index.json",
+    "scheduler",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "transformer",
+    "vae",
+];
+
+/// One column of the comparison.
+pub(super) struct Contestant {
+    /// As it was typed.
+    pub(super) name: String,
+    pipeline: PathBuf,
+    /// Adapters and their scale.
+    lora: Option<(PathBuf, f64)>,
+}
+
+impl Contestant {
+    /// Those of the command line: a LoRA, a file or a folder of adapters alone, goes on the nearest
+    /// pipeline before it.
+    ///
+    /// # Errors
+    /// When there is none before it, or a folder is no pipeline.
+    pub(super) fn all(names: &[String]) -> Result<Vec<Self>> {
+        let mut contestants: Vec<Self> = Vec::new();
+        for name in names {
+            let (pipeline, lora) = match (lora::scaled_path(name), contestants.last()) {
+                (Ok(lora), last) if is_lora(&lora.0) => {
+                    let Some(last) = last else {
+                        bail!(Usage(format!(
+                            "--model {name} is a LoRA: give the pipeline it goes on before it"
+                        )));
+                    };
+                    (last.pipeline.clone(), Some(lora))
+                }
+                _ => (Pipeline::open(Path::new(name))?.dir, None),
+            };
+            contestants.push(Self { name: name.clone(), pipeline, lora });
+        }
+        Ok(contestants)
+    }
+
+    /// The last part of its name.
+    pub(super) fn last_name(&self) -> &str {
+        self.name.rsplit('/').find(|part| !part.is_empty()).unwrap_or_default()
+    }
+
+    /// Stamps of its files, and the LoRA's scale.
+    pub(super) fn stamps(&self) -> Result<Vec<String>> {
+        let mut stamps = Vec::new();
+        for part in PARTS {
+            let path = self.pipeline.join(part);
+            if path.exists() {
+                stamps.extend(stamp::of(&path)?);
+            }
+        }
+        if let Some((path, scale)) = &self.lora {
+            let file = if path.is_dir() { path.join(lora::FILE) } else { path.clone() };
+            stamps.extend(stamp::of(&file)?);
+            stamps.push(format!("at scale {scale}"));
+        }
+        Ok(stamps)
+    }
+
+    /// Its model, which is `held` with other adapters where that is of the same pipeline.
+    pub(super) fn load(
+        &self,
+        held: Option<Model>,
+        config: &AlignConfig,
+        compute: Compute,
+    ) -> Result<Model> {
+        let is_same = |model: &Model| self.lora.is_some() && model.pipeline.dir == self.pipeline;
+        let mut model = match held.filter(is_same) {
+            Some(model) => model,
+            None => open(&self.pipeline, config, compute)?,
+        };
+        model.add_loras(self.lora.as_slice())?;
+        Ok(model)
+    }
+}
+
+/// The model in `folder`, held as `config` holds its own.
+fn open(folder: &Path, config: &AlignConfig, compute: Compute) -> Result<Model> {
+    let mut loading = Loading::to_sample(compute, config.stream);
+    loading.stream_text |= config.embeddings.is_some();
+    let mut model = Model::load(folder, loading)?;
+    model.embeddings = config.embeddings.as_deref().map(Embeddings::open).transpose()?;
+    Ok(model)
+}
+
+fn is_lora(path: &Path) -> bool {
+    let has = |file: &str| path.join(file).is_file();
+    path.is_file() || (has(lora::FILE) && !has("model_index.json"))
+}
+
+/// The shortest ends of `names` that tell them apart, for headers.
+pub(super) fn short(names: &[&str]) -> Vec<String> {
+    let ends = |n: usize| -> Vec<String> {
+        let end = |name: &&str| {
+            let parts: Vec<&str> = name.split('/').filter(|part| !part.is_empty()).collect();
+            parts[parts.len().saturating_sub(n)..].join("/")
+        };
+        names.iter().map(end).collect()
+    };
+    let longest = names.iter().map(|name| name.split('/').count()).max().unwrap_or(1);
+    let distinct = |ends: &Vec<String>| (1..ends.len()).all(|i| !ends[..i].contains(&ends[i]));
+    (1..longest).map(ends).find(distinct).unwrap_or_else(|| ends(longest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lora_goes_on_the_pipeline_before_it() {
+        let home = tempfile::tempdir().unwrap();
+        let place = |name: &str| home.path().join(name).to_str().unwrap().to_owned();
+        let fixture = |name: &str| format!("../tests/fixtures/{name}/pipeline");
+        let (base, other, lora) = (fixture("tiny-flux"), place("b:x"), place("aligned"));
+        let schnell = std::path::absolute(fixture("tiny-schnell")).unwrap();
+        std::os::unix::fs::symlink(schnell, &other).unwrap();
+        std::fs::create_dir(&lora).unwrap();
+        std::fs::write(Path::new(&lora).join(lora::FILE), "").unwrap();
+        let names = [base.clone(), lora.clone(), other.clone(), format!("{lora}:0.5")];
+        let found = Contestant::all(&names).unwrap();
+        let pipelines: Vec<&Path> = found.iter().map(|one| &*one.pipeline).collect();
+        assert_eq!(pipelines, [&base, &base, &other, &other].map(Path::new));
+        let scales: Vec<Option<f64>> =
+            found.iter().map(|one| one.lora.as_ref().map(|(_, scale)| *scale)).collect();
+        assert_eq!(scales, [None, Some(1.0), None, Some(0.5)]);
+        let stamps: Vec<Vec<String>> = found.iter().map(|one| one.stamps().unwrap()).collect();
+        assert_eq!(stamps[1][..stamps[0].len()], stamps[0]);
+        assert_eq!(stamps[1].len(), stamps[0].len() + 2);
+        assert_eq!(stamps[3].last().unwrap(), "at scale 0.5");
+        let error = Contestant::all(&names[1..]).err().unwrap();
+        assert!(error.is::<Usage>() && error.to_string().contains("before it"), "{error}");
+    }
+
+    #[test]
+    fn headers_are_as_long_as_it_takes_to_tell_them_apart() {
+        assert_eq!(short(&["assets/signs", "out/aligned"]), ["signs", "aligned"]);
+        assert_eq!(short(&["out/a/aligned/", "out/b/aligned"]), ["a/aligned", "b/aligned"]);
+        assert_eq!(short(&["x/a", "x/a"]), ["x/a", "x/a"]);
+    }
+}

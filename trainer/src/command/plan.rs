@@ -1,0 +1,267 @@
+//! What a run will cost before it starts: parameters, network calls, operations, memory a rank, seconds.
+
+use std::fmt;
+
+use anyhow::Result;
+use flow::latents::LatentSize;
+use flow::ops::shapes::{Manifest, Shapes};
+use flow::pipeline::{Component, Pipeline};
+use flow::schedule::Grid;
+
+use crate::algorithm;
+use crate::network::engine::segments;
+use crate::network::lora::LoraConfig;
+use crate::run::config::AlignConfig;
+
+/// Dense bf16 operations a second of one H800 (NVIDIA's data sheet).
+const H800_FLOPS: f64 = 989e12;
+/// Memory of one H800.
+const H800_BYTES: f64 = 80e9;
+/// Ranks that are tabulated.
+const WORLD_SIZES: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
+/// Bytes of a number in compute and in storage of masters, moments and trajectories.
+const BF16: f64 = 2.0;
+const F32: f64 = 4.0;
+
+/// What is planned for.
+pub struct Options<'a> {
+    /// The run.
+    pub config: &'a AlignConfig,
+    /// The model, a folder or a published one.
+    pub pipeline: &'a Pipeline,
+    /// T5 tokens a prompt.
+    pub text_tokens: usize,
+    /// Rank of the adapters in the LoRA columns.
+    pub lora_rank: usize,
+    /// Share of an H800's dense bf16 peak that is reached.
+    pub utilisation: f64,
+}
+
+/// Prints the plan.
+///
+/// # Errors
+/// When the configuration is invalid or its size does not fit the model.
+pub fn run(options: &Options<'_>) -> Result<()> {
+    print!("{}", Report { plan: &Plan::new(options)?, options });
+    Ok(())
+}
+
+/// Counts that do not depend on the number of ranks.
+struct Plan {
+    size: LatentSize,
+    components: Vec<(Component, f64)>,
+    /// Parameters of the transformer and of its largest segment.
+    transformer: f64,
+    largest_segment: f64,
+    /// Parameters of the adapters.
+    adapters: f64,
+    /// Operations of one velocity of one image.
+    velocity: f64,
+    /// Blocks of the transformer.
+    n_blocks: f64,
+    /// Numbers one image keeps for backward: in one block, and as inputs of all blocks.
+    in_block: f64,
+    block_inputs: f64,
+    /// Passes an image: forward alone; forward and backward.
+    nfe: [f64; 2],
+    /// Images an iteration.
+    images: f64,
+    /// Numbers of one image's trajectory.
+    trajectory: f64,
+}
+
+impl Plan {
+    fn new(options: &Options<'_>) -> Result<Self> {
+        let Options { config, pipeline, text_tokens, .. } = *options;
+        config.validate()?;
+        let [width, height] = config.group.rollout.size.unwrap_or([pipeline.default_size(); 2]);
+        let size = pipeline.latent_size(width, height)?;
+        let nfe = passes(config, config.group.rollout.grid(&pipeline.scheduler, &size))?;
+        let shapes = Shapes::new();
+        pipeline.dry_velocity(&shapes, 1, size.tokens(), text_tokens);
+        let segments = segments(&pipeline.transformer);
+        let elements = |component| pipeline.manifest(component).n_elements() as f64;
+        let network = &pipeline.transformer;
+        let tokens = (size.tokens() + text_tokens) as f64;
+        let lora = LoraConfig { rank: options.lora_rank, ..LoraConfig::default() };
+        let group = config.group.group_size as f64;
+        Ok(Self {
+            components: Component::ALL.map(|c| (c, elements(c))).to_vec(),
+            transformer: elements(Component::Transformer),
+            largest_segment: segments.iter().map(Manifest::n_elements).max().unwrap_or(0) as f64,
+            adapters: segments.iter().map(|s| lora.manifest(s).n_elements()).sum::<usize>() as f64,
+            velocity: shapes.flops(),
+            n_blocks: network.n_blocks() as f64,
+            in_block: shapes.kept() / network.n_blocks() as f64,
+            block_inputs: tokens * network.width() as f64 * network.n_blocks() as f64,
+            nfe,
+            images: config.group.prompts_per_iteration as f64 * group,
+            trajectory: (2.0 * nfe[0] + 1.0) * size.len() as f64,
+            size,
+        })
+    }
+
+    /// Operations of an iteration; backward costs two forwards, or one where only adapters train, and
+    /// recomputation one more.
+    fn flops(&self, config: &AlignConfig, lora: bool) -> f64 {
+        let backward = if lora { 1.0 } else { 2.0 };
+        let update = 1.0 + backward + f64::from(u8::from(config.recompute));
+        self.images * self.velocity * (self.nfe[0] + self.nfe[1] * update)
+    }
+
+    /// Bytes on each of `ranks`: weights, gradients with optimiser, activations, trajectories.
+    fn memory(&self, config: &AlignConfig, ranks: usize, lora: bool) -> [f64; 4] {
+        let n = ranks as f64;
+        // One rank holds all it computes with; several gather the block at hand and the next.
+        let gathered = if ranks == 1 { 0.0 } else { 2.0 * self.largest_segment };
+        let weights = BF16 * (self.transformer / n + gathered);
+        // Master, gradient, two moments, and the moving average where one is kept.
+        let copies = if config.optimizer.ema > 0.0 { 5.0 } else { 4.0 };
+        let trained = if lora { self.adapters } else { self.transformer };
+        let at_once = if config.recompute { 1.0 } else { self.n_blocks };
+        let batch = config.group.rollout.batch as f64;
+        let activations = BF16 * batch * (self.block_inputs + self.in_block * at_once);
+        let groups = (config.group.prompts_per_iteration as f64 / n).ceil();
+        let trajectories = F32 * groups * config.group.group_size as f64 * self.trajectory;
+        [weights, F32 * copies * trained / n, activations, trajectories]
+    }
+}
+
+/// Network passes an image, forward alone and forward with backward, on the time grids of `grid`.
+fn passes(config: &AlignConfig, grid: Grid) -> Result<[f64; 2]> {
+    let algorithm = config.setting()?.open(grid);
+    algorithm::nfe(&*algorithm, config.group.group_size, config.iterations)
+}
+
+/// A plan as people read it.
+struct Report<'a> {
+    plan: &'a Plan,
+    options: &'a Options<'a>,
+}
+
+impl fmt::Display for Report<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Report { plan, options } = self;
+        let Options { config, text_tokens, lora_rank, pipeline, .. } = options;
+        let factor = pipeline.vae.factor();
+        writeln!(
+            f,
+            "{}, {}×{} pixels, {} image and {text_tokens} text tokens\n",
+            pipeline.dir.display(),
+            plan.size.width * factor,
+            plan.size.height * factor,
+            plan.size.tokens(),
+        )?;
+        writeln!(f, "{:<24}{:>16}{:>10}", "component", "parameters", "bf16 GB")?;
+        let mut row =
+            |name: &str, n: f64| writeln!(f, "{name:<24}{n:>16.0}{:>10.2}", BF16 * n / 1e9);
+        for (component, n) in &plan.components {
+            row(component.folder(), *n)?;
+        }
+        row(&format!("adapters of rank {lora_rank}"), plan.adapters)?;
+        let [rollout, update] = plan.nfe;
+        writeln!(
+            f,
+            "\na velocity of one image: {:.1} TFLOP\n\
+             an iteration: {} images, each {rollout} forward passes in the rollout and {update:.2} \
+             forward and backward in the updates\n\
+             together {:.1} PFLOP, with adapters {:.1}",
+            plan.velocity / 1e12,
+            plan.images,
+            plan.flops(config, false) / 1e15,
+            plan.flops(config, true) / 1e15,
+        )?;
+        self.ranks(f, "full training", false)?;
+        self.ranks(f, "LoRA", true)
+    }
+}
+
+impl Report<'_> {
+    fn ranks(&self, f: &mut fmt::Formatter<'_>, title: &str, lora: bool) -> fmt::Result {
+        let Options { config, utilisation, .. } = *self.options;
+        writeln!(
+            f,
+            "\n{title}: GB a rank, and seconds an iteration of H800s at {:.0} % of their peak, without \
+             rewards\nranks  weights  optimiser  activations  trajectories   total  seconds",
+            100.0 * utilisation
+        )?;
+        for ranks in WORLD_SIZES {
+            let parts = self.plan.memory(config, ranks, lora);
+            let total: f64 = parts.iter().sum();
+            let seconds = self.plan.flops(config, lora) / (ranks as f64 * utilisation * H800_FLOPS);
+            let [weights, optimiser, activations, trajectories] = parts.map(|bytes| bytes / 1e9);
+            writeln!(
+                f,
+                "{ranks:>5}{weights:>9.1}{optimiser:>11.1}{activations:>13.1}{trajectories:>14.2}\
+                 {:>8.1}{seconds:>9.0}{}",
+                total / 1e9,
+                if total > H800_BYTES { "  above 80 GB" } else { "" }
+            )?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run::settings::{ALIGN_PRESETS, Source, read};
+
+    fn plan() -> (AlignConfig, Plan) {
+        let config: AlignConfig = read(&Source::Preset("neighbor"), &ALIGN_PRESETS, &[]).unwrap();
+        let pipeline = Pipeline::known("flux.1-dev").unwrap();
+        let options = Options {
+            config: &config,
+            pipeline: &pipeline,
+            text_tokens: 512,
+            lora_rank: 64,
+            utilisation: 0.4,
+        };
+        let plan = Plan::new(&options).unwrap();
+        (config, plan)
+    }
+
+    /// Paper Table 3, and what the others' settings come to.
+    #[test]
+    fn passes_are_those_of_the_papers_table_3() {
+        let (_, plan) = plan();
+        assert_eq!(plan.images, 384.0);
+        let grid = flow::schedule::Shift::Factor(3.0).into();
+        let ddim = ["rollout.solver=euler", "rollout.steps=25", "anchors=12", "train_steps=4"];
+        let many = ["rollout.steps=16", "train_steps=9"];
+        let cases: [(&str, &[&str], [f64; 2]); 9] = [
+            ("dance-grpo", &[], [25.0, 14.0]),
+            ("neighbor", &ddim, [25.0, 4.0]),
+            ("neighbor", &many, [16.0, 3.0]),
+            ("neighbor", &[], [8.0, 4.0 / 3.0]),
+            ("flow-grpo", &[], [6.0, 5.0]),
+            ("mix-grpo", &["iterations=25"], [25.0, 4.0]),
+            ("mix-grpo-flash-star", &[], [7.0, 4.0]),
+            // Printed as 20 and 13.68: all steps of a leaf, those it shares included.
+            ("branch-grpo", &[], [203.0 / 16.0, 202.0 / 16.0]),
+            ("diffusion-nft", &[], [10.0 + 2.0 * 9.0, 9.0]),
+        ];
+        for (preset, settings, expected) in cases {
+            let settings: Vec<String> = settings.iter().map(|&s| s.to_owned()).collect();
+            let config: AlignConfig =
+                read(&Source::Preset(preset), &ALIGN_PRESETS, &settings).unwrap();
+            let found = passes(&config, grid).unwrap();
+            for (found, expected) in found.iter().zip(expected) {
+                assert!((found - expected).abs() < 1e-9, "{preset}: {found} {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn sharding_divides_what_is_sharded() {
+        let (config, plan) = plan();
+        let [weights, optimiser, activations, trajectories] = plan.memory(&config, 1, false);
+        assert!((weights / 1e9 - 23.8).abs() < 0.1 && (optimiser / 1e9 - 190.4).abs() < 0.5);
+        let many = plan.memory(&config, 32, false);
+        assert!(many[0] < weights / 10.0 && (many[1] * 32.0 - optimiser).abs() < 1.0);
+        assert_eq!(many[2], activations);
+        assert!((many[3] * 32.0 - trajectories).abs() < 1.0);
+        let adapters = plan.memory(&config, 1, true);
+        assert!(adapters[1] < optimiser / 10.0);
+    }
+}

@@ -1,0 +1,92 @@
+//! Images straight from a checkpoint, through libtorch: for looking, and for comparing with other
+//! programs on the same noise.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use flow::checkpoint::{Weights, write_tensors};
+use flow::usage::Usage;
+
+use crate::group::experience::solve_in_batches;
+use crate::group::rollout::RolloutConfig;
+use crate::network::model::{Loading, Model, unpack};
+use crate::picture;
+use crate::tensor::device::Compute;
+use crate::tensor::parameters::entry;
+
+/// What to sample.
+pub struct Options<'a> {
+    /// Pipeline folder.
+    pub model: &'a Path,
+    /// One prompt for all images.
+    pub prompt: &'a str,
+    /// Images.
+    pub n: usize,
+    /// Image i starts from the noise of `seed` + i.
+    pub seed: u64,
+    /// Solver, steps, shift, guidance and size.
+    pub rollout: RolloutConfig,
+    /// Initial noise instead: safetensors, tensor `latents` `[n, Z, h, w]`.
+    pub noise: Option<&'a Path>,
+    /// Where to store the final latents, the same layout.
+    pub latents_out: Option<&'a Path>,
+    /// PNG file; several images get a number before the extension.
+    pub out: &'a Path,
+    /// Adapters and their scales, summed.
+    pub loras: &'a [(PathBuf, f64)],
+    /// Whether weights stay on disk and are read block by block.
+    pub stream: bool,
+    /// Where tensors live.
+    pub compute: Compute,
+}
+
+/// Samples and writes the images.
+///
+/// # Errors
+/// When the model or the noise does not fit, or a file cannot be written.
+pub fn run(options: &Options<'_>) -> Result<()> {
+    let loading = Loading::to_sample(options.compute, options.stream);
+    let mut model = Model::load(options.model, loading)?;
+    model.add_loras(options.loras)?;
+    let size =
+        model.latent_size(options.rollout.size).map_err(|error| match options.rollout.size {
+            Some(_) => Usage(format!("{error:#}")).into(),
+            None => error,
+        })?;
+    let plan = options.rollout.plan(&model.pipeline.scheduler, &size)?;
+    let rows: Vec<Vec<f32>> = match options.noise {
+        None => (options.seed..).take(options.n).map(|seed| size.noise(seed)).collect(),
+        Some(path) => {
+            let file = Weights::open_file(path)?;
+            let shape = file.get("latents").map(|view| view.shape.to_vec());
+            let wanted = vec![options.n, size.channels, size.height, size.width];
+            ensure!(
+                shape.as_ref() == Some(&wanted),
+                "{}: tensor latents of shape {wanted:?} is needed, found {shape:?}",
+                path.display()
+            );
+            file.f32("latents")?.chunks(size.len()).map(<[f32]>::to_vec).collect()
+        }
+    };
+    let condition =
+        model.encode(&vec![options.prompt; options.n], options.rollout.guidance, &size)?;
+    let eps = model.pack(&rows, &size);
+    let x0 = solve_in_batches(&model, &plan, eps, &condition, options.rollout.batch).x0;
+    if let Some(path) = options.latents_out {
+        write_tensors(path, &[entry("latents", &unpack(&x0, &size)?)?], &[])?;
+    }
+    for (index, image) in model.decode(&x0, &size)?.iter().enumerate() {
+        let path = numbered(options.out, index, options.n);
+        picture::save(&path, image).with_context(|| format!("cannot write {}", path.display()))?;
+        println!("{}", path.display());
+    }
+    Ok(())
+}
+
+fn numbered(path: &Path, index: usize, n: usize) -> PathBuf {
+    if n == 1 {
+        return path.to_owned();
+    }
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!("{stem}-{index:03}.png"))
+}

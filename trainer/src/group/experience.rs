@@ -1,0 +1,238 @@
+//! What one iteration learns from: groups of trajectories, their images, rewards and advantages.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use flow::latents::LatentSize;
+use flow::prompts::Prompt;
+use flow::solver::Step;
+use image::RgbImage;
+use tch::{Kind, Tensor};
+
+use super::GroupConfig;
+use super::advantage::{Advantages, Scored};
+use super::rollout::{self, Rollout, Trajectory};
+use super::seeds::{Use, family};
+use crate::network::condition::Condition;
+use crate::network::model::Model;
+use crate::reward::{RewardConfig, Rewards, Scores};
+
+/// P groups of G members.
+pub(crate) struct Experience {
+    /// Iterations before this one.
+    pub(crate) iteration: usize,
+    /// Number of the first group in the run.
+    pub(crate) first_group: u64,
+    /// G.
+    pub(crate) group_size: usize,
+    /// Shape of a latent.
+    pub(crate) size: LatentSize,
+    /// Conditions, one row a prompt.
+    pub(crate) condition: Condition,
+    /// How the trajectories came about.
+    pub(crate) rollout: Rollout,
+    /// All P·G trajectories as rows, group by group.
+    pub(crate) trajectory: Trajectory,
+    /// Scores of each group.
+    pub(crate) scores: Vec<Scores>,
+    /// Advantages of each group.
+    pub(crate) advantages: Vec<Advantages>,
+    /// Seconds of rollout, decoding and rewards.
+    pub(crate) seconds: [f64; 3],
+}
+
+impl Experience {
+    /// What failed while the groups were scored, a line a reward that did not end the run.
+    pub(crate) fn faults(&self, config: &GroupConfig) -> Vec<String> {
+        let n_groups = self.scores.len();
+        let line = |(index, reward): (usize, &RewardConfig)| {
+            let outcomes = || self.scores.iter().map(move |scores| &scores.outcomes[index]);
+            let last = outcomes().filter_map(|outcome| outcome.error.as_deref()).next_back()?;
+            let n_failures: u32 = outcomes().map(|outcome| outcome.failures).sum();
+            let n_without = outcomes().filter(|outcome| outcome.scores.is_none()).count();
+            let name = &reward.name;
+            Some(format!(
+                "reward {name:?}: failed attempts: {n_failures}, groups that go without it: \
+                 {n_without} of {n_groups}; the last failure: {last}"
+            ))
+        };
+        config.rewards.iter().enumerate().filter_map(line).collect()
+    }
+
+    /// Groups whose rewards are not all flat.
+    pub(crate) fn live(&self) -> Vec<usize> {
+        (0..self.advantages.len()).filter(|&group| !self.advantages[group].is_flat).collect()
+    }
+
+    /// The row of `all` on the way to `member` of `group`. `all` `[P·n, …]` holds n ≤ G rows a group,
+    /// each on the way to as many members.
+    pub(crate) fn row(&self, all: &Tensor, group: usize, member: usize) -> Tensor {
+        let width = all.size()[0] as usize / self.advantages.len();
+        all.get((group * width + member * width / self.group_size) as i64)
+    }
+
+    /// A number that no other member of the run has.
+    pub(crate) fn stream(&self, group: usize, member: usize) -> u64 {
+        (self.first_group + group as u64) * self.group_size as u64 + member as u64
+    }
+}
+
+/// What an iteration's groups are gathered with.
+pub(crate) struct Sources<'a> {
+    pub(crate) config: &'a GroupConfig,
+    pub(crate) model: &'a Model,
+    pub(crate) rewards: &'a Rewards,
+    pub(crate) size: LatentSize,
+}
+
+/// Rolls out a group for each prompt, decodes and scores it.
+pub(crate) fn gather(
+    sources: &Sources<'_>,
+    rollout: Rollout,
+    prompts: &[&Prompt],
+    iteration: usize,
+) -> Result<Experience> {
+    let Sources { config, model, rewards, size } = sources;
+    let started = Instant::now();
+    let first_group = (iteration * prompts.len()) as u64;
+    let texts: Vec<&str> = prompts.iter().map(|prompt| prompt.text.as_str()).collect();
+    let condition = model.encode(&texts, config.rollout.guidance, size)?;
+    let trajectory = roll_out(sources, &rollout, &condition, first_group);
+    let rolled = started.elapsed().as_secs_f64();
+    ensure!(
+        trajectory.x0.isfinite().all().int64_value(&[]) == 1,
+        "the rollout is not finite: the model has diverged"
+    );
+    let images = model.decode(&trajectory.x0, size)?;
+    let decoded = started.elapsed().as_secs_f64();
+    let groups = images.chunks(config.group_size).zip(prompts);
+    let scores = groups
+        .map(|(images, prompt)| {
+            let images: Vec<&RgbImage> = images.iter().collect();
+            rewards.score(&vec![*prompt; images.len()], &images)
+        })
+        .collect::<Result<Vec<Scores>>>()?;
+    let scored = started.elapsed().as_secs_f64();
+    let advantages = scores
+        .iter()
+        .map(|scores| config.advantage.of_group(config.group_size, &given(config, scores)))
+        .collect();
+    Ok(Experience {
+        iteration,
+        first_group,
+        group_size: config.group_size,
+        size: *size,
+        condition,
+        rollout,
+        trajectory,
+        scores,
+        advantages,
+        seconds: [rolled, decoded - rolled, scored - decoded],
+    })
+}
+
+/// The rewards of a group that did not fail.
+pub(crate) fn given<'a>(config: &GroupConfig, scores: &'a Scores) -> Vec<Scored<'a>> {
+    config
+        .rewards
+        .iter()
+        .zip(&scores.outcomes)
+        .filter_map(|(reward, outcome)| {
+            let (weight, std_floor) = (reward.weight, reward.std_floor);
+            Some(Scored { weight, std_floor, scores: outcome.scores.as_deref()? })
+        })
+        .collect()
+}
+
+fn roll_out(
+    sources: &Sources<'_>,
+    rollout: &Rollout,
+    condition: &Condition,
+    first_group: u64,
+) -> Trajectory {
+    let Sources { config, model, size, .. } = sources;
+    let (group_size, widths) = (config.group_size, rollout.widths(config.group_size));
+    let groups = || (first_group..).take(condition.pooled.size()[0] as usize);
+    let start = family(config.seed, Use::Neighbourhood);
+    let eps: Vec<Vec<f32>> = groups()
+        .flat_map(|group| rollout.start.noises(start, group, group_size, widths[0], size))
+        .collect();
+    let added = family(config.seed, Use::Transitions);
+    let disturb = |index: usize, mut x: Tensor| {
+        let (step, mut width, mut scale) = (&rollout.steps[index], widths[index], 1.0);
+        if step.noise == 0.0 {
+            return x;
+        }
+        if rollout.splits.contains(&index) {
+            (width, scale) = (2 * width, rollout.split_noise);
+            x = x.repeat_interleave_self_int(2, 0, None);
+        }
+        let rows: Vec<Vec<f32>> = groups()
+            .flat_map(|group| (0..width as u64).map(move |row| (group, row)))
+            .map(|(group, row)| {
+                let call = group * rollout.steps.len() as u64 + index as u64;
+                added.normal(call * group_size as u64 + row, size.len())
+            })
+            .collect();
+        x + model.pack(&rows, size) * (step.noise * scale)
+    };
+    let mut network = Batched::new(model, condition, config.rollout.batch);
+    let velocity = |x_t: &Tensor, t: f64| network.velocity(x_t, rollout.time(t));
+    rollout::solve(&rollout.steps, model.pack(&eps, size), velocity, disturb)
+}
+
+/// Solves from `eps` `[B, S, C]`, at most `batch` rows a network call.
+pub(crate) fn solve_in_batches(
+    model: &Model,
+    plan: &[Step],
+    eps: Tensor,
+    condition: &Condition,
+    batch: usize,
+) -> Trajectory {
+    let mut network = Batched::new(model, condition, batch);
+    rollout::solve(plan, eps, |x_t, t| network.velocity(x_t, t), |_, x| x)
+}
+
+/// The network a few rows at a time.
+struct Batched<'a> {
+    model: &'a Model,
+    condition: &'a Condition,
+    batch: i64,
+    /// Conditions of each batch, for as many rows as the last call had.
+    parts: Vec<Condition>,
+    n_rows: i64,
+}
+
+impl<'a> Batched<'a> {
+    fn new(model: &'a Model, condition: &'a Condition, batch: usize) -> Self {
+        Self { model, condition, batch: batch as i64, parts: Vec::new(), n_rows: 0 }
+    }
+
+    /// Velocity of `x_t` `[B, S, C]` at `t`; B is a multiple of the conditions' rows, each of which is for
+    /// as many neighbouring rows of `x_t`.
+    fn velocity(&mut self, x_t: &Tensor, t: f64) -> Tensor {
+        let n_rows = x_t.size()[0];
+        if n_rows != self.n_rows {
+            let n_prompts = self.condition.pooled.size()[0];
+            let prompts = Tensor::arange(n_prompts, (Kind::Int64, x_t.device()));
+            let rows = prompts.repeat_interleave_self_int(n_rows / n_prompts, 0, None);
+            let parts = rows.split(self.batch, 0);
+            self.parts = parts.iter().map(|part| self.condition.rows(part)).collect();
+            self.n_rows = n_rows;
+        }
+        let velocities: Vec<Tensor> = x_t
+            .split(self.batch, 0)
+            .iter()
+            .zip(&self.parts)
+            .map(|(x_t, condition)| {
+                let times = Tensor::full([x_t.size()[0]], t, (Kind::Float, x_t.device()));
+                self.model.engine.velocity(x_t, &times, condition)
+            })
+            .collect();
+        if velocities.len() == 1 {
+            velocities[0].shallow_clone()
+        } else {
+            Tensor::cat(&velocities, 0)
+        }
+    }
+}

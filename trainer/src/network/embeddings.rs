@@ -1,0 +1,136 @@
+//! Text embeddings on disk, so that training never holds the text encoders.
+//!
+//! A cache is a folder of safetensors files. A prompt's tensors are called `KEY.prompt_embeds` `[L, D]`
+//! and `KEY.pooled_prompt_embeds` `[P]` after the arguments of `FluxPipeline`, where KEY is the SHA-256
+//! of its text in hexadecimal digits.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use flow::checkpoint::{Weights, write_tensors};
+use sha2::{Digest, Sha256};
+use tch::{Kind, Tensor};
+
+use crate::tensor::eager::dims;
+use crate::tensor::parameters;
+
+const TEXT: &str = "prompt_embeds";
+const POOLED: &str = "pooled_prompt_embeds";
+
+/// One prompt's text tokens `[L, D]` and pooled vector `[P]`.
+pub(crate) struct Row<'a> {
+    pub(crate) prompt: &'a str,
+    pub(crate) tensors: [Tensor; 2],
+}
+
+/// Writes one file of the cache.
+pub(crate) fn store(out: &Path, rows: &[Row<'_>]) -> Result<()> {
+    let keys: Vec<String> = rows.iter().map(|row| key(row.prompt)).collect();
+    let (mut entries, mut metadata) = (Vec::new(), Vec::new());
+    for (key, row) in keys.iter().zip(rows) {
+        for (name, tensor) in [TEXT, POOLED].iter().zip(&row.tensors) {
+            entries.push(parameters::entry(&format!("{key}.{name}"), tensor)?);
+        }
+        metadata.push((key.as_str(), row.prompt.to_owned()));
+    }
+    let file = format!("embeddings-{}.safetensors", &keys[0][..16]);
+    Ok(write_tensors(&out.join(file), &entries, &metadata)?)
+}
+
+/// A cache, mapped.
+pub(crate) struct Embeddings {
+    folder: PathBuf,
+    files: Vec<Weights>,
+    /// File of each key.
+    places: HashMap<String, usize>,
+}
+
+impl Embeddings {
+    /// The cache in `folder`, empty where there is none.
+    ///
+    /// # Errors
+    /// When a file of it is broken.
+    pub(crate) fn open(folder: &Path) -> Result<Self> {
+        let mut paths = Vec::new();
+        if folder.is_dir() {
+            let listed = || format!("cannot read {}", folder.display());
+            for entry in std::fs::read_dir(folder).with_context(listed)? {
+                let path = entry.with_context(listed)?.path();
+                if path.extension().is_some_and(|extension| extension == "safetensors") {
+                    paths.push(path);
+                }
+            }
+        }
+        paths.sort();
+        let files: Vec<Weights> =
+            paths.iter().map(|path| Weights::open_file(path)).collect::<Result<_, _>>()?;
+        let mut places = HashMap::new();
+        for (index, file) in files.iter().enumerate() {
+            let keys = file.names().filter_map(|name| name.strip_suffix(&format!(".{TEXT}")));
+            places.extend(keys.map(|key| (key.to_owned(), index)));
+        }
+        Ok(Self { folder: folder.to_owned(), files, places })
+    }
+
+    /// Whether it has `prompt`.
+    pub(crate) fn has(&self, prompt: &str) -> bool {
+        self.places.contains_key(&key(prompt))
+    }
+
+    /// Refuses `prompts` that it lacks.
+    pub(crate) fn check<'a>(&self, prompts: impl IntoIterator<Item = &'a str>) -> Result<()> {
+        prompts.into_iter().try_for_each(|prompt| self.file(prompt).map(|_| ()))
+    }
+
+    fn file(&self, prompt: &str) -> Result<&Weights> {
+        let place = self.places.get(&key(prompt)).with_context(|| self.unknown(prompt))?;
+        Ok(&self.files[*place])
+    }
+
+    fn unknown(&self, prompt: &str) -> String {
+        let folder = self.folder.display();
+        format!("{folder}: no embedding of {prompt:?}: run `ng-train embed`")
+    }
+
+    /// Embeddings of `prompts` in f32 on the CPU: `[B, L, D]` and `[B, P]`.
+    ///
+    /// # Errors
+    /// When one is not in the cache, or lengths differ.
+    pub(crate) fn rows(&self, prompts: &[&str]) -> Result<[Tensor; 2]> {
+        let mut rows = [Vec::new(), Vec::new()];
+        for prompt in prompts {
+            let (key, file) = (key(prompt), self.file(prompt)?);
+            for (rows, name) in rows.iter_mut().zip([TEXT, POOLED]) {
+                let name = format!("{key}.{name}");
+                let shape = file.get(&name).with_context(|| self.unknown(prompt))?.shape;
+                let values = parameters::tensor(file, &name)?.to_kind(Kind::Float);
+                rows.push(values.reshape(dims(shape)));
+            }
+        }
+        let [text, pooled] = &rows;
+        for rows in &rows {
+            ensure!(
+                rows.iter().all(|row| row.size() == rows[0].size()),
+                "{}: embeddings of different lengths in one batch",
+                self.folder.display()
+            );
+        }
+        Ok([Tensor::stack(text, 0), Tensor::stack(pooled, 0)])
+    }
+}
+
+/// SHA-256 of the text, in hexadecimal digits.
+fn key(prompt: &str) -> String {
+    format!("{:x}", Sha256::digest(prompt.as_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_sha_256() {
+        assert_eq!(key("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    }
+}

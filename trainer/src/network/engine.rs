@@ -1,0 +1,408 @@
+//! The velocity network as training uses it: without gradients for rollouts, and forward with backward
+//! for updates, block by block where memory matters.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use flow::models::transformer::{Inputs, State, TransformerConfig};
+use flow::ops::Rope;
+use flow::ops::shapes::{Manifest, Shapes};
+use tch::{Tensor, no_grad};
+
+use super::condition::Condition;
+use super::inference::Inference;
+use super::lora::Adapters;
+use crate::tensor::eager::{Addition, Eager};
+use crate::tensor::parameters::Parameters;
+
+/// The velocity network.
+pub(crate) struct Engine {
+    config: TransformerConfig,
+    parameters: Parameters,
+    /// Low-rank adapters on its linear layers.
+    adapters: Option<Adapters>,
+    /// The network without gradients where libtorch is slower, and the version of its parameters.
+    inference: RefCell<Option<(u64, Rc<Inference>)>>,
+    /// Whether velocities without gradients must round as those with gradients do.
+    pub(crate) rounds_alike: bool,
+    /// Whether backward recomputes each block from its input, so that activations of one block at a
+    /// time are held.
+    pub(crate) recompute: bool,
+}
+
+/// One manifest a segment: prologue, every block, epilogue. A parameter belongs to its first user.
+pub(crate) fn segments(config: &TransformerConfig) -> Vec<Manifest> {
+    let shape = |n: &[usize]| n.to_vec();
+    let (x, c) = (shape(&[1, 1, config.in_channels]), shape(&[1, 1, config.joint_attention_dim]));
+    let (pooled, scalar, ids) =
+        (shape(&[1, config.pooled_projection_dim]), shape(&[1]), shape(&[1, 3]));
+    let inputs = Inputs {
+        hidden_states: &x,
+        encoder_hidden_states: &c,
+        pooled_projections: &pooled,
+        timestep: &scalar,
+        img_ids: &ids,
+        txt_ids: &ids,
+        guidance: Some(&scalar),
+    };
+    let dry = Shapes::new();
+    let mut state = config.prologue(&dry, &inputs);
+    let mut manifests = vec![dry.manifest()];
+    for index in 0..config.n_blocks() {
+        let dry = Shapes::new();
+        state = config.block(&dry, index, &state);
+        manifests.push(dry.manifest());
+    }
+    let dry = Shapes::new();
+    config.epilogue(&dry, &state);
+    manifests.push(dry.manifest());
+    manifests
+}
+
+type T = Rc<Tensor>;
+
+impl Engine {
+    pub(crate) fn new(config: TransformerConfig, parameters: Parameters) -> Self {
+        let (adapters, inference) = (None, RefCell::new(None));
+        Self { config, parameters, adapters, inference, rounds_alike: false, recompute: false }
+    }
+
+    /// Puts adapters on the linear layers.
+    pub(crate) fn adapt(&mut self, adapters: Adapters) {
+        self.adapters = Some(adapters);
+        *self.inference.get_mut() = None;
+    }
+
+    /// What training changes: the adapters where there are any, else every parameter.
+    pub(crate) fn trained(&self) -> &Parameters {
+        self.adapters.as_ref().map_or(&self.parameters, Adapters::parameters)
+    }
+
+    /// Lets gradients accumulate on [`Engine::trained`].
+    pub(crate) fn train(&mut self) {
+        self.adapters.as_mut().map_or(&mut self.parameters, Adapters::parameters_mut).train();
+    }
+
+    /// Type of activations.
+    pub(crate) fn kind(&self) -> tch::Kind {
+        self.parameters.kind()
+    }
+
+    /// The adapters, where there are any.
+    pub(crate) fn adapters(&self) -> Option<&Adapters> {
+        self.adapters.as_ref()
+    }
+
+    /// The interpreter of segment `index`: prologue, every block, epilogue.
+    fn segment(&self, index: usize) -> Eager<'_> {
+        let addition = self.adapters.as_ref().map(|adapters| adapters as &dyn Addition);
+        self.parameters.segment(index).with(addition)
+    }
+
+    /// Velocity `[B, S, C]` of `x_t` `[B, S, C]` at times `t` `[B]`, in f32, without gradients.
+    pub(crate) fn velocity(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Tensor {
+        let tokens = (x_t.size()[1] + condition.text.size()[1]) as usize;
+        match self.inference(tokens) {
+            Some(inference) => inference.velocity(x_t, t, condition),
+            None => no_grad(|| self.forward(x_t, t, condition)),
+        }
+    }
+
+    /// Another way to velocities, where it is faster, with the parameters as they are.
+    fn inference(&self, tokens: usize) -> Option<Rc<Inference>> {
+        let parameters = &self.parameters;
+        let adapters = self.adapters.as_ref();
+        let is_free = !self.rounds_alike && !adapters.is_some_and(Adapters::are_training);
+        let is_plain = parameters.compute().is_plain() && !parameters.is_streamed();
+        if !is_free || !is_plain || !Inference::is_worthwhile(&self.config, tokens) {
+            return None;
+        }
+        let mut known = self.inference.borrow_mut();
+        if known.as_ref().is_none_or(|(version, _)| *version != parameters.version()) {
+            *known = None;
+            let made = Inference::new(&self.config, parameters, adapters);
+            *known = Some((parameters.version(), Rc::new(made)));
+        }
+        known.as_ref().map(|(_, inference)| inference.clone())
+    }
+
+    /// The velocity with its graph, for losses that train the text encoders as well.
+    pub(crate) fn forward(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Tensor {
+        let (config, owned) = (&self.config, self.inputs(x_t, t, condition));
+        let mut state = config.prologue(&self.segment(0), &owned.borrow());
+        for index in 0..config.n_blocks() {
+            state = config.block(&self.segment(index + 1), index, &state);
+        }
+        let v = config.epilogue(&self.segment(config.n_blocks() + 1), &state);
+        v.to_kind(tch::Kind::Float)
+    }
+
+    /// Runs the network forward, asks `gradient` for dJ/dv (same shape as v, f32) and accumulates its
+    /// product with dv/dθ on the parameters.
+    pub(crate) fn forward_backward(
+        &self,
+        x_t: &Tensor,
+        t: &Tensor,
+        condition: &Condition,
+        gradient: impl FnOnce(&Tensor) -> Tensor,
+    ) {
+        if self.recompute {
+            return self.blockwise(x_t, t, condition, gradient);
+        }
+        let v = self.forward(x_t, t, condition);
+        let of_v = gradient(&v.detach());
+        (v * of_v).sum(tch::Kind::Float).backward();
+    }
+
+    fn blockwise(
+        &self,
+        x_t: &Tensor,
+        t: &Tensor,
+        condition: &Condition,
+        gradient: impl FnOnce(&Tensor) -> Tensor,
+    ) {
+        let (config, owned) = (&self.config, self.inputs(x_t, t, condition));
+        let mut inputs: Vec<State<T>> = Vec::with_capacity(config.n_blocks() + 1);
+        no_grad(|| {
+            let mut state = config.prologue(&self.segment(0), &owned.borrow());
+            for index in 0..config.n_blocks() {
+                let next = config.block(&self.segment(index + 1), index, &state);
+                inputs.push(std::mem::replace(&mut state, next));
+            }
+            inputs.push(state);
+        });
+        let last = leaf(&inputs.pop().expect("one state at least"));
+        let v = config.epilogue(&self.segment(config.n_blocks() + 1), &last);
+        let of_v = gradient(&v.detach().to_kind(tch::Kind::Float));
+        (&*v * of_v).sum(tch::Kind::Float).backward();
+        let mut upstream = gradients(&last);
+        for index in (0..config.n_blocks()).rev() {
+            let input = leaf(&inputs.pop().expect("one state a block"));
+            inject(&config.block(&self.segment(index + 1), index, &input), &upstream);
+            upstream = gradients(&input);
+        }
+        inject(&config.prologue(&self.segment(0), &owned.borrow()), &upstream);
+    }
+
+    fn inputs(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> OwnedInputs {
+        let kind = self.parameters.kind();
+        let float = |x: &Tensor| Rc::new(x.to_kind(kind));
+        let n_text = condition.text.size()[1];
+        OwnedInputs {
+            x_t: float(x_t),
+            text: float(&condition.text),
+            pooled: float(&condition.pooled),
+            t: float(t),
+            img_ids: Rc::new(condition.img_ids.shallow_clone()),
+            txt_ids: Rc::new(Tensor::zeros([n_text, 3], (tch::Kind::Float, x_t.device()))),
+            guidance: float(&condition.guidance),
+        }
+    }
+}
+
+struct OwnedInputs {
+    x_t: T,
+    text: T,
+    pooled: T,
+    t: T,
+    img_ids: T,
+    txt_ids: T,
+    guidance: T,
+}
+
+impl OwnedInputs {
+    fn borrow(&self) -> Inputs<'_, T> {
+        Inputs {
+            hidden_states: &self.x_t,
+            encoder_hidden_states: &self.text,
+            pooled_projections: &self.pooled,
+            timestep: &self.t,
+            img_ids: &self.img_ids,
+            txt_ids: &self.txt_ids,
+            guidance: Some(&self.guidance),
+        }
+    }
+}
+
+/// The same values, cut from their history and asking for gradients.
+fn leaf(state: &State<T>) -> State<T> {
+    let cut = |x: &T| Rc::new(x.detach().set_requires_grad(true));
+    State {
+        x: cut(&state.x),
+        c: cut(&state.c),
+        temb: cut(&state.temb),
+        rope: Rope { cos: state.rope.cos.clone(), sin: state.rope.sin.clone() },
+    }
+}
+
+/// Gradients that reached a leaf: x, c, temb; undefined where none did.
+fn gradients(state: &State<T>) -> [Tensor; 3] {
+    [&state.x, &state.c, &state.temb].map(|x| x.grad())
+}
+
+/// Carries `upstream` through the graph of `state`.
+fn inject(state: &State<T>, upstream: &[Tensor; 3]) {
+    let parts = [&state.x, &state.c, &state.temb];
+    let products: Vec<Tensor> = parts
+        .iter()
+        .zip(upstream)
+        .filter(|(part, gradient)| part.requires_grad() && gradient.defined())
+        .map(|(part, gradient)| (&***part * gradient).sum(tch::Kind::Float))
+        .collect();
+    if let Some(total) = products.into_iter().reduce(|a, b| a + b) {
+        total.backward();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flow::models::transformer::image_ids;
+    use flow::noise::Noise;
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::tensor::device::Compute;
+    use crate::tensor::parameters::{Gradient, Storage};
+
+    fn config(depth: usize) -> TransformerConfig {
+        let mut config = TransformerConfig::default();
+        config.in_channels = 8;
+        config.num_layers = depth;
+        config.num_single_layers = 2 * depth;
+        config.attention_head_dim = 8;
+        config.num_attention_heads = 2;
+        config.joint_attention_dim = 6;
+        config.pooled_projection_dim = 5;
+        config.guidance_embeds = true;
+        config.axes_dims_rope = vec![2, 2, 4];
+        config
+    }
+
+    fn normal(stream: u64, shape: &[i64]) -> Tensor {
+        let n = shape.iter().product::<i64>() as usize;
+        Tensor::from_slice(&Noise::new(2).normal(stream, n)).reshape(shape)
+    }
+
+    fn engine(depth: usize) -> Engine {
+        let config = config(depth);
+        let mut stream = 100;
+        let mut parameters =
+            Parameters::build(&segments(&config), Compute::CPU, Storage::Trainable, |_, shape| {
+                stream += 1;
+                let n = shape.iter().product();
+                Ok(Tensor::from_slice(&Noise::new(5).normal(stream, n)) * 0.2)
+            })
+            .unwrap();
+        parameters.train();
+        Engine::new(config, parameters)
+    }
+
+    fn condition() -> Condition {
+        Condition {
+            text: normal(1, &[3, 5, 6]),
+            pooled: normal(2, &[3, 5]),
+            guidance: Tensor::full([3], 3.5, (Kind::Float, Device::Cpu)),
+            img_ids: Tensor::from_slice(&image_ids(2, 3)).reshape([-1, 3]),
+        }
+    }
+
+    /// One flat gradient a segment.
+    fn taken(engine: &Engine) -> Vec<Tensor> {
+        let flat = |parts: &Vec<Gradient>| {
+            Tensor::cat(&parts.iter().map(|part| &part.values).collect::<Vec<&Tensor>>(), 0)
+        };
+        engine.trained().take_gradients().iter().map(flat).collect()
+    }
+
+    fn gradients_of(engine: &mut Engine, recompute: bool) -> Vec<Tensor> {
+        engine.recompute = recompute;
+        let (x_t, t) = (normal(3, &[3, 6, 8]), Tensor::from_slice(&[0.2f32, 0.5, 0.9]));
+        engine.forward_backward(&x_t, &t, &condition(), |v| v * 2.0 + normal(4, &[3, 6, 8]));
+        taken(engine)
+    }
+
+    #[test]
+    fn segments_hold_every_parameter_once() {
+        let config = config(2);
+        let whole: usize = segments(&config).iter().map(Manifest::n_elements).sum();
+        let dry = Shapes::new();
+        let scalar = vec![1];
+        config.forward(
+            &dry,
+            &Inputs {
+                hidden_states: &vec![1, 2, 8],
+                encoder_hidden_states: &vec![1, 3, 6],
+                pooled_projections: &vec![1, 5],
+                timestep: &scalar,
+                img_ids: &vec![2, 3],
+                txt_ids: &vec![3, 3],
+                guidance: Some(&scalar),
+            },
+        );
+        assert_eq!(whole, dry.manifest().n_elements());
+        assert_eq!(segments(&config).len(), 2 + config.n_blocks());
+    }
+
+    #[test]
+    fn blockwise_gradients_are_the_plain_ones() {
+        let mut engine = engine(2);
+        let plain = gradients_of(&mut engine, false);
+        let blockwise = gradients_of(&mut engine, true);
+        for (segment, (a, b)) in plain.iter().zip(&blockwise).enumerate() {
+            let scale = a.abs().max().double_value(&[]);
+            let difference = (a - b).abs().max().double_value(&[]);
+            assert!(scale > 0.0, "segment {segment} has no gradient");
+            assert!(difference <= 1e-6 * scale, "segment {segment}: {difference:e} of {scale:e}");
+        }
+    }
+
+    #[test]
+    fn a_gradient_agrees_with_a_difference_quotient() {
+        let mut engine = engine(1);
+        let (x_t, t) = (normal(3, &[3, 6, 8]), Tensor::from_slice(&[0.2f32, 0.5, 0.9]));
+        let condition = condition();
+        let value = |engine: &Engine| {
+            let v = engine.velocity(&x_t, &t, &condition).to_kind(Kind::Double);
+            (v.square().sum(Kind::Double) * 0.5).double_value(&[])
+        };
+        engine.recompute = true;
+        engine.forward_backward(&x_t, &t, &condition, Tensor::shallow_clone);
+        let gradients = taken(&engine);
+        for (segment, gradient) in gradients.iter().enumerate() {
+            let master = engine.trained().segments[segment].master.shallow_clone();
+            let direction = gradient / gradient.norm();
+            let slope = gradient.norm().double_value(&[]);
+            let h = 1e-2 / slope.max(1.0);
+            let moved = |by: f64| {
+                no_grad(|| {
+                    let _ = master.shallow_clone().g_add_(&(&direction * by));
+                });
+                engine.trained().refresh();
+                value(&engine)
+            };
+            let (ahead, behind) = (moved(h), moved(-2.0 * h));
+            moved(h);
+            let quotient = (ahead - behind) / (2.0 * h);
+            assert!(
+                (quotient - slope).abs() < 0.02 * slope,
+                "segment {segment}: {quotient} {slope}"
+            );
+        }
+    }
+
+    #[test]
+    fn samples_of_a_batch_do_not_mix() {
+        let engine = engine(1);
+        let (x_t, t) = (normal(3, &[3, 6, 8]), Tensor::from_slice(&[0.2f32, 0.5, 0.9]));
+        let condition = condition();
+        let together = engine.velocity(&x_t, &t, &condition);
+        let second = Tensor::from_slice(&[1i64]);
+        let alone = engine.velocity(
+            &x_t.index_select(0, &second),
+            &t.index_select(0, &second),
+            &condition.rows(&second),
+        );
+        let difference = (together.get(1) - alone.get(0)).abs().max().double_value(&[]);
+        assert!(difference < 1e-5, "{difference:e}");
+    }
+}

@@ -1,0 +1,357 @@
+//! Low-rank adapters (Hu et al. 2021) in training: W·x + (α/r)·B·A·x, with A `[r, n_in]`, B `[n_out, r]`.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use anyhow::{Context, Result, ensure};
+use flow::checkpoint::Dtype;
+use flow::lora::{A, B, Lora};
+use flow::noise::Noise;
+use flow::ops::ParamPath;
+use flow::ops::shapes::Manifest;
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor, no_grad};
+
+use crate::tensor::device::Compute;
+use crate::tensor::eager::Addition;
+use crate::tensor::parameters::{Parameters, Storage};
+
+/// The linear layers that carry an adapter unless told otherwise: those of Flow-GRPO, DanceGRPO and
+/// `diffusers`' FLUX training script.
+const TARGETS: [&str; 12] = [
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+];
+
+/// Rank r unless told otherwise.
+pub(crate) const RANK: usize = 64;
+
+/// Settings of adapters that train.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoraConfig {
+    /// Rank r.
+    #[serde(default = "rank")]
+    pub rank: usize,
+    /// α: the product is scaled by α/r.
+    #[serde(default = "alpha")]
+    pub alpha: f64,
+    /// Ends of the paths of adapted layers.
+    #[serde(default = "targets")]
+    pub targets: Vec<String>,
+    /// Adapters to go on from, a file or its folder; without it, A is random and B is 0.
+    #[serde(default)]
+    pub from: Option<PathBuf>,
+}
+
+fn rank() -> usize {
+    RANK
+}
+fn alpha() -> f64 {
+    128.0
+}
+fn targets() -> Vec<String> {
+    TARGETS.map(str::to_owned).to_vec()
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self { rank: rank(), alpha: alpha(), targets: targets(), from: None }
+    }
+}
+
+impl LoraConfig {
+    /// Names and shapes of A and B on the layers of `manifest` that the targets name.
+    pub(crate) fn manifest(&self, manifest: &Manifest) -> Manifest {
+        let layers = manifest.entries().filter_map(|(name, shape)| {
+            let layer = name.strip_suffix(".weight")?;
+            let is_target = self.targets.iter().any(|t| layer.ends_with(&format!(".{t}")));
+            is_target.then_some((layer, shape))
+        });
+        Manifest::new(layers.flat_map(|(layer, shape)| pair(layer, shape, self.rank)))
+    }
+}
+
+fn pair(layer: &str, shape: &[usize], rank: usize) -> [(String, Vec<usize>); 2] {
+    let [n_out, n_in] = *shape else { panic!("{layer}: linear layers have matrices") };
+    [(format!("{layer}.{A}"), vec![rank, n_in]), (format!("{layer}.{B}"), vec![n_out, rank])]
+}
+
+/// Adapters on the linear layers of a network, in its segments.
+pub(crate) struct Adapters {
+    parameters: Parameters,
+    /// α/r.
+    scale: f64,
+}
+
+impl Adapters {
+    /// Adapters that train, on a network of `segments`.
+    ///
+    /// # Errors
+    /// When no layer is a target, or the adapters to go on from do not fit.
+    pub(crate) fn new(
+        config: &LoraConfig,
+        segments: &[Manifest],
+        noise: Noise,
+        compute: Compute,
+    ) -> Result<Self> {
+        ensure!(config.rank > 0, "lora.rank = 0: at least 1");
+        let manifests: Vec<Manifest> = segments.iter().map(|s| config.manifest(s)).collect();
+        ensure!(
+            manifests.iter().any(|manifest| manifest.n_elements() > 0),
+            "lora.targets: no layer of the model ends in one of {}",
+            config.targets.join(", ")
+        );
+        let scale = config.alpha / config.rank as f64;
+        let from =
+            config.from.as_deref().map(|path| open(path, 1.0 / scale, segments)).transpose()?;
+        let mut streams = 0..;
+        let value = |name: &str, shape: &[usize]| {
+            let stream = streams.next().expect("endless");
+            let (layer, is_a) = factor(name);
+            let values = match &from {
+                Some(lora) => {
+                    let missing = || format!("lora.from has no adapter of {layer}");
+                    let found = lora.factors(layer)?.with_context(missing)?;
+                    if is_a { found.a } else { found.b }
+                }
+                None if is_a => {
+                    let n = shape.iter().product();
+                    let std = 1.0 / config.rank as f32;
+                    noise.normal(stream, n).into_iter().map(|x| std * x).collect()
+                }
+                None => vec![0.0; shape.iter().product()],
+            };
+            let n: usize = shape.iter().product();
+            ensure!(values.len() == n, "lora.from: its rank is not lora.rank = {}", config.rank);
+            Ok(Tensor::from_slice(&values))
+        };
+        let parameters = Parameters::build(&manifests, compute, Storage::Trainable, value)?;
+        Ok(Self { parameters, scale })
+    }
+
+    /// The adapters of several files, summed, to sample with.
+    ///
+    /// # Errors
+    /// When one does not fit the network.
+    pub(crate) fn combined(
+        files: &[(PathBuf, f64)],
+        segments: &[Manifest],
+        compute: Compute,
+    ) -> Result<Self> {
+        let loras = files
+            .iter()
+            .map(|(path, scale)| open(path, *scale, segments))
+            .collect::<Result<Vec<Lora>>>()?;
+        let stacked = |layer: &str| -> Result<Vec<flow::lora::Factors>> {
+            let factors = loras.iter().filter_map(|lora| lora.factors(layer).transpose());
+            Ok(factors.collect::<Result<_, _>>()?)
+        };
+        let mut manifests = Vec::new();
+        for segment in segments {
+            let mut entries = Vec::new();
+            for (name, shape) in segment.entries() {
+                let Some(layer) = name.strip_suffix(".weight") else { continue };
+                let rank: usize = stacked(layer)?.iter().map(|factors| factors.rank).sum();
+                if rank > 0 {
+                    entries.extend(pair(layer, shape, rank));
+                }
+            }
+            manifests.push(Manifest::new(entries));
+        }
+        let value = |name: &str, _: &[usize]| {
+            let (layer, is_a) = factor(name);
+            // A below A, B beside B.
+            let parts = stacked(layer)?.into_iter().map(|f| {
+                let (values, rows) = if is_a {
+                    (f.a, f.rank as i64)
+                } else {
+                    let rows = f.b.len() / f.rank;
+                    (f.b, rows as i64)
+                };
+                Tensor::from_slice(&values).reshape([rows, -1])
+            });
+            let parts: Vec<Tensor> = parts.collect();
+            Ok(Tensor::cat(&parts, i64::from(!is_a)))
+        };
+        let parameters = Parameters::build(&manifests, compute, Storage::Frozen, value)?;
+        Ok(Self { parameters, scale: 1.0 })
+    }
+
+    /// (α/r)·B·A, row by row, of the weight `name`, if its layer has an adapter.
+    pub(crate) fn added_to(&self, name: &str) -> Option<Vec<f32>> {
+        let layer = name.strip_suffix(".weight")?;
+        let [a, b] = [A, B].map(|factor| self.parameters.named(&format!("{layer}.{factor}")));
+        let added = no_grad(|| b.zip(a).map(|(b, a)| (b.matmul(&a) * self.scale).reshape([-1])))?;
+        Some(Vec::try_from(&added.to_kind(Kind::Float)).expect("a tensor of f32"))
+    }
+
+    /// Whether they are training.
+    pub(crate) fn are_training(&self) -> bool {
+        self.parameters.is_trainable()
+    }
+
+    /// Writes `pytorch_lora_weights.safetensors` into `folder`, with `averaged` in place of the current
+    /// values where given.
+    pub(crate) fn save(&self, folder: &Path, averaged: Option<&[Tensor]>) -> Result<()> {
+        let scale = |name: &str| if name.ends_with(B) { self.scale } else { 1.0 };
+        let parameters = &self.parameters;
+        let entries = match averaged {
+            Some(averaged) => parameters.scaled_entries(averaged.iter(), Dtype::F32, scale),
+            None => parameters.scaled_entries(parameters.masters(), Dtype::F32, scale),
+        }?;
+        Ok(flow::lora::write(folder, entries)?)
+    }
+
+    pub(crate) fn parameters(&self) -> &Parameters {
+        &self.parameters
+    }
+
+    pub(crate) fn parameters_mut(&mut self) -> &mut Parameters {
+        &mut self.parameters
+    }
+}
+
+impl Addition for Adapters {
+    /// (α/r)·B·A·x.
+    fn of(&self, path: &ParamPath, x: &Tensor) -> Option<Tensor> {
+        let [a, b] = [A, B].map(|name| self.parameters.named(path.at(name).as_str()));
+        let (a, b): (Rc<Tensor>, Rc<Tensor>) = (a?, b?);
+        let none: Option<&Tensor> = None;
+        Some(x.linear(&a, none).linear(&b, none) * self.scale)
+    }
+}
+
+/// Layer of a factor, and whether it is A.
+fn factor(name: &str) -> (&str, bool) {
+    let (layer, is_a) = match name.strip_suffix(A) {
+        Some(layer) => (layer, true),
+        None => (name.strip_suffix(B).expect("A or B"), false),
+    };
+    (layer.trim_end_matches('.'), is_a)
+}
+
+fn open(path: &Path, scale: f64, segments: &[Manifest]) -> Result<Lora> {
+    let lora = Lora::open(path, scale)?;
+    let mut whole = Manifest::default();
+    for segment in segments {
+        whole.merge(segment.clone());
+    }
+    lora.check(&whole)?;
+    Ok(lora)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::network::engine::segments;
+    use crate::network::model::{Loading, Model};
+    use flow::latents::LatentSize;
+
+    const SIZE: LatentSize = LatentSize { channels: 16, height: 4, width: 6 };
+
+    fn model(stream: bool) -> Model {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let pipeline = folder.join("../tests/fixtures/tiny-flux/pipeline");
+        let mut model = Model::load(&pipeline, Loading::to_sample(Compute::CPU, stream)).unwrap();
+        model.engine.rounds_alike = true;
+        model
+    }
+
+    fn with_new_adapters(stream: bool) -> Model {
+        let mut model = model(stream);
+        let segments = segments(&model.pipeline.transformer);
+        let config = LoraConfig { rank: 3, alpha: 6.0, ..LoraConfig::default() };
+        let noise = Noise::new(4);
+        model.engine.adapt(Adapters::new(&config, &segments, noise, Compute::CPU).unwrap());
+        model
+    }
+
+    /// Adapters that do something: B is no longer 0.
+    fn with_adapters(stream: bool) -> Model {
+        let model = with_new_adapters(stream);
+        for (stream, master) in (0..).zip(model.engine.trained().masters()) {
+            let n = master.numel();
+            let values = Tensor::from_slice(&Noise::new(8).normal(stream, n)) * 0.1;
+            no_grad(|| master.shallow_clone().copy_(&values));
+        }
+        model
+    }
+
+    fn inputs(model: &Model) -> (Tensor, Tensor, crate::network::condition::Condition) {
+        let condition = model.encode(&["red \"CAT\""], 3.5, &SIZE).unwrap();
+        let x_t = model.pack(&[Noise::new(1).normal(0, SIZE.len())], &SIZE);
+        (x_t, Tensor::from_slice(&[0.6f32]), condition)
+    }
+
+    fn velocity(model: &Model) -> Tensor {
+        let (x_t, t, condition) = inputs(model);
+        model.engine.velocity(&x_t, &t, &condition)
+    }
+
+    fn distance(a: &Tensor, b: &Tensor) -> f64 {
+        (a - b).abs().max().double_value(&[]) / b.abs().max().double_value(&[])
+    }
+
+    #[test]
+    fn weights_on_disk_give_the_same_bits() {
+        assert_eq!(velocity(&model(true)), velocity(&model(false)));
+        assert_eq!(velocity(&with_adapters(true)), velocity(&with_adapters(false)));
+    }
+
+    #[test]
+    fn new_adapters_change_nothing_and_alone_are_trained() {
+        let mut model = with_new_adapters(true);
+        assert_eq!(velocity(&model), velocity(&self::model(false)));
+        model.engine.train();
+        model.engine.recompute = true;
+        let (x_t, t, condition) = inputs(&model);
+        model.engine.forward_backward(&x_t, &t, &condition, Tensor::ones_like);
+        let gradients = model.engine.trained().take_gradients();
+        let total: f64 = gradients
+            .iter()
+            .flatten()
+            .map(|gradient| gradient.values.abs().sum(Kind::Double).double_value(&[]))
+            .sum();
+        assert!(total > 0.0);
+    }
+
+    #[test]
+    fn saved_adapters_read_back_alone_and_summed() {
+        let (trained, home) = (with_adapters(false), tempfile::tempdir().unwrap());
+        trained.engine.adapters().unwrap().save(home.path(), None).unwrap();
+        let expected = velocity(&trained);
+        assert!(distance(&expected, &velocity(&model(false))) > 1e-2, "the case is not trivial");
+        for scales in [&[1.0][..], &[0.25, 0.75]] {
+            let files: Vec<(PathBuf, f64)> =
+                scales.iter().map(|&scale| (home.path().to_owned(), scale)).collect();
+            let mut read = model(false);
+            read.add_loras(&files).unwrap();
+            assert!(distance(&velocity(&read), &expected) < 1e-5, "{scales:?}");
+        }
+        let config = LoraConfig {
+            rank: 3,
+            alpha: 6.0,
+            from: Some(home.path().to_owned()),
+            ..LoraConfig::default()
+        };
+        let segments = segments(&trained.pipeline.transformer);
+        let mut going_on = model(false);
+        let noise = Noise::new(0);
+        going_on.engine.adapt(Adapters::new(&config, &segments, noise, Compute::CPU).unwrap());
+        assert!(distance(&velocity(&going_on), &expected) < 1e-5);
+        let other = LoraConfig { rank: 5, ..config };
+        let refused = Adapters::new(&other, &segments, noise, Compute::CPU).err().unwrap();
+        assert!(format!("{refused:#}").contains("lora.rank = 5"), "{refused:#}");
+    }
+}

@@ -1,0 +1,368 @@
+//! AdamW on flat parameters (Loshchilov and Hutter 2019), with an optional moving average of the
+//! weights. Every state tensor is ours to save, so that a run resumes to the bit.
+
+use anyhow::{Result, ensure};
+use flow::checkpoint::{Entry, Weights};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor, no_grad};
+
+use crate::tensor::parameters::{Gradient, Parameters, numbers_of};
+
+/// Settings of the optimiser.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct OptimizerConfig {
+    /// Step size.
+    pub learning_rate: f64,
+    /// Iterations over which the step size rises from 0.
+    #[serde(default)]
+    pub warmup: usize,
+    /// Decay of the first moment.
+    #[serde(default = "beta1")]
+    pub beta1: f64,
+    /// Decay of the second moment.
+    #[serde(default = "beta2")]
+    pub beta2: f64,
+    /// Added to the root of the second moment. Gradients of Neighbor GRPO are 10 to 40 times below
+    /// DanceGRPO's: the usual 1e-8 would eat the step.
+    #[serde(default = "adam_eps")]
+    pub eps: f64,
+    /// Decoupled weight decay.
+    #[serde(default = "weight_decay")]
+    pub weight_decay: f64,
+    /// Gradients are scaled down to this global norm.
+    #[serde(default = "max_grad_norm")]
+    pub max_grad_norm: f64,
+    /// Decay of the moving average of the weights; 0 keeps none. What is saved is then the average.
+    #[serde(default)]
+    pub ema: f64,
+}
+
+fn beta1() -> f64 {
+    0.9
+}
+fn beta2() -> f64 {
+    0.999
+}
+fn adam_eps() -> f64 {
+    1e-12
+}
+fn weight_decay() -> f64 {
+    1e-4
+}
+fn max_grad_norm() -> f64 {
+    1.0
+}
+
+/// Numbers that a thread moves at a time on the processor.
+const PART: usize = 1 << 16;
+/// One gradient in so many is held against eps.
+const SEEN: i64 = 64;
+
+/// What a step reports.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StepReport {
+    /// Global gradient norm before clipping.
+    pub(crate) grad_norm: f64,
+    /// Share of parameters whose gradient is non-zero but below `eps`: there the step is damped.
+    pub(crate) below_eps: f64,
+}
+
+/// The state of one run.
+pub(crate) struct AdamW {
+    config: OptimizerConfig,
+    step: i64,
+    m: Vec<Tensor>,
+    v: Vec<Tensor>,
+    ema: Option<Vec<Tensor>>,
+}
+
+impl AdamW {
+    pub(crate) fn new(config: OptimizerConfig, parameters: &[&Parameters]) -> Self {
+        let masters = || parameters.iter().flat_map(|p| p.masters());
+        let zeros = || masters().map(Tensor::zeros_like).collect();
+        let ema = (config.ema > 0.0).then(|| masters().map(Tensor::copy).collect());
+        Self { config, step: 0, m: zeros(), v: zeros(), ema }
+    }
+
+    /// Takes the accumulated gradients of `parameters` and moves them by one step at
+    /// `learning_rate·scale`.
+    pub(crate) fn step(&mut self, parameters: &[&Parameters], scale: f64) -> Result<StepReport> {
+        let segments: Vec<Vec<Gradient>> =
+            parameters.iter().flat_map(|p| p.take_gradients()).collect();
+        let report = no_grad(|| self.survey(segments.iter().flatten()));
+        let grad_norm = report.grad_norm;
+        ensure!(grad_norm.is_finite(), "the gradient norm is {grad_norm}: lower the learning rate");
+        let clip = (self.config.max_grad_norm / (grad_norm + 1e-6)).min(1.0);
+        self.step += 1;
+        let scalars = self.scalars(clip, scale);
+        let masters: Vec<&Tensor> = parameters.iter().flat_map(|p| p.masters()).collect();
+        no_grad(|| {
+            for (index, (master, gradients)) in masters.iter().zip(segments).enumerate() {
+                self.move_segment(index, master, gradients, &scalars);
+            }
+        });
+        for network in parameters {
+            network.refresh();
+        }
+        Ok(report)
+    }
+
+    /// What a step at `learning_rate·scale` does to each number.
+    fn scalars(&self, clip: f64, scale: f64) -> host::AdamW {
+        let OptimizerConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
+        let warm = match self.config.warmup {
+            0 => 1.0,
+            warmup => (self.step as f64 / warmup as f64).min(1.0),
+        };
+        let rate = self.config.learning_rate * scale * warm;
+        let [of_m, of_v] = [beta1, beta2].map(|beta| 1.0 - beta.powi(self.step as i32));
+        // rate·(m/of_m) / (√(v/of_v) + eps) = m / (√v·of_m/(rate·√of_v) + eps·of_m/rate)
+        host::AdamW {
+            clip: clip as f32,
+            of_m: (1.0 - beta1) as f32,
+            of_v: (1.0 - beta2) as f32,
+            keep: (1.0 - rate * weight_decay) as f32,
+            factor: (-of_m / (rate * of_v.sqrt())) as f32,
+            offset: (-of_m * eps / rate) as f32,
+        }
+    }
+
+    /// The norm of all gradients, and the share below eps by every [`SEEN`]th of them.
+    fn survey<'a>(&self, gradients: impl Iterator<Item = &'a Gradient>) -> StepReport {
+        // Sums stay where they are until all are there: a device is waited for once.
+        let (mut squares, mut small, mut n_seen) = (Vec::new(), Vec::new(), 0);
+        for Gradient { values, .. } in gradients {
+            let mut plain = values.to_kind(Kind::Float);
+            squares.push(match plain.device() {
+                Device::Cpu => Tensor::from(sum_of_squares(&mut plain)),
+                _ => plain.square().sum(Kind::Double),
+            });
+            let seen = plain.slice(0, None, None, SEEN).abs();
+            n_seen += seen.numel();
+            let below = seen.lt(self.config.eps).logical_and(&seen.ne(0.0));
+            small.push(below.sum(Kind::Double));
+        }
+        let total = |sums: &[Tensor]| Tensor::stack(sums, 0).sum(Kind::Double).double_value(&[]);
+        StepReport {
+            grad_norm: total(&squares).sqrt(),
+            below_eps: total(&small) / n_seen.max(1) as f64,
+        }
+    }
+
+    fn move_segment(
+        &mut self,
+        index: usize,
+        master: &Tensor,
+        gradients: Vec<Gradient>,
+        step: &host::AdamW,
+    ) {
+        // Each gradient is let go when its parameter has moved.
+        for gradient in gradients {
+            let flats = [master, &self.m[index], &self.v[index]];
+            let moved = flats.map(|flat| gradient.narrow(flat));
+            let g = gradient.values.to_kind(Kind::Float);
+            match g.device() {
+                Device::Cpu => on_processor(step, moved, g),
+                _ => on_device(step, moved, &g),
+            }
+        }
+        if let Some(ema) = &mut self.ema {
+            let _ = ema[index].lerp_(master, 1.0 - self.config.ema);
+        }
+    }
+
+    /// Steps made.
+    pub(crate) fn n_steps(&self) -> i64 {
+        self.step
+    }
+
+    /// The flat weights worth saving: the moving average where one is kept.
+    pub(crate) fn averaged(&self) -> Option<&[Tensor]> {
+        self.ema.as_deref()
+    }
+
+    /// Everything [`AdamW::restore`] needs, but for the step count, which is returned.
+    pub(crate) fn entries(&self) -> Result<(Vec<Entry<'static>>, i64)> {
+        let mut entries = Vec::new();
+        for (kind, tensors) in self.states() {
+            for (index, tensor) in tensors.iter().enumerate() {
+                let values = Vec::<f32>::try_from(&tensor.to_device(Device::Cpu))?;
+                entries.push(Entry::f32(format!("{kind}.{index}"), &[values.len()], &values));
+            }
+        }
+        Ok((entries, self.step))
+    }
+
+    /// Takes back what [`AdamW::entries`] gave.
+    pub(crate) fn restore(&mut self, state: &Weights, step: i64) -> Result<()> {
+        self.step = step;
+        for (kind, tensors) in self.states() {
+            for (index, tensor) in tensors.iter().enumerate() {
+                let values = state.f32(&format!("{kind}.{index}"))?;
+                let n = tensor.size1()?;
+                ensure!(
+                    values.len() as i64 == n,
+                    "{}: {kind}.{index} has {} numbers instead of {n}",
+                    state.path().display(),
+                    values.len(),
+                );
+                tensor.shallow_clone().copy_(&Tensor::from_slice(&values));
+            }
+        }
+        Ok(())
+    }
+
+    fn states(&self) -> impl Iterator<Item = (&'static str, &Vec<Tensor>)> {
+        let ema = self.ema.iter().map(|ema| ("ema", ema));
+        [("m", &self.m), ("v", &self.v)].into_iter().chain(ema)
+    }
+}
+
+/// Moves weights and moments in one pass over memory, a part a thread.
+fn on_processor(step: &host::AdamW, mut moved: [Tensor; 3], mut g: Tensor) {
+    let [w, m, v] = moved.each_mut().map(|flat| numbers_of(flat).par_chunks_mut(PART));
+    let g = numbers_of(&mut g).par_chunks(PART);
+    w.zip(m).zip(v).zip(g).for_each(|(((w, m), v), g)| step.step([w, m, v], g));
+}
+
+/// The same by libtorch.
+fn on_device(step: &host::AdamW, [mut w, mut m, mut v]: [Tensor; 3], g: &Tensor) {
+    let [clip, of_m, of_v, keep, factor, offset] =
+        [step.clip, step.of_m, step.of_v, step.keep, step.factor, step.offset].map(f64::from);
+    let g = g * clip;
+    let _ = m.lerp_(&g, of_m);
+    let _ = v.lerp_(&g.square(), of_v);
+    let root = v.sqrt().g_mul_scalar_(factor).g_add_scalar_(offset);
+    let _ = w.g_mul_scalar_(keep).addcdiv_(&m, &root);
+}
+
+fn sum_of_squares(values: &mut Tensor) -> f64 {
+    // In order, so that threads change nothing.
+    let parts: Vec<f64> = numbers_of(values).par_chunks(PART).map(host::sum_of_squares).collect();
+    parts.iter().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use flow::noise::Noise;
+    use flow::ops::shapes::Shapes;
+    use flow::ops::{Ops, ParamPath};
+
+    use super::*;
+    use crate::tensor::device::Compute;
+    use crate::tensor::parameters::Storage;
+
+    fn one_segment() -> Parameters {
+        let shapes = Shapes::new();
+        shapes.param(&ParamPath::root().at("w"), &[3]);
+        let manifest = [shapes.manifest()];
+        let mut parameters =
+            Parameters::build(&manifest, Compute::CPU, Storage::Trainable, |_, _| {
+                Ok(Tensor::from_slice(&[1.0f32, -2.0, 0.5]))
+            })
+            .unwrap();
+        parameters.train();
+        parameters
+    }
+
+    fn config() -> OptimizerConfig {
+        toml::from_str("learning_rate = 0.1\nweight_decay = 0.01\nmax_grad_norm = 1e9\nema = 0.5")
+            .unwrap()
+    }
+
+    fn push(parameters: &Parameters, gradient: &[f32]) {
+        use flow::ops::Ops;
+        let w = parameters.ops().param(&ParamPath::root().at("w"), &[3]);
+        (&*w * Tensor::from_slice(gradient)).sum(Kind::Float).backward();
+    }
+
+    fn weights(parameters: &Parameters) -> Vec<f32> {
+        Vec::<f32>::try_from(parameters.masters().next().unwrap()).unwrap()
+    }
+
+    /// Two steps against AdamW written out in f64.
+    #[test]
+    fn steps_are_adamw() {
+        let parameters = one_segment();
+        let mut optimizer = AdamW::new(config(), &[&parameters]);
+        let (mut w, mut m, mut v) = ([1.0f64, -2.0, 0.5], [0.0f64; 3], [0.0f64; 3]);
+        for (step, gradient) in [[0.3f32, -1.0, 2.0], [0.1, 0.5, -3.0]].iter().enumerate() {
+            push(&parameters, gradient);
+            optimizer.step(&[&parameters], 1.0).unwrap();
+            for i in 0..3 {
+                let g = f64::from(gradient[i]);
+                m[i] = 0.9 * m[i] + 0.1 * g;
+                v[i] = 0.999 * v[i] + 0.001 * g * g;
+                let n = step as i32 + 1;
+                let (mh, vh) = (m[i] / (1.0 - 0.9f64.powi(n)), v[i] / (1.0 - 0.999f64.powi(n)));
+                w[i] -= 0.1 * 0.01 * w[i] + 0.1 * mh / (vh.sqrt() + 1e-12);
+            }
+        }
+        for (found, expected) in weights(&parameters).iter().zip(w) {
+            assert!((f64::from(*found) - expected).abs() < 1e-5, "{found} {expected}");
+        }
+    }
+
+    #[test]
+    fn the_processor_steps_as_other_devices_do() {
+        let flat = |seed: u64| Tensor::from_slice(&Noise::new(seed).normal(0, 100_001));
+        let step = AdamW { step: 7, ..AdamW::new(config(), &[]) }.scalars(0.3, 1.0);
+        let start = || [flat(1), flat(2), flat(3).square()];
+        let (ours, torch) = (start(), start());
+        on_processor(&step, ours.each_ref().map(Tensor::shallow_clone), flat(4));
+        on_device(&step, torch.each_ref().map(Tensor::shallow_clone), &flat(4));
+        for ((ours, torch), before) in ours.iter().zip(&torch).zip(start()) {
+            let difference = (ours - torch).abs().max().double_value(&[]);
+            let [largest, change] =
+                [torch.shallow_clone(), torch - before].map(|x| x.abs().max().double_value(&[]));
+            assert!(difference < 3e-7 * largest && change > 1e-3, "{difference:e} of {largest}");
+        }
+    }
+
+    #[test]
+    fn gradients_are_clipped_by_their_global_norm() {
+        let parameters = one_segment();
+        let clipped = OptimizerConfig { max_grad_norm: 1.0, ..config() };
+        let mut optimizer = AdamW::new(clipped, &[&parameters]);
+        push(&parameters, &[3.0, 4.0, 0.0]);
+        let report = optimizer.step(&[&parameters], 1.0).unwrap();
+        assert!((report.grad_norm - 5.0).abs() < 1e-6);
+        let m = Vec::<f32>::try_from(&optimizer.m[0]).unwrap();
+        assert!((m[0] - 0.06).abs() < 1e-6 && (m[1] - 0.08).abs() < 1e-6, "{m:?}");
+    }
+
+    #[test]
+    fn a_restored_optimiser_goes_on_to_the_bit() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("state.safetensors");
+        let (a, b) = (one_segment(), one_segment());
+        let mut of_a = AdamW::new(config(), &[&a]);
+        push(&a, &[0.3, -1.0, 2.0]);
+        of_a.step(&[&a], 1.0).unwrap();
+        let (entries, step) = of_a.entries().unwrap();
+        flow::checkpoint::write_tensors(&file, &entries, &[]).unwrap();
+        let mut of_b = AdamW::new(config(), &[&b]);
+        of_b.restore(&Weights::open_file(&file).unwrap(), step).unwrap();
+        no_grad(|| {
+            let (from, to) = (a.masters().next().unwrap(), b.masters().next().unwrap());
+            to.shallow_clone().copy_(from);
+        });
+        for (parameters, optimizer) in [(&a, &mut of_a), (&b, &mut of_b)] {
+            push(parameters, &[0.7, 0.2, -0.1]);
+            optimizer.step(&[parameters], 1.0).unwrap();
+        }
+        assert_eq!(weights(&a), weights(&b));
+        assert_eq!(of_a.averaged().unwrap()[0], of_b.averaged().unwrap()[0]);
+    }
+
+    #[test]
+    fn a_gradient_that_is_not_finite_stops_the_run() {
+        let parameters = one_segment();
+        let mut optimizer = AdamW::new(config(), &[&parameters]);
+        push(&parameters, &[f32::NAN, 0.0, 0.0]);
+        assert!(optimizer.step(&[&parameters], 1.0).is_err());
+        assert_eq!(weights(&parameters), [1.0, -2.0, 0.5]);
+    }
+}

@@ -1,0 +1,11 @@
+//! One run: its configuration, the loop, and what it leaves on disk.
+
+pub mod align;
+pub mod config;
+pub mod interrupt;
+pub mod metrics;
+pub(crate) mod progress;
+pub(crate) mod report;
+pub mod settings;
+mod state;
+mod update;

@@ -1,0 +1,220 @@
+//! Aligning a model: roll out, reward, advantage, update, log, save.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use flow::latents::LatentSize;
+use flow::prompts::Prompt;
+
+use super::config::AlignConfig;
+use super::progress::Progress;
+use super::report::Report;
+use super::update::{self, Recorder};
+use super::{interrupt, state};
+use crate::algorithm::Algorithm;
+use crate::data::prompts;
+use crate::group::experience::{self, Experience, Sources};
+use crate::group::order::Order;
+use crate::network::model::Model;
+use crate::network::optimizer::AdamW;
+use crate::network::{reference, save};
+use crate::reward::Rewards;
+use crate::tensor::device::Compute;
+
+/// How a run was asked for, beside its configuration.
+pub struct Options {
+    /// Continue from the newest checkpoint of the output folder.
+    pub resume: bool,
+    /// Where to store one update's tensors.
+    pub record_update: Option<PathBuf>,
+    /// Worker threads of rewards.
+    pub threads: usize,
+    /// Where tensors live, and what networks compute in.
+    pub compute: Compute,
+}
+
+/// Name of the finished model's folder in the output folder.
+pub const ALIGNED: &str = "aligned";
+
+/// Trains as `config` says.
+///
+/// # Errors
+/// When the configuration, a file or a reward is at fault, when the ratio is not 1 before an update, or
+/// when the loss diverges.
+pub fn run(config: &AlignConfig, options: &Options) -> Result<()> {
+    config.validate()?;
+    let aligned = config.output.join(ALIGNED);
+    let found = state::newest(&config.output)?;
+    ensure!(
+        options.resume || (found.is_none() && !aligned.exists()),
+        "{} holds a run already: continue it with --resume, or choose another output",
+        config.output.display()
+    );
+    ensure!(
+        !options.resume || found.is_some(),
+        "--resume: no checkpoint in {}",
+        config.output.display()
+    );
+    let train_prompts = prompts::read(&config.prompts)?;
+    let mut rewards =
+        Rewards::open(&config.group.rewards, options.threads, options.compute.device)?;
+    rewards.stop_when(interrupt::asked);
+    rewards.check(&train_prompts)?;
+    let model = config.load(options.compute)?;
+    let size = model.latent_size(config.group.rollout.size)?;
+    let grid = config.group.rollout.grid(&model.pipeline.scheduler, &size);
+    let setting = config.setting()?;
+    let mut algorithm = setting.open(grid);
+    algorithm.begin(model.engine.trained());
+    let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
+    let mut start = 0;
+    if let Some(position) = &found {
+        state::restore(position, config, &mut optimizer, &model, algorithm.behaviour())?;
+        start = position.iteration;
+        let total = config.iterations;
+        ensure!(
+            start < total || !aligned.exists(),
+            "all {total} iterations are done: raise iterations to go on"
+        );
+    }
+    if let Some(warning) = setting.warning() {
+        eprintln!("warning: {warning}");
+    }
+    let plan = config.group.rollout.steps(grid)?;
+    let mut run = Run {
+        config,
+        options,
+        report: Report::open(config, found.as_ref(), &model, &size, &plan)?,
+        order: Order::new(train_prompts.len(), config.group.seed),
+        prompts: train_prompts,
+        rewards,
+        algorithm,
+        model,
+        optimizer,
+        size,
+    };
+    run.iterate(start)
+}
+
+struct Run<'a> {
+    config: &'a AlignConfig,
+    options: &'a Options,
+    prompts: Vec<Prompt>,
+    order: Order,
+    rewards: Rewards,
+    algorithm: Box<dyn Algorithm + 'a>,
+    model: Model,
+    optimizer: AdamW,
+    size: LatentSize,
+    report: Report,
+}
+
+impl Run<'_> {
+    fn iterate(&mut self, start: usize) -> Result<()> {
+        let total = self.config.iterations;
+        let progress = Progress::new("align", total, start);
+        for iteration in start..total {
+            let line = self.once(iteration, iteration == start, &progress)?;
+            progress.advance(&line);
+            let done = iteration + 1;
+            let is_late = self.config.minutes.is_some_and(|m| self.report.wall() >= 60.0 * m);
+            let is_last = done == total || is_late;
+            let stop = interrupt::asked() && !is_last;
+            if stop || is_last || done.is_multiple_of(self.config.save_every) {
+                self.save(done)?;
+                self.report.draw(done, &self.model)?;
+            }
+            if is_last {
+                break;
+            }
+            if stop {
+                progress.say(&format!(
+                    "stopped after iteration {done} of {total}: the same command with --resume continues"
+                ));
+                bail!(Stopped);
+            }
+        }
+        self.publish()
+    }
+
+    fn once(&mut self, iteration: usize, is_first: bool, progress: &Progress) -> Result<String> {
+        let started = Instant::now();
+        let numbered = || format!("iteration {}", iteration + 1);
+        let experience = self.gather(iteration).with_context(numbered)?;
+        for fault in experience.faults(&self.config.group) {
+            progress.say(&format!("warning: {}: {fault}", numbered()));
+        }
+        let mut recorder = self
+            .options
+            .record_update
+            .as_deref()
+            .filter(|_| is_first)
+            .map(|path| Recorder::new(path, self.config));
+        let outcome = update::run(
+            self.config,
+            &*self.algorithm,
+            &self.model,
+            &mut self.optimizer,
+            &experience,
+            recorder.as_mut(),
+        )
+        .with_context(numbered)?;
+        self.algorithm.finish(self.model.engine.trained(), self.optimizer.n_steps());
+        if let Some(recorder) = recorder {
+            recorder.write()?;
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        self.report.log(iteration + 1, self.config, &experience, &outcome, seconds)
+    }
+
+    fn gather(&mut self, iteration: usize) -> Result<Experience> {
+        let n = self.config.group.prompts_per_iteration;
+        let first = (iteration * n) as u64;
+        let picked: Vec<&Prompt> =
+            (0..n as u64).map(|i| &self.prompts[self.order.at(first + i)]).collect();
+        let Self { config, model, rewards, size, .. } = self;
+        let sources = Sources { config: &config.group, model, rewards, size: *size };
+        let rollout = self.algorithm.rollout(iteration)?;
+        let (behaviour, trained) = (self.algorithm.behaviour(), model.engine.trained());
+        if let Some(copies) = behaviour {
+            copies.exchange(trained);
+        }
+        let experience = experience::gather(&sources, rollout, &picked, iteration);
+        if let Some(copies) = behaviour {
+            copies.exchange(trained);
+        }
+        experience
+    }
+
+    fn save(&mut self, done: usize) -> Result<()> {
+        let config = self.config;
+        state::save(config, done, &self.model, &self.optimizer, self.algorithm.behaviour())
+            .with_context(|| format!("cannot save after iteration {done}"))
+    }
+
+    /// Puts the finished model where people look for it.
+    fn publish(&self) -> Result<()> {
+        let folder = self.config.output.join(ALIGNED);
+        if let Some(averaged) = self.optimizer.averaged() {
+            self.model.engine.trained().assign(averaged);
+        }
+        save::trained(&self.model, None, &folder, self.config.max_shard_bytes(), |folder| {
+            reference::write(&self.model, folder)
+        })?;
+        println!("{}", folder.display());
+        Ok(())
+    }
+}
+
+/// The run was asked to stop and saved its state; the program ends with code 130.
+#[derive(Debug)]
+pub struct Stopped;
+
+impl std::fmt::Display for Stopped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("interrupted")
+    }
+}
+
+impl std::error::Error for Stopped {}

@@ -1,0 +1,128 @@
+//! What a run is told: the settings of its parts, composed.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use flow::checkpoint::MAX_SHARD_BYTES;
+use serde::{Deserialize, Serialize};
+
+use crate::algorithm::{Methods, Setting, TrainingConfig};
+use crate::group::GroupConfig;
+use crate::group::seeds::{Use, family};
+use crate::network::embeddings::Embeddings;
+use crate::network::engine::segments;
+use crate::network::lora::{Adapters, LoraConfig};
+use crate::network::model::{Loading, Model};
+use crate::network::optimizer::OptimizerConfig;
+use crate::reward::RewardConfig;
+use crate::tensor::device::Compute;
+use crate::tensor::parameters::Storage;
+
+/// One run.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct AlignConfig {
+    /// Pipeline folder to start from.
+    pub model: PathBuf,
+    /// Folder for checkpoints, metrics and pictures.
+    pub output: PathBuf,
+    /// Training prompts: `.txt`, `.json`, `.jsonl` or `.parquet`.
+    pub prompts: PathBuf,
+    /// Prompts of the sample sheets; the first few are drawn.
+    pub sheet_prompts: PathBuf,
+    /// Iterations of the whole run.
+    pub iterations: usize,
+    /// Ends the run, as if that were its last iteration, once it has taken so long.
+    #[serde(default)]
+    pub minutes: Option<f64>,
+    /// Trains low-rank adapters in place of all weights, where given.
+    #[serde(default)]
+    pub lora: Option<LoraConfig>,
+    /// Text embeddings made by `ng-train embed`; the text encoders then stay on disk.
+    #[serde(default)]
+    pub embeddings: Option<PathBuf>,
+    /// Whether weights that do not train stay on disk and are read block by block, for models larger
+    /// than memory.
+    #[serde(default)]
+    pub stream: bool,
+    /// How groups come about.
+    #[serde(flatten)]
+    pub group: GroupConfig,
+    /// What learns from them.
+    #[serde(flatten)]
+    pub training: TrainingConfig,
+    /// The settings of every method.
+    #[serde(flatten)]
+    pub methods: Methods,
+    /// AdamW.
+    pub optimizer: OptimizerConfig,
+    /// What `ng-train eval` reports beside the rewards; nothing trains on it.
+    #[serde(default)]
+    pub judges: Vec<RewardConfig>,
+    /// A checkpoint, a sheet and a curve every so many iterations.
+    #[serde(default = "save_every")]
+    pub save_every: usize,
+    /// Most GB (10⁹ bytes) of weights in one file.
+    #[serde(default = "shard_gb")]
+    pub shard_gb: f64,
+    /// Whether backward recomputes each block, so that memory does not grow with depth.
+    #[serde(default)]
+    pub recompute: bool,
+}
+
+fn save_every() -> usize {
+    50
+}
+fn shard_gb() -> f64 {
+    MAX_SHARD_BYTES as f64 / 1e9
+}
+
+impl AlignConfig {
+    /// What the algorithm is made with.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub(crate) fn setting(&self) -> Result<Setting<'_>> {
+        Setting::new(&self.group, &self.training, &self.methods)
+    }
+
+    pub(crate) fn max_shard_bytes(&self) -> usize {
+        (self.shard_gb * 1e9) as usize
+    }
+
+    /// The model, ready to train.
+    pub(crate) fn load(&self, compute: Compute) -> Result<Model> {
+        let storage = match (&self.lora, self.stream) {
+            (None, _) => Storage::Trainable,
+            (Some(_), false) => Storage::Frozen,
+            (Some(_), true) => Storage::Streamed,
+        };
+        let stream_text = self.stream || self.embeddings.is_some();
+        let loading = Loading { compute, storage, stream_text };
+        let mut model = Model::load(&self.model, loading)?;
+        model.embeddings = self.embeddings.as_deref().map(Embeddings::open).transpose()?;
+        if let Some(lora) = &self.lora {
+            let (segments, noise) =
+                (segments(&model.pipeline.transformer), family(self.group.seed, Use::Weights));
+            model.engine.adapt(Adapters::new(lora, &segments, noise, compute)?);
+        }
+        model.engine.train();
+        model.engine.recompute = self.recompute || self.stream;
+        model.engine.rounds_alike = self.setting()?.feels_rounding();
+        Ok(model)
+    }
+
+    pub(crate) fn validate(&self) -> Result<()> {
+        ensure!(
+            !self.stream || self.lora.is_some(),
+            "stream = true: only adapters train beside weights that stay on disk; add [lora]"
+        );
+        ensure!(self.iterations > 0, "iterations = 0: nothing to do");
+        self.group.validate()?;
+        let minutes = self.minutes.unwrap_or(1.0);
+        ensure!(minutes > 0.0, "minutes = {minutes}: above 0");
+        ensure!(self.shard_gb > 0.0, "shard_gb = {}: above 0", self.shard_gb);
+        ensure!(self.save_every > 0, "save_every must be at least 1");
+        self.setting()?.validate()
+    }
+}

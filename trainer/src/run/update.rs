@@ -1,0 +1,303 @@
+//! The updates of one iteration: the objective's gradient carried through the network, the optimiser
+//! stepped.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use flow::checkpoint::{Entry, write_tensors};
+use tch::{Kind, Tensor};
+
+use crate::algorithm::{Algorithm, Item, Objective, Ratio};
+use crate::group::experience::Experience;
+use crate::network::model::Model;
+use crate::network::optimizer::AdamW;
+use crate::run::config::AlignConfig;
+use crate::tensor::parameters::entry;
+
+/// What the updates of an iteration did.
+#[derive(Debug, Default)]
+pub(crate) struct Outcome {
+    /// Means over its transitions, by metric; what a method does not have is not there.
+    pub(crate) means: BTreeMap<&'static str, f64>,
+    /// Largest |log ρ| before the first update: 0 up to rounding, or something is wrong.
+    pub(crate) log_ratio_first: Option<f64>,
+    /// Largest |log ρ| of all updates.
+    pub(crate) log_ratio_max: Option<f64>,
+    /// Global gradient norm, and share of parameters whose gradient is below Adam's eps; last update.
+    pub(crate) last_step: Option<[f64; 2]>,
+    /// Optimiser steps made; 0 when every group was flat.
+    pub(crate) n_updates: usize,
+    /// Passes in images: forward and backward, and forward alone.
+    pub(crate) n_passes: usize,
+    pub(crate) n_references: usize,
+    /// Seconds.
+    pub(crate) seconds: f64,
+}
+
+/// Shares of the terms that the clip silences, by its upper and its lower end.
+const CLIPPED: [&str; 2] = ["policy/clip_fraction_high", "policy/clip_fraction_low"];
+
+impl Outcome {
+    /// The share of all terms that the clip silenced, of an algorithm that has ratios.
+    pub(crate) fn clipped(&self) -> Option<f64> {
+        CLIPPED.into_iter().map(|name| self.means.get(name)).sum()
+    }
+}
+
+/// Makes the updates of an iteration.
+pub(crate) fn run(
+    config: &AlignConfig,
+    algorithm: &dyn Algorithm,
+    model: &Model,
+    optimizer: &mut AdamW,
+    experience: &Experience,
+    mut recorder: Option<&mut Recorder>,
+) -> Result<Outcome> {
+    let started = Instant::now();
+    let mut outcome = Outcome::default();
+    let mut updates = algorithm.updates(experience);
+    updates.retain(|items| !items.is_empty());
+    for (update, items) in updates.iter().enumerate() {
+        let mut statistics = Statistics::default();
+        for chunk in items.chunks(config.group.rollout.batch) {
+            let groups: Vec<i64> = chunk.iter().map(|item| item.group as i64).collect();
+            let groups = Tensor::from_slice(&groups).to_device(model.device());
+            let condition = experience.condition.rows(&groups);
+            let batch = algorithm.batch(model, experience, chunk, &condition);
+            let share = chunk.len() as f64 / items.len() as f64;
+            let (objective, tensors) = (batch.objective, batch.tensors);
+            model.engine.forward_backward(&batch.x_in, &batch.t_in, &condition, |v| {
+                let objective = objective(v);
+                statistics.add(&objective, share);
+                if let Some(recorder) = recorder.as_deref_mut() {
+                    recorder.keep(experience, chunk, tensors, v, &objective);
+                }
+                // The optimiser minimises.
+                objective.gradient * -share
+            });
+        }
+        if update == 0 {
+            outcome.log_ratio_first = statistics.log_ratio_max;
+            statistics.check_first()?;
+        }
+        let report = optimizer.step(&[model.engine.trained()], 1.0)?;
+        outcome.last_step = Some([report.grad_norm, report.below_eps]);
+        outcome.n_updates += 1;
+        outcome.n_passes += items.len();
+        outcome.n_references += items.len() * algorithm.n_references();
+        statistics.into_mean(&mut outcome, updates.len() as f64);
+    }
+    outcome.seconds = started.elapsed().as_secs_f64();
+    Ok(outcome)
+}
+
+/// Sums over the transitions of one update.
+#[derive(Default)]
+struct Statistics {
+    means: BTreeMap<&'static str, f64>,
+    log_ratio_max: Option<f64>,
+    clip: f64,
+}
+
+impl Statistics {
+    fn add(&mut self, objective: &Objective, share: f64) {
+        let mean = |x: &Tensor| x.to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
+        let mut put = |name, value: f64| *self.means.entry(name).or_default() += share * value;
+        put("policy/objective", mean(&objective.value));
+        for &(name, value) in &objective.means {
+            put(name, value);
+        }
+        let Some(Ratio { log, advantages, clip }) = &objective.ratio else { return };
+        // Those that the clip silences.
+        let ratio = log.exp();
+        let high = ratio.gt(1.0 + clip).logical_and(&advantages.gt(0.0));
+        let low = ratio.lt(1.0 - clip).logical_and(&advantages.lt(0.0));
+        for (name, silenced) in CLIPPED.into_iter().zip([high, low]) {
+            put(name, mean(&silenced));
+        }
+        let largest = log.abs().max().double_value(&[]);
+        self.log_ratio_max = Some(self.log_ratio_max.unwrap_or(0.0).max(largest));
+        self.clip = *clip;
+    }
+
+    /// Before the first update nothing has changed since the rollout, and every ratio is 1.
+    fn check_first(&self) -> Result<()> {
+        let (limit, largest) = (self.clip / 10.0, self.log_ratio_max.unwrap_or(0.0));
+        ensure!(
+            largest <= limit,
+            "|log ratio| is {largest:.1e} before the first update, above {limit:.0e}: the network does \
+             not repeat the rollout's velocities (lower rollout.batch so that rollout and update batches \
+             are alike, or use a wider type)"
+        );
+        Ok(())
+    }
+
+    fn into_mean(self, outcome: &mut Outcome, n_updates: f64) {
+        for (name, value) in self.means {
+            *outcome.means.entry(name).or_default() += value / n_updates;
+        }
+        let largest = |a: f64, b: Option<f64>| Some(a.max(b.unwrap_or(0.0)));
+        if let Some(found) = self.log_ratio_max {
+            outcome.log_ratio_max = largest(found, outcome.log_ratio_max);
+        }
+    }
+}
+
+/// Keeps the tensors of the last update of an iteration, so that anyone can recompute it.
+pub(crate) struct Recorder {
+    path: PathBuf,
+    config: String,
+    tensors: Vec<(&'static str, Tensor)>,
+}
+
+impl Recorder {
+    pub(crate) fn new(path: &Path, config: &AlignConfig) -> Self {
+        let config = serde_json::to_string(config).unwrap_or_default();
+        Self { path: path.to_owned(), config, tensors: Vec::new() }
+    }
+
+    fn keep(
+        &mut self,
+        experience: &Experience,
+        items: &[Item],
+        tensors: Vec<(&'static str, Tensor)>,
+        v_theta: &Tensor,
+        objective: &Objective,
+    ) {
+        let rewards: Vec<Tensor> = items
+            .iter()
+            .map(|item| {
+                let outcomes = &experience.scores[item.group].outcomes;
+                let rows: Vec<Tensor> = outcomes
+                    .iter()
+                    .filter_map(|outcome| outcome.scores.as_deref().map(Tensor::from_slice))
+                    .collect();
+                Tensor::stack(&rows, 0)
+            })
+            .collect();
+        self.tensors = tensors;
+        self.tensors.extend([
+            ("v_theta", v_theta.shallow_clone()),
+            ("rewards", Tensor::stack(&rewards, 0)),
+            ("objective", objective.value.shallow_clone()),
+            ("gradient", objective.gradient.shallow_clone()),
+        ]);
+        if let Some(ratio) = &objective.ratio {
+            self.tensors.push(("log_rho", ratio.log.shallow_clone()));
+        }
+    }
+
+    /// Writes what was kept: `v_theta` `[M, S, C]`, `rewards` `[M, rewards, G]`, `objective` `[M]`, the
+    /// `gradient` `[M, S, C]` of its mean, `log_rho` where there are ratios, and what the algorithm
+    /// computes from. Of Neighbor GRPO that is `x_in`, `v_old` `[M, S, C]`, `t_in`, `t_next` `[M]`,
+    /// `candidates` `[M, G, S, C]` and `advantages` `[M, G]`. The configuration is JSON in the metadata.
+    pub(crate) fn write(&self) -> Result<()> {
+        ensure!(
+            !self.tensors.is_empty(),
+            "--record-update: every group was flat, nothing to record"
+        );
+        let entries = self
+            .tensors
+            .iter()
+            .map(|(name, tensor)| entry(name, tensor))
+            .collect::<Result<Vec<Entry<'_>>>>()?;
+        Ok(write_tensors(&self.path, &entries, &[("config", self.config.clone())])?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flow::prompts::Prompt;
+
+    use super::*;
+    use crate::algorithm;
+    use crate::group::experience::{Sources, gather};
+    use crate::reward::Rewards;
+    use crate::run::settings::{ALIGN_PRESETS, Source, read};
+    use crate::tensor::device::Compute;
+
+    const SETTINGS: [&str; 7] = [
+        "rewards=[{name = 'jpeg', kind = 'jpeg', prefer = 'small', weight = 1.0}]",
+        "group_size=4",
+        "updates=1",
+        "rollout.steps=5",
+        "rollout.size=[32, 32]",
+        "optimizer.learning_rate=1e-5",
+        "optimizer.eps=1e-12",
+    ];
+
+    fn config(more: &[&str]) -> AlignConfig {
+        let model =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/tiny-flux/pipeline");
+        let model = format!("model={}", model.display());
+        let settings: Vec<String> =
+            [&SETTINGS[..], more, &[&model]].concat().iter().map(|&s| s.to_owned()).collect();
+        let config: AlignConfig =
+            read(&Source::Preset("signs"), &ALIGN_PRESETS, &settings).unwrap();
+        config.validate().unwrap();
+        config
+    }
+
+    /// How far the present weights have gone where `items` want them: the sum of A·log ρ, or J where there
+    /// are no ratios.
+    fn progress(
+        algorithm: &dyn Algorithm,
+        model: &Model,
+        experience: &Experience,
+        items: &[Item],
+    ) -> f64 {
+        let groups: Vec<i64> = items.iter().map(|item| item.group as i64).collect();
+        let condition = experience.condition.rows(&Tensor::from_slice(&groups));
+        let batch = algorithm.batch(model, experience, items, &condition);
+        let v = model.engine.velocity(&batch.x_in, &batch.t_in, &condition);
+        let objective = (batch.objective)(&v);
+        let wanted = match objective.ratio {
+            Some(Ratio { log, advantages, .. }) => log * advantages,
+            None => objective.value,
+        };
+        wanted.sum(Kind::Double).double_value(&[])
+    }
+
+    /// After an update, what the objective wants has become more probable.
+    #[test]
+    fn every_algorithm_climbs() {
+        let prompt = Prompt::new("red \"CAT\"");
+        let others: [&[&str]; 3] = [
+            &["algorithm=dance-grpo", "sde.truncate=true", "anchors=2"],
+            &["algorithm=flow-grpo", "sde.guard=true", "sde.kl=0.01"],
+            &["algorithm=branch-grpo", "branch.fusion=probability", "branch.prune_width=extremes"],
+        ];
+        let named: Vec<String> =
+            algorithm::all().map(|(name, _)| format!("algorithm={name}")).collect();
+        let named: Vec<[&str; 1]> = named.iter().map(|name| [&**name]).collect();
+        for settings in named.iter().map(|name| &name[..]).chain(others) {
+            let config = config(settings);
+            let model = config.load(Compute::CPU).unwrap();
+            let size = model.latent_size(config.group.rollout.size).unwrap();
+            let grid = config.group.rollout.grid(&model.pipeline.scheduler, &size);
+            let mut algorithm = config.setting().unwrap().open(grid);
+            algorithm.begin(model.engine.trained());
+            let rewards = Rewards::open(&config.group.rewards, 1, tch::Device::Cpu).unwrap();
+            let sources = Sources { config: &config.group, model: &model, rewards: &rewards, size };
+            let rollout = algorithm.rollout(0).unwrap();
+            let n_trained = algorithm.n_trained(&rollout);
+            let experience = gather(&sources, rollout, &[&prompt], 0).unwrap();
+            let items = algorithm.updates(&experience).concat();
+            assert_eq!(items.len(), n_trained, "{settings:?}");
+            let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
+            let before = progress(&*algorithm, &model, &experience, &items);
+            let outcome =
+                run(&config, &*algorithm, &model, &mut optimizer, &experience, None).unwrap();
+            let after = progress(&*algorithm, &model, &experience, &items);
+            assert_eq!((outcome.n_updates, outcome.n_passes), (1, items.len()), "{settings:?}");
+            assert!(after > before, "{settings:?}: {before:e} {after:e}");
+            let has_ratio = config.training.algorithm != "diffusion-nft";
+            assert_eq!(outcome.log_ratio_first.is_some(), has_ratio, "{settings:?}");
+            if has_ratio {
+                assert!(before.abs() < 1e-3 * after, "{settings:?}: {before:e} {after:e}");
+            }
+        }
+    }
+}

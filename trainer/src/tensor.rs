@@ -1,0 +1,5 @@
+//! libtorch's tensors: where they live, parameters as flat storage, and the interpreter of networks.
+
+pub mod device;
+pub(crate) mod eager;
+pub(crate) mod parameters;

@@ -1,0 +1,400 @@
+//! Parameters as flat storage: one tensor a segment (a network's block), and one view a name.
+//!
+//! The optimiser and the checkpoint see flat f32 tensors; networks see the views. Where compute is
+//! narrower than f32, the views are copies that [`Parameters::refresh`] renews after each step.
+//! Parameters that do not train are held in the compute type, or left on disk and read a segment at a
+//! time.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use anyhow::{Context, Result, bail};
+use flow::checkpoint::{Dtype, Entry, View, Weights};
+use flow::ops::shapes::Manifest;
+use tch::{Device, Kind, Tensor, no_grad};
+
+use super::device::Compute;
+use super::eager::{Eager, Named, Views, dims};
+
+/// Where a parameter lies in its segment.
+struct Place {
+    name: String,
+    shape: Vec<usize>,
+    offset: i64,
+}
+
+impl Place {
+    fn len(&self) -> i64 {
+        self.shape.iter().product::<usize>() as i64
+    }
+
+    /// This parameter's part of a flat tensor.
+    fn narrow(&self, flat: &Tensor) -> Tensor {
+        flat.narrow(0, self.offset, self.len())
+    }
+}
+
+/// The parameters of one block.
+pub(crate) struct Segment {
+    places: Vec<Place>,
+    /// Values `[n]`, f32 where they train; nothing where they stay on disk.
+    pub(crate) master: Tensor,
+}
+
+/// What reached one parameter.
+pub(crate) struct Gradient {
+    /// Where the parameter begins in its segment.
+    pub(crate) offset: i64,
+    /// Flat, in the type networks compute in.
+    pub(crate) values: Tensor,
+}
+
+impl Gradient {
+    /// This parameter's part of a flat tensor of its segment.
+    pub(crate) fn narrow(&self, flat: &Tensor) -> Tensor {
+        flat.narrow(0, self.offset, self.values.numel() as i64)
+    }
+}
+
+/// How parameters are held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Storage {
+    /// In f32, so that they can train.
+    Trainable,
+    /// In the compute type.
+    Frozen,
+    /// On disk, read a segment at a time: for networks larger than memory.
+    Streamed,
+}
+
+/// The parameters of a network, in segments.
+pub(crate) struct Parameters {
+    pub(crate) segments: Vec<Segment>,
+    views: RefCell<Named>,
+    /// Where streamed values are.
+    source: Option<Weights>,
+    device: Device,
+    kind: Kind,
+    trainable: bool,
+    /// How often the values have changed.
+    version: Cell<u64>,
+}
+
+impl Parameters {
+    /// Takes each manifest as one segment and its values from `value(name, shape)`, any float type.
+    pub(crate) fn build(
+        manifests: &[Manifest],
+        compute: Compute,
+        storage: Storage,
+        mut value: impl FnMut(&str, &[usize]) -> Result<Tensor>,
+    ) -> Result<Self> {
+        let Compute { device, kind } = compute;
+        let stored = if storage == Storage::Trainable { Kind::Float } else { kind };
+        let mut segments = Vec::with_capacity(manifests.len());
+        for manifest in manifests {
+            let places = places(manifest);
+            let master = Tensor::empty([manifest.n_elements() as i64], (stored, device));
+            for place in &places {
+                let values = value(&place.name, &place.shape)
+                    .with_context(|| format!("parameter {}", place.name))?;
+                no_grad(|| place.narrow(&master).copy_(&values.reshape([-1])));
+            }
+            segments.push(Segment { places, master });
+        }
+        let views = RefCell::default();
+        let (trainable, version) = (false, Cell::new(0));
+        let mut parameters =
+            Self { segments, views, source: None, device, kind, trainable, version };
+        parameters.make_views();
+        Ok(parameters)
+    }
+
+    /// [`Parameters::build`] with the values of a checkpoint that fits `manifests`.
+    pub(crate) fn load(
+        manifests: &[Manifest],
+        weights: Weights,
+        compute: Compute,
+        storage: Storage,
+    ) -> Result<Self> {
+        if storage != Storage::Streamed {
+            return Self::build(manifests, compute, storage, |name, _| tensor(&weights, name));
+        }
+        let Compute { device, kind } = compute;
+        let nothing = || Tensor::empty([0], (kind, device));
+        let segments = manifests
+            .iter()
+            .map(|manifest| Segment { places: places(manifest), master: nothing() })
+            .collect();
+        let (views, source) = (RefCell::default(), Some(weights));
+        Ok(Self { segments, views, source, device, kind, trainable: false, version: Cell::new(0) })
+    }
+
+    /// Lets gradients accumulate on every view.
+    ///
+    /// # Panics
+    /// When they were not loaded as [`Storage::Trainable`].
+    pub(crate) fn train(&mut self) {
+        assert!(
+            self.source.is_none() && self.masters().all(|m| m.kind() == Kind::Float),
+            "parameters in f32 train"
+        );
+        self.trainable = true;
+        self.make_views();
+    }
+
+    /// The interpreter over parameters that are held.
+    pub(crate) fn ops(&self) -> Eager<'_> {
+        Eager::new(Views::Held(self.views.borrow()), self.device, self.kind)
+    }
+
+    /// The interpreter over segment `index`, which is read now if it is on disk.
+    pub(crate) fn segment(&self, index: usize) -> Eager<'_> {
+        let views = match &self.source {
+            None => Views::Held(self.views.borrow()),
+            Some(weights) => Views::Read(self.read(weights, index)),
+        };
+        Eager::new(views, self.device, self.kind)
+    }
+
+    fn read(&self, weights: &Weights, index: usize) -> Named {
+        let places = &self.segments[index].places;
+        let read = |place: &Place| {
+            // The manifest check at the border leaves no way for a name to be absent.
+            let values = tensor(weights, &place.name).expect("checked against the manifest");
+            let values =
+                values.reshape(dims(&place.shape)).to_device(self.device).to_kind(self.kind);
+            (place.name.clone(), Rc::new(values))
+        };
+        let named = places.iter().map(read).collect();
+        weights.release();
+        named
+    }
+
+    /// Where they are and what networks compute in.
+    pub(crate) fn compute(&self) -> Compute {
+        Compute { device: self.device, kind: self.kind }
+    }
+
+    /// Changes with the values.
+    pub(crate) fn version(&self) -> u64 {
+        self.version.get()
+    }
+
+    /// Name, shape and values of each parameter that is held, as networks see it.
+    pub(crate) fn values(&self) -> impl Iterator<Item = (&str, &[usize], Vec<f32>)> {
+        self.segments.iter().flat_map(|segment| &segment.places).map(|place| {
+            let flat = self.views.borrow()[&place.name].reshape([-1]).to_kind(Kind::Float);
+            let values = Vec::try_from(&flat).expect("a tensor of f32");
+            (&*place.name, &*place.shape, values)
+        })
+    }
+
+    /// Whether gradients accumulate on them.
+    pub(crate) fn is_trainable(&self) -> bool {
+        self.trainable
+    }
+
+    /// Whether they stay on disk.
+    pub(crate) fn is_streamed(&self) -> bool {
+        self.source.is_some()
+    }
+
+    /// Type of activations.
+    pub(crate) fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The gradients that have accumulated, a list a segment that covers it in order; they start anew.
+    ///
+    /// # Panics
+    /// While an interpreter over these parameters is in use.
+    pub(crate) fn take_gradients(&self) -> Vec<Vec<Gradient>> {
+        let mut views = self.views.borrow_mut();
+        let mut take = |place: &Place| {
+            let view = views.get_mut(&place.name).expect("what trains is held");
+            let grad = view.grad();
+            // A leaf without a past: the next gradient to arrive is kept, not added to zeros.
+            *view = Rc::new(view.detach().set_requires_grad(true));
+            let values = if grad.defined() {
+                grad.detach().reshape([-1])
+            } else {
+                Tensor::zeros([place.len()], (Kind::Float, self.device))
+            };
+            Gradient { offset: place.offset, values }
+        };
+        self.segments.iter().map(|segment| segment.places.iter().map(&mut take).collect()).collect()
+    }
+
+    /// Renews the views after the masters changed; nothing to do where they share storage.
+    pub(crate) fn refresh(&self) {
+        self.version.set(self.version.get() + 1);
+        if self.kind == Kind::Float || !self.trainable {
+            return;
+        }
+        let views = self.views.borrow();
+        no_grad(|| {
+            for segment in &self.segments {
+                for place in &segment.places {
+                    views[&place.name].shallow_clone().copy_(&segment.view(place));
+                }
+            }
+        });
+    }
+
+    /// The parameter called `name`, if there is one and it is held.
+    pub(crate) fn named(&self, name: &str) -> Option<Rc<Tensor>> {
+        self.views.borrow().get(name).cloned()
+    }
+
+    /// The values of `flats` (the masters, or an average of them) as safetensors entries of `dtype`.
+    pub(crate) fn entries<'a>(
+        &self,
+        flats: impl Iterator<Item = &'a Tensor>,
+        dtype: Dtype,
+    ) -> Result<Vec<Entry<'static>>> {
+        self.scaled_entries(flats, dtype, |_| 1.0)
+    }
+
+    /// [`Parameters::entries`] times a factor a name.
+    pub(crate) fn scaled_entries<'a>(
+        &self,
+        flats: impl Iterator<Item = &'a Tensor>,
+        dtype: Dtype,
+        factor: impl Fn(&str) -> f64,
+    ) -> Result<Vec<Entry<'static>>> {
+        let kind = kind_of(dtype)?;
+        let mut entries = Vec::new();
+        for (segment, flat) in self.segments.iter().zip(flats) {
+            for place in &segment.places {
+                let values = (place.narrow(flat) * factor(&place.name)).to_kind(kind);
+                entries.push(entry(&place.name, &values.reshape(dims(&place.shape)))?);
+            }
+        }
+        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(entries)
+    }
+
+    /// Takes other values, one flat tensor a segment.
+    pub(crate) fn assign(&self, flats: &[Tensor]) {
+        for (master, flat) in self.masters().zip(flats) {
+            no_grad(|| master.shallow_clone().copy_(flat));
+        }
+        self.refresh();
+    }
+
+    /// The masters of all segments.
+    pub(crate) fn masters(&self) -> impl Iterator<Item = &Tensor> {
+        self.segments.iter().map(|segment| &segment.master)
+    }
+
+    fn make_views(&mut self) {
+        let views = self.views.get_mut();
+        for segment in &self.segments {
+            for place in &segment.places {
+                let view = segment.view(place).detach().to_kind(self.kind);
+                let view = view.set_requires_grad(self.trainable);
+                views.insert(place.name.clone(), Rc::new(view));
+            }
+        }
+    }
+}
+
+impl Segment {
+    fn view(&self, place: &Place) -> Tensor {
+        place.narrow(&self.master).reshape(dims(&place.shape))
+    }
+}
+
+fn places(manifest: &Manifest) -> Vec<Place> {
+    let mut end = 0;
+    let place = |(name, shape): (&str, &[usize])| {
+        let offset = end;
+        end += shape.iter().product::<usize>() as i64;
+        Place { name: name.to_owned(), shape: shape.to_vec(), offset }
+    };
+    manifest.entries().map(place).collect()
+}
+
+/// The numbers of a tensor; others that share its storage must not be in use meanwhile.
+///
+/// # Panics
+/// When it is not contiguous, of f32 and on the processor.
+#[expect(unsafe_code, reason = "libtorch's bindings only copy")]
+pub(crate) fn numbers_of(tensor: &mut Tensor) -> &mut [f32] {
+    let is_plain = tensor.kind() == Kind::Float && tensor.device() == Device::Cpu;
+    assert!(is_plain && tensor.is_contiguous(), "{tensor:?} is not plain memory");
+    match tensor.numel() {
+        0 => &mut [],
+        // SAFETY: from its address on, a contiguous tensor of f32 has `n` of them, initialised by the operator
+        // that made it; its storage stays while the tensor is borrowed.
+        n => unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<f32>(), n) },
+    }
+}
+
+/// The tensor called `name`, flat, in the type it is stored in.
+pub(crate) fn tensor(weights: &Weights, name: &str) -> Result<Tensor> {
+    let View { dtype, bytes, .. } = weights.get(name).context("no such tensor")?;
+    let kind = kind_of(dtype)?;
+    let n = bytes.len() / kind.elt_size_in_bytes();
+    Ok(Tensor::from_data_size(&bytes, &[n as i64], kind))
+}
+
+/// The libtorch type of a stored one.
+pub(crate) fn kind_of(dtype: Dtype) -> Result<Kind> {
+    Ok(match dtype {
+        Dtype::F32 => Kind::Float,
+        Dtype::F16 => Kind::Half,
+        Dtype::BF16 => Kind::BFloat16,
+        other => bail!("unsupported type {other:?}: only F32, F16 and BF16 are read"),
+    })
+}
+
+/// A float tensor as a safetensors entry: f64 as f32, others in their own type.
+pub(crate) fn entry(name: &str, tensor: &Tensor) -> Result<Entry<'static>> {
+    let tensor = match tensor.kind() {
+        Kind::Double => &tensor.to_kind(Kind::Float),
+        _ => tensor,
+    };
+    let shape: Vec<usize> = tensor.size().iter().map(|&n| n as usize).collect();
+    let dtype = match tensor.kind() {
+        Kind::Float => Dtype::F32,
+        Kind::Half => Dtype::F16,
+        Kind::BFloat16 => Dtype::BF16,
+        other => bail!("{name}: {other:?} is not written"),
+    };
+    let flat = tensor.to_device(Device::Cpu).contiguous();
+    let mut bytes = vec![0; flat.numel() * flat.kind().elt_size_in_bytes()];
+    flat.copy_data_u8(&mut bytes, flat.numel());
+    Ok(Entry::raw(name, &shape, dtype, bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use flow::ops::shapes::Shapes;
+    use flow::ops::{Ops, ParamPath};
+
+    use super::*;
+
+    #[test]
+    fn entries_are_rounded_to_the_type_asked_for() {
+        let values = [1.0f32, -2.0, 1.0 + 3.0 / 512.0, 0.1];
+        let shapes = Shapes::new();
+        shapes.param(&ParamPath::root().at("w"), &[2, 2]);
+        let parameters =
+            Parameters::build(&[shapes.manifest()], Compute::CPU, Storage::Trainable, |_, _| {
+                Ok(Tensor::from_slice(&values))
+            })
+            .unwrap();
+        for (dtype, expected) in
+            [(Dtype::F32, values), (Dtype::BF16, [1.0, -2.0, 1.0 + 1.0 / 128.0, 0.100_097_656])]
+        {
+            let entries = parameters.entries(parameters.masters(), dtype).unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            flow::checkpoint::write_sharded(folder.path(), "model", &entries, 1 << 20).unwrap();
+            let weights = Weights::open(folder.path(), "model").unwrap();
+            let view = weights.get("w").unwrap();
+            assert_eq!((view.dtype, view.shape), (dtype, &[2, 2][..]));
+            assert_eq!(weights.f32("w").unwrap(), expected);
+        }
+    }
+}
