@@ -27,7 +27,7 @@ pub struct Args {
     /// The folder to make; it appears when it is complete
     #[arg(short, long, value_name = "DIR")]
     out: PathBuf,
-    /// Merge the adapters of a LoRA file or folder into the transformer; repeatable, summed
+    /// Merge the adapters of a LoRA file or folder, whoever trained it; repeatable, one after the other
     #[arg(long = "lora", value_name = "FILE[:SCALE]", value_parser = flow::lora::scaled_path)]
     loras: Vec<(PathBuf, f64)>,
     /// Run every graph in ONNX Runtime against CHECKPOINT/reference.safetensors (made by `ng-train

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use flow::checkpoint::Weights;
-use flow::lora::Lora;
-use flow::pipeline::{Component, Pipeline};
+use flow::lora::{Layers, Lora};
+use flow::pipeline::Pipeline;
 use flow::staged::Staged;
 use flow::tokens::Tokenizers;
 use indicatif::ProgressBar;
@@ -27,7 +27,7 @@ pub struct Request {
     pub checkpoint: PathBuf,
     /// Folder to make.
     pub target: PathBuf,
-    /// Adapters to merge into the transformer, and their scales.
+    /// Adapters to merge into the transformer and the text encoders, and their scales.
     pub loras: Vec<(PathBuf, f64)>,
     /// Whether an earlier export there is replaced.
     pub replace: bool,
@@ -66,7 +66,7 @@ const COPIED: [&str; 3] = ["tokenizer", "tokenizer_2", "scheduler"];
 /// from its reference, or `stop` was set. Nothing is left behind then.
 pub fn export(request: &Request, bar: &ProgressBar, stop: &AtomicBool) -> Result<Vec<Summary>> {
     let pipeline = Pipeline::open(&request.checkpoint)?;
-    let loras = open_loras(request, &pipeline)?;
+    let loras = open_loras(request, &pipeline, bar)?;
     let reference =
         if request.verify { Some(verify::reference(reference(request)?)?) } else { None };
     check_apart(&request.checkpoint, &request.target)?;
@@ -81,8 +81,7 @@ pub fn export(request: &Request, bar: &ProgressBar, stop: &AtomicBool) -> Result
     let mut summaries = Vec::with_capacity(graphs.len());
     for (part, graph) in graphs {
         bar.set_message(part.folder());
-        let loras: &[Lora] = if part == Part::Transformer { &loras } else { &[] };
-        summaries.push(write_part(&pipeline, part, graph, loras, staged.path(), bar, stop)?);
+        summaries.push(write_part(&pipeline, part, graph, &loras, staged.path(), bar, stop)?);
     }
     copy_rest(&request.checkpoint, staged.path())?;
     if let Some(reference) = &reference {
@@ -115,7 +114,7 @@ fn write_part(
     copy(&config, &folder.join("config.json"))?;
     let weights = pipeline.weights(part.component())?;
     bar.suspend(|| weights.notices().iter().for_each(|notice| eprintln!("note: {notice}")));
-    let source = Source { weights: &weights, loras };
+    let source = Source { weights: &weights, loras, component: part.component() };
     let (n_nodes, n_parameters) = (graph.nodes.len(), count(&graph));
     let metadata = [
         ("component", part.folder().to_owned()),
@@ -135,11 +134,12 @@ fn write_part(
     Ok(Summary { part, n_nodes, n_parameters, n_bytes, difference: None })
 }
 
-fn open_loras(request: &Request, pipeline: &Pipeline) -> Result<Vec<Lora>> {
-    let manifest = pipeline.manifest(Component::Transformer);
+/// The adapters to merge; says what each is.
+fn open_loras(request: &Request, pipeline: &Pipeline, bar: &ProgressBar) -> Result<Vec<Lora>> {
+    let layers = Layers::of(pipeline);
     let open = |(path, scale): &(PathBuf, f64)| {
-        let lora = Lora::open(path, *scale)?;
-        lora.check(&manifest)?;
+        let lora = Lora::open(path, *scale, &layers)?;
+        bar.suspend(|| lora.lines().iter().for_each(|line| eprintln!("{line}")));
         Ok(lora)
     };
     request.loras.iter().map(open).collect()

@@ -10,7 +10,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use flow::checkpoint::{Dtype, View, Weights};
-use flow::lora::Lora;
+use flow::lora::{self, Lora};
+use flow::pipeline::Component;
 use prost::Message;
 
 use crate::graph::{Graph, Parameter};
@@ -47,11 +48,13 @@ pub struct Source<'a> {
     pub weights: &'a Weights,
     /// Adapters added to them.
     pub loras: &'a [Lora],
+    /// Whose values they are.
+    pub component: Component,
 }
 
 impl<'a> From<&'a Weights> for Source<'a> {
     fn from(weights: &'a Weights) -> Self {
-        Self { weights, loras: &[] }
+        Self { weights, loras: &[], component: Component::Transformer }
     }
 }
 
@@ -74,7 +77,9 @@ pub fn write<'a>(
     let source = source.into();
     for parameter in &graph.parameters {
         let view = fetch(source.weights, parameter)?;
-        let merged = merge(source.loras, parameter, &view)?;
+        let Source { weights, loras, component } = source;
+        let merged = lora::merged(loras, component, weights, &parameter.name)?;
+        let merged = merged.map(|values| little_endian(&values));
         let view = match merged {
             Some(bytes) => View { dtype: Dtype::F32, bytes: bytes.into(), ..view },
             None => view,
@@ -124,22 +129,6 @@ fn fetch<'a>(weights: &'a Weights, parameter: &Parameter) -> Result<View<'a>> {
         return Err(anyhow!("{path}: {name} has type {:?} instead of a float", view.dtype));
     }
     Ok(view)
-}
-
-/// The f32 bytes of a parameter with its adapters added; nothing where it has none.
-fn merge(loras: &[Lora], parameter: &Parameter, view: &View<'_>) -> Result<Option<Vec<u8>>> {
-    let Some(layer) = parameter.name.strip_suffix(".weight") else { return Ok(None) };
-    let mut merged: Option<Vec<f32>> = None;
-    for lora in loras {
-        if let Some(factors) = lora.factors(layer)? {
-            let values = match merged.take() {
-                Some(values) => values,
-                None => view.to_f32().map_err(|why| anyhow!("{}: {why}", parameter.name))?,
-            };
-            factors.add_to(merged.insert(values));
-        }
-    }
-    Ok(merged.map(|values| little_endian(&values)))
 }
 
 /// The second file while it grows.

@@ -1,25 +1,43 @@
-//! Low-rank adapters on disk, as diffusers and PEFT write them (`pytorch_lora_weights.safetensors`).
+//! Adapters on disk, in every form that trainers of FLUX write, read into one.
 //!
-//! A layer `W` `[n_out, n_in]` becomes `W + scale·(α/r)·B·A`, with `A` `[r, n_in]` and `B` `[n_out, r]`.
+//! A layer `W` `[n_out, n_in]` becomes `W + scale·f·Δ`. In a LoRA Δ = B·A with A `[r, n_in]`, B
+//! `[n_out, r]`, and f = α/r, 1 where no α is said; [`delta`] has the other forms. Names of PEFT,
+//! diffusers, kohya, BFL, ComfyUI, XLabs, ai-toolkit, OneTrainer and LyCORIS are understood; what a
+//! file holds that cannot be applied is refused by name, or passed over with a notice.
+//!
+//! - [`place`]: what is typed, and which file of a folder is meant.
+//! - [`key`], [`layers`]: a tensor's name taken apart; which layers a path means.
+//! - [`settings`]: α and r where no tensor says them.
+//! - [`read`]: tensors to adapters; [`adapter`], [`delta`]: what they do to weights.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::fmt;
+use std::path::Path;
 
 use crate::checkpoint::{CheckpointError, Entry, Weights, write_tensors};
-use crate::ops::shapes::Manifest;
+use crate::pipeline::Component;
+
+mod adapter;
+mod delta;
+mod key;
+mod layers;
+mod place;
+mod read;
+mod settings;
+
+use adapter::Adapter;
+use delta::{Delta, Factor};
+pub use layers::Layers;
+pub use place::{FILE, file, scaled_path};
 
 type Result<T> = std::result::Result<T, CheckpointError>;
 
-/// The file that `FluxPipeline.load_lora_weights` looks for in a folder.
-pub const FILE: &str = "pytorch_lora_weights.safetensors";
-/// Name of the adapted component in the file.
+/// Name of the adapted component in files written here.
 const COMPONENT: &str = "transformer.";
 /// What follows a layer's path in the name of its A.
 pub const A: &str = "lora_A.weight";
 /// What follows a layer's path in the name of its B.
 pub const B: &str = "lora_B.weight";
-/// Endings of A and B: of PEFT, and of diffusers before it.
-const ENDINGS: [[&str; 2]; 2] = [[A, B], ["lora.down.weight", "lora.up.weight"]];
 
 /// The two factors of one layer.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,193 +50,172 @@ pub struct Factors {
     pub b: Vec<f32>,
 }
 
-/// The adapters of a file.
+/// The adapters of a file. Values are read when they are used.
 pub struct Lora {
-    weights: Weights,
+    tensors: Weights,
     scale: f64,
-    layers: BTreeMap<String, Layer>,
-}
-
-struct Layer {
-    /// Names of A and B in the file.
-    names: [String; 2],
-    rank: usize,
-    n_in: usize,
-    n_out: usize,
-    /// α/r.
-    factor: f64,
+    format: &'static str,
+    adapters: Vec<Adapter>,
+    /// Adapter and its part by component and layer.
+    by_layer: BTreeMap<(Component, String), (usize, usize)>,
+    notices: Vec<String>,
 }
 
 impl Lora {
-    /// The adapters of `path`, a file or the folder of a [`FILE`], to be used at `scale`.
+    /// The adapters of `path`, a file or its folder, to be used at `scale` on a model of `layers`.
     ///
     /// # Errors
-    /// When it is no LoRA of a FLUX transformer in diffusers' names.
-    pub fn open(path: &Path, scale: f64) -> Result<Self> {
-        let path = if path.is_dir() { path.join(FILE) } else { path.to_owned() };
-        let weights = Weights::open_file(&path)?;
-        let malformed = |why: String| CheckpointError::malformed(&path, why);
-        let alpha = Alpha::of(&weights).map_err(malformed)?;
-        let mut layers = BTreeMap::new();
-        for name in weights.names() {
-            if alpha.knows(name) {
-                continue;
-            }
-            let Some((layer, endings)) = split(name) else {
-                let why = "unsupported: only LoRA of the transformer in diffusers' names is read \
-                           (transformer.….lora_A.weight)";
-                return Err(malformed(format!("tensor {name} is {why}")));
-            };
-            let names = endings.map(|ending| format!("{COMPONENT}{layer}.{ending}"));
-            let shape = |name: &str| match weights.get(name).map(|view| view.shape) {
-                Some(&[rows, columns]) => Ok([rows, columns]),
-                Some(shape) => Err(malformed(format!("{name} has shape {shape:?}, not a matrix"))),
-                None => Err(malformed(format!("{name} is missing"))),
-            };
-            let ([rank, n_in], [n_out, inner]) = (shape(&names[0])?, shape(&names[1])?);
-            if rank != inner || rank == 0 {
-                let why = format!("{layer}: A has {rank} rows and B {inner} columns");
-                return Err(malformed(why));
-            }
-            let factor = alpha.of_layer(layer, rank).map_err(malformed)?;
-            layers.insert(layer.to_owned(), Layer { names, rank, n_in, n_out, factor });
-        }
-        if layers.is_empty() {
-            return Err(malformed("no adapters in it".into()));
-        }
-        Ok(Self { weights, scale, layers })
-    }
-
-    /// Layers with an adapter, by their path in the transformer.
-    pub fn layers(&self) -> impl Iterator<Item = &str> {
-        self.layers.keys().map(String::as_str)
-    }
-
-    /// Makes sure that every adapter fits a layer of `manifest`.
-    ///
-    /// # Errors
-    /// One message that lists those that do not.
-    pub fn check(&self, manifest: &Manifest) -> Result<()> {
-        let known: BTreeMap<&str, &[usize]> = manifest.entries().collect();
-        let misfit = |(layer, adapter): (&String, &Layer)| {
-            let wanted = [adapter.n_out, adapter.n_in];
-            match known.get(format!("{layer}.weight").as_str()) {
-                Some(shape) if **shape == wanted => None,
-                Some(shape) => {
-                    Some(format!("{layer} has shape {shape:?}, its adapter is for {wanted:?}"))
-                }
-                None => Some(format!("{layer} is no layer of the model")),
-            }
-        };
-        let list: Vec<String> = self.layers.iter().filter_map(misfit).collect();
-        if list.is_empty() {
-            return Ok(());
-        }
-        Err(CheckpointError::malformed(self.weights.path(), list.join("; ")))
-    }
-
-    /// The factors of `layer`, if it has an adapter.
-    ///
-    /// # Errors
-    /// When they are not floats.
-    pub fn factors(&self, layer: &str) -> Result<Option<Factors>> {
-        let Some(Layer { names: [a, b], rank, factor, .. }) = self.layers.get(layer) else {
-            return Ok(None);
-        };
-        let by = (self.scale * factor) as f32;
-        let b = self.weights.f32(b)?.into_iter().map(|x| x * by).collect();
-        Ok(Some(Factors { rank: *rank, a: self.weights.f32(a)?, b }))
-    }
-}
-
-impl Factors {
-    /// Adds B·A to `weight` `[n_out, n_in]`.
-    pub fn add_to(&self, weight: &mut [f32]) {
-        let (n_in, n_out) = (self.a.len() / self.rank, self.b.len() / self.rank);
-        assert_eq!(weight.len(), n_in * n_out, "checked against the manifest");
-        for (row, b) in weight.chunks_exact_mut(n_in).zip(self.b.chunks_exact(self.rank)) {
-            for (b, a) in b.iter().zip(self.a.chunks_exact(n_in)) {
-                for (w, a) in row.iter_mut().zip(a) {
-                    *w += b * a;
-                }
+    /// When it is no LoRA, or not one of this model: all of it is checked here.
+    pub fn open(path: &Path, scale: f64, layers: &Layers) -> Result<Self> {
+        let path = file(path)?;
+        let tensors = Weights::open_file(&path)?;
+        let read::Read { adapters, format, notices } = read::read(&tensors, &path, layers)?;
+        let mut by_layer = BTreeMap::new();
+        for (index, adapter) in adapters.iter().enumerate() {
+            for (part, layer) in adapter.target.parts.iter().enumerate() {
+                by_layer.insert((layer.component, layer.layer.clone()), (index, part));
             }
         }
+        Ok(Self { tensors, scale, format, adapters, by_layer, notices })
     }
-}
 
-/// Layer path and endings of A and B, from either's name.
-fn split(name: &str) -> Option<(&str, [&'static str; 2])> {
-    let name = name.strip_prefix(COMPONENT)?;
-    ENDINGS.into_iter().find_map(|pair| {
-        let layer = pair.iter().find_map(|ending| name.strip_suffix(ending)?.strip_suffix('.'))?;
-        Some((layer, pair))
-    })
-}
+    /// What a user is told: what it is, then what was left out of it or taken for granted.
+    pub fn lines(&self) -> Vec<String> {
+        let path = self.tensors.path().display();
+        let notices = self.notices.iter().map(|notice| format!("note: {path}: {notice}"));
+        std::iter::once(self.to_string()).chain(notices).collect()
+    }
 
-/// What a file says of α; without it α = r.
-struct Alpha {
-    /// From PEFT's configuration in the metadata.
-    of_all: Option<f64>,
-    patterns: BTreeMap<String, f64>,
-    /// From tensors `….alpha`.
-    of_layers: BTreeMap<String, f64>,
-}
+    /// Whether it changes a layer of `component`.
+    pub fn changes(&self, component: Component) -> bool {
+        self.by_layer.keys().any(|(known, _)| *known == component)
+    }
 
-impl Alpha {
-    fn of(weights: &Weights) -> std::result::Result<Self, String> {
-        let mut of_layers = BTreeMap::new();
-        for name in weights.names() {
-            let layer = name.strip_prefix(COMPONENT).and_then(|name| name.strip_suffix(".alpha"));
-            if let Some(layer) = layer {
-                let values = weights.f32(name).map_err(|error| error.to_string())?;
-                let &[alpha] = values.as_slice() else {
-                    return Err(format!("{name} holds {} numbers, not one", values.len()));
-                };
-                of_layers.insert(layer.to_owned(), f64::from(alpha));
-            }
-        }
-        let metadata: serde_json::Value = match weights.metadata("lora_adapter_metadata") {
-            None => serde_json::Value::Null,
-            Some(text) => serde_json::from_str(text)
-                .map_err(|error| format!("lora_adapter_metadata: {error}"))?,
-        };
-        let patterns = metadata["transformer.alpha_pattern"].as_object();
-        let patterns = patterns.into_iter().flatten();
-        Ok(Self {
-            of_all: metadata["transformer.lora_alpha"].as_f64(),
-            patterns: patterns.filter_map(|(k, v)| Some((k.clone(), v.as_f64()?))).collect(),
-            of_layers,
+    /// Whether it is no more than A and B of layers of the transformer.
+    pub fn is_low_rank(&self) -> bool {
+        self.adapters.iter().all(|adapter| {
+            let is_plain = matches!(adapter.delta, Some((Delta::Plain(Factor::Product(..)), _)));
+            let of_transformer = adapter.target.parts[0].component == Component::Transformer;
+            of_transformer && is_plain && adapter.biases.is_empty() && adapter.magnitude.is_none()
         })
     }
 
-    fn knows(&self, name: &str) -> bool {
-        let layer = name.strip_prefix(COMPONENT).and_then(|name| name.strip_suffix(".alpha"));
-        layer.is_some_and(|layer| self.of_layers.contains_key(layer))
+    /// A and B of the transformer's `layer`, if it has them.
+    ///
+    /// # Errors
+    /// When the file cannot be read any more.
+    pub fn factors(&self, layer: &str) -> Result<Option<Factors>> {
+        let Some(&(index, part)) = self.by_layer.get(&(Component::Transformer, layer.to_owned()))
+        else {
+            return Ok(None);
+        };
+        let adapter = &self.adapters[index];
+        let Some((Delta::Plain(Factor::Product(b, a)), factor)) = &adapter.delta else {
+            return Ok(None);
+        };
+        let (by, all) = ((self.scale * factor) as f32, self.tensors.f32(&b.name)?);
+        let rows = adapter.target.rows(part).into_iter();
+        let b = rows.flat_map(|rows| &all[rows.start * a.rows..rows.end * a.rows]);
+        let b = b.map(|value| value * by).collect();
+        Ok(Some(Factors { rank: a.rows, a: self.tensors.f32(&a.name)?, b }))
     }
 
-    /// α/r of `layer`.
-    fn of_layer(&self, layer: &str, rank: usize) -> std::result::Result<f64, String> {
-        let pattern = self.patterns.iter().find(|(key, _)| layer.ends_with(key.as_str()));
-        let alpha = self.of_layers.get(layer).copied().or(pattern.map(|(_, alpha)| *alpha));
-        let factor = alpha.or(self.of_all).map_or(1.0, |alpha| alpha / rank as f64);
-        if !factor.is_finite() {
-            return Err(format!("{layer}: alpha is not finite"));
-        }
-        Ok(factor)
+    /// The layer of a parameter, its place among the adapters, and whether it is the bias.
+    fn place(&self, component: Component, name: &str) -> Option<(&Adapter, usize, bool)> {
+        let (layer, leaf) = name.rsplit_once('.')?;
+        let &(index, part) = self.by_layer.get(&(component, layer.to_owned()))?;
+        let adapter = &self.adapters[index];
+        let is_changed = match leaf {
+            "weight" => adapter.delta.is_some(),
+            "bias" => !adapter.biases.is_empty(),
+            _ => false,
+        };
+        is_changed.then_some((adapter, part, leaf == "bias"))
     }
 }
 
-/// `FILE` or `FILE:SCALE`, as people type a LoRA and its scale (1 if not given).
+/// The values of the parameter `name` of `component` with all of `loras` applied, one after the other,
+/// to those of `weights`; nothing where none changes it.
 ///
 /// # Errors
-/// When the scale is no finite number.
-pub fn scaled_path(text: &str) -> std::result::Result<(PathBuf, f64), String> {
-    match text.rsplit_once(':') {
-        Some((path, scale)) if !path.is_empty() && !scale.contains('/') => match scale.parse() {
-            Ok(scale) if f64::is_finite(scale) => Ok((path.into(), scale)),
-            _ => Err(format!("{scale:?} is no scale: FILE or FILE:SCALE is needed")),
-        },
-        _ => Ok((text.into(), 1.0)),
+/// When a file cannot be read any more.
+pub fn merged(
+    loras: &[Lora],
+    component: Component,
+    weights: &Weights,
+    name: &str,
+) -> Result<Option<Vec<f32>>> {
+    let Some(last) = loras.iter().rposition(|lora| lora.place(component, name).is_some()) else {
+        return Ok(None);
+    };
+    let (before, lora) = (&loras[..last], &loras[last]);
+    let under = |name: &str| match merged(before, component, weights, name)? {
+        Some(values) => Ok(values),
+        None => weights.f32(name),
+    };
+    let mut values = under(name)?;
+    let (adapter, part, is_bias) = lora.place(component, name).expect("found above");
+    if is_bias {
+        adapter.change_bias(&lora.tensors, lora.scale, part, &mut values)?;
+    } else {
+        adapter.change_weight(&lora.tensors, lora.scale, part, &mut values, &under)?;
+    }
+    Ok(Some(values))
+}
+
+impl fmt::Display for Lora {
+    /// What it is, in one line: format, kinds, layers, ranks, factors, scale.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} in {} names", self.tensors.path().display(), self.kinds(), self.format)?;
+        let mut components: BTreeMap<Component, usize> = BTreeMap::new();
+        for (component, _) in self.by_layer.keys() {
+            *components.entry(*component).or_default() += 1;
+        }
+        for (component, n) in components.iter().rev() {
+            write!(f, ", {n} layers of {}", component.folder())?;
+        }
+        let deltas = || self.adapters.iter().filter_map(|adapter| adapter.delta.as_ref());
+        let ranks = deltas().filter_map(|(delta, _)| Some(delta.rank()? as f64));
+        range(f, "rank", ranks)?;
+        range(f, "alpha/r", deltas().map(|(_, factor)| *factor))?;
+        write!(f, ", scale {}", self.scale)
+    }
+}
+
+/// The least and the largest of `values`, if there are any.
+fn range(
+    f: &mut fmt::Formatter<'_>,
+    what: &str,
+    values: impl Iterator<Item = f64> + Clone,
+) -> fmt::Result {
+    let Some(least) = values.clone().reduce(f64::min) else { return Ok(()) };
+    let most = values.fold(least, f64::max);
+    let round = |value: f64| (value * 1e4).round() / 1e4;
+    if least == most {
+        return write!(f, ", {what} {}", round(least));
+    }
+    write!(f, ", {what} {} to {}", round(least), round(most))
+}
+
+impl Lora {
+    /// The kinds of its adapters.
+    fn kinds(&self) -> String {
+        let mut kinds: Vec<&str> = Vec::new();
+        for adapter in &self.adapters {
+            let kind = match &adapter.delta {
+                Some((Delta::Plain(Factor::Product(..)), _)) => "LoRA",
+                Some((Delta::Kronecker(..), _)) => "LoKr",
+                Some((Delta::Hadamard(..), _)) => "LoHa",
+                Some((Delta::Plain(Factor::Whole(_)), _)) | None => "differences",
+            };
+            kinds.push(kind);
+            if adapter.magnitude.is_some() {
+                kinds.push("DoRA");
+            }
+        }
+        kinds.sort_unstable();
+        kinds.dedup();
+        kinds.join(" and ")
     }
 }
 
@@ -235,58 +232,4 @@ pub fn write(folder: &Path, mut entries: Vec<Entry<'_>>) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const LAYER: &str = "transformer_blocks.0.attn.to_q";
-
-    fn pair(dir: &Path, endings: [&str; 2], more: Vec<Entry<'_>>, metadata: &[(&str, String)]) {
-        let name = |ending: &str| format!("transformer.{LAYER}.{ending}");
-        let mut entries = vec![
-            Entry::f32(name(endings[0]), &[2, 3], &[1.0, 0.0, 2.0, 0.0, 1.0, 0.0]),
-            Entry::f32(name(endings[1]), &[2, 2], &[1.0, 0.0, 0.5, 2.0]),
-        ];
-        entries.extend(more);
-        write_tensors(&dir.join(FILE), &entries, metadata).unwrap();
-    }
-
-    fn merged(dir: &Path, scale: f64) -> Vec<f32> {
-        let lora = Lora::open(dir, scale).unwrap();
-        let mut weight = vec![10.0; 6];
-        lora.factors(LAYER).unwrap().unwrap().add_to(&mut weight);
-        assert!(lora.factors("proj_out").unwrap().is_none());
-        weight
-    }
-
-    #[test]
-    fn both_spellings_and_every_alpha_are_read() {
-        let dir = tempfile::tempdir().unwrap();
-        // B·A = [[1, 0, 2], [0.5, 2, 1]]
-        for endings in ENDINGS {
-            pair(dir.path(), endings, Vec::new(), &[]);
-            assert_eq!(merged(dir.path(), 1.0), [11.0, 10.0, 12.0, 10.5, 12.0, 11.0]);
-        }
-        let twice = [12.0, 10.0, 14.0, 11.0, 14.0, 12.0];
-        assert_eq!(merged(dir.path(), 2.0), twice);
-        let alpha = Entry::f32(format!("transformer.{LAYER}.alpha"), &[], &[4.0]);
-        pair(dir.path(), ENDINGS[0], vec![alpha], &[]);
-        assert_eq!(merged(dir.path(), 1.0), twice);
-        let peft = r#"{"transformer.r": 2, "transformer.lora_alpha": 4}"#;
-        pair(dir.path(), ENDINGS[0], Vec::new(), &[("lora_adapter_metadata", peft.into())]);
-        assert_eq!(merged(dir.path(), 1.0), twice);
-    }
-
-    #[test]
-    fn what_does_not_fit_is_named() {
-        let dir = tempfile::tempdir().unwrap();
-        pair(dir.path(), ENDINGS[0], Vec::new(), &[]);
-        let lora = Lora::open(dir.path(), 1.0).unwrap();
-        let manifest = |n_out| Manifest::new([(format!("{LAYER}.weight"), vec![n_out, 3])]);
-        lora.check(&manifest(2)).unwrap();
-        assert!(lora.check(&manifest(5)).unwrap_err().to_string().contains(LAYER));
-        let kohya = Entry::f32("lora_unet_double_blocks_0.lora_down.weight", &[1, 1], &[0.0]);
-        pair(dir.path(), ENDINGS[0], vec![kohya], &[]);
-        let error = Lora::open(dir.path(), 1.0).err().unwrap().to_string();
-        assert!(error.contains("lora_unet_double_blocks_0") && error.contains("unsupported"));
-    }
-}
+mod tests;

@@ -5,10 +5,11 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
 use flow::checkpoint::Dtype;
-use flow::lora::{A, B, Lora};
+use flow::lora::{A, B, Layers, Lora};
 use flow::noise::Noise;
 use flow::ops::ParamPath;
 use flow::ops::shapes::Manifest;
+use flow::pipeline::Component;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor, no_grad};
 
@@ -242,13 +243,11 @@ fn factor(name: &str) -> (&str, bool) {
 }
 
 fn open(path: &Path, scale: f64, segments: &[Manifest]) -> Result<Lora> {
-    let lora = Lora::open(path, scale)?;
     let mut whole = Manifest::default();
     for segment in segments {
         whole.merge(segment.clone());
     }
-    lora.check(&whole)?;
-    Ok(lora)
+    Ok(Lora::open(path, scale, &Layers::new([(Component::Transformer, whole)]))?)
 }
 
 #[cfg(test)]
