@@ -61,7 +61,9 @@ impl Adapter {
             let norms = self.target.rows(index).into_iter().flat_map(|range| &norms[range]);
             for (row, norm) in values.chunks_exact_mut(n_columns).zip(norms) {
                 let by = f64::from(*norm) / square_sum(row).sqrt();
-                row.iter_mut().for_each(|value| *value = (f64::from(*value) * by) as f32);
+                for value in row {
+                    *value = (f64::from(*value) * by) as f32;
+                }
             }
             return Ok(());
         }

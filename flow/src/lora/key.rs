@@ -129,10 +129,10 @@ impl Key {
         }
         let mut adapter = adapter.map(str::to_owned);
         // sd-scripts numbers the parts of a matrix that it splits.
-        if stem.contains("lora_down.") || stem.contains("lora_up.") {
-            if let Some(part) = adapter.take_if(|a| a.bytes().all(|b| b.is_ascii_digit())) {
-                path = format!("{path}.{part}");
-            }
+        let is_split = stem.contains("lora_down.") || stem.contains("lora_up.");
+        let is_part = |name: &mut String| is_split && name.bytes().all(|b| b.is_ascii_digit());
+        if let Some(part) = adapter.take_if(is_part) {
+            path = format!("{path}.{part}");
         }
         Some(Self { path, slot, adapter })
     }

@@ -179,11 +179,8 @@ impl Target {
     pub(super) fn rows(&self, index: usize) -> Vec<Range<usize>> {
         let start: usize = self.parts[..index].iter().map(Part::n_out).sum();
         let end = start + self.parts[index].n_out();
-        if self.halves_swapped {
-            let middle = start.midpoint(end);
-            return vec![middle..end, start..middle];
-        }
-        vec![start..end]
+        let middle = if self.halves_swapped { start.midpoint(end) } else { start };
+        [middle..end, start..middle].into_iter().filter(|range| !range.is_empty()).collect()
     }
 }
 

@@ -73,25 +73,20 @@ pub(super) fn is_peft(file: &Path) -> bool {
 
 /// Why the folder `path` holds no LoRA, and where there may be one.
 fn nothing_in(path: &Path) -> String {
-    let mut why = "no .safetensors in it".to_owned();
     let pickles = ["bin", "pt", "pth", "ckpt"].map(|kind| files(path, kind).unwrap_or_default());
     if let Some(pickle) = pickles.concat().first() {
         let stem = pickle.rsplit_once('.').map_or("", |(stem, _)| stem);
-        why += &format!(
-            "; {pickle} is a pickle: `ng-train convert {pickle} {stem}.safetensors` reads it without \
-             running it"
+        return format!(
+            "no .safetensors in it; {pickle} is a pickle: `ng-train convert {pickle} {stem}.safetensors` \
+             reads it without running it"
         );
     }
     let below = fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
-    let has_file = |folder: &PathBuf| {
-        folder.is_dir() && !matches!(files(folder, "safetensors"), Ok(f) if f.is_empty())
-    };
-    let mut below: Vec<PathBuf> = below.filter(has_file).collect();
-    below.sort();
-    if let Some(folder) = below.first() {
-        why += &format!("; is {} meant?", folder.display());
+    let has_file = |folder: &PathBuf| files(folder, "safetensors").is_ok_and(|f| !f.is_empty());
+    match below.filter(has_file).min() {
+        Some(folder) => format!("no .safetensors in it; is {} meant?", folder.display()),
+        None => "no .safetensors in it".into(),
     }
-    why
 }
 
 /// Names of the files of one kind in `folder`, sorted.

@@ -91,11 +91,8 @@ fn paths(
     let (mut unread, mut embeddings, mut copies) = (Vec::new(), Vec::new(), Vec::new());
     for name in weights.names() {
         let Some(Key { path, slot, adapter }) = Key::of(name) else {
-            if key::is_embedding(name) {
-                embeddings.push(name)
-            } else {
-                unread.push(name)
-            }
+            let list = if key::is_embedding(name) { &mut embeddings } else { &mut unread };
+            list.push(name);
             continue;
         };
         // As diffusers does: names of both kinds are one LoRA written twice.

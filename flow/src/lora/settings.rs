@@ -98,13 +98,12 @@ impl Settings {
         if !KINDS.contains(&kind) {
             return Err(format!("adapters of kind {kind} are not supported"));
         }
-        if let Some(way) = get("init_lora_weights").as_str() {
-            if CHANGING.iter().any(|known| way.to_lowercase().starts_with(known)) {
-                return Err(format!(
-                    "init_lora_weights = {way:?} has changed the weights below the adapters: convert \
-                     them by PEFT's path_initial_model_for_weight_conversion"
-                ));
-            }
+        let way = get("init_lora_weights").as_str().unwrap_or_default();
+        if CHANGING.iter().any(|known| way.to_lowercase().starts_with(known)) {
+            return Err(format!(
+                "init_lora_weights = {way:?} has changed the weights below the adapters: convert \
+                 them by PEFT's path_initial_model_for_weight_conversion"
+            ));
         }
         let rank = match number("r")?.or(number("lora_rank")?) {
             None => None,

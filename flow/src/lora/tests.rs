@@ -139,14 +139,14 @@ impl File {
     }
 
     fn check_at(&self, scale: f64) {
-        check(&[self.open_at(scale).unwrap_or_else(|error| panic!("{error}"))], &|key| {
+        check(&[self.open_at(scale).unwrap_or_else(|error| panic!("{error}"))], |key| {
             Some(scaled(self.deltas.get(key)?, scale))
         });
     }
 }
 
 /// Compares what `loras` make of every weight with the model's plus `delta`.
-fn check(loras: &[Lora], delta: &dyn Fn(&(Component, String)) -> Option<Vec<f64>>) {
+fn check(loras: &[Lora], delta: impl Fn(&(Component, String)) -> Option<Vec<f64>>) {
     for component in [TRANSFORMER, Component::TextEncoder, Component::TextEncoder2] {
         let weights = weights(component);
         for (name, _) in PIPELINE.manifest(component).entries() {

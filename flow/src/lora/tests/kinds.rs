@@ -245,8 +245,8 @@ fn several_files_add_up_and_a_scale_of_0_is_nothing() {
         sum.iter_mut().zip(delta).for_each(|(sum, delta)| *sum += delta);
     }
     let loras = [files[0].open_at(0.5).unwrap(), files[1].open_at(2.0).unwrap()];
-    check(&loras, &|(_, name)| (*name == format!("{Q}.weight")).then(|| sum.clone()));
-    check(&[files[0].open_at(0.0).unwrap()], &|(_, name)| {
+    check(&loras, |(_, name)| (*name == format!("{Q}.weight")).then(|| sum.clone()));
+    check(&[files[0].open_at(0.0).unwrap()], |(_, name)| {
         (*name == format!("{Q}.weight")).then(|| vec![0.0; D * D])
     });
 }
