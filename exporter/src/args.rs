@@ -5,16 +5,21 @@ use std::path::PathBuf;
 
 use clap::Parser;
 
+use crate::element::Float;
 use crate::export::Request;
+use crate::external::Placement;
+use crate::precision::{Choice, Modulation, Precision};
+use crate::target::{Attention, Target};
 
 /// Exports a FLUX checkpoint to ONNX.
 ///
 /// Reads a diffusers pipeline folder and writes the folder that Hugging Face Optimum would write for
 /// it: text_encoder, text_encoder_2, transformer, vae_decoder and vae_encoder, each with model.onnx
-/// and model.onnx_data (f32, opset 23, open batch, token and image sizes), the configs, tokenizers
-/// and scheduler. `ng-sample --model DIR` makes images from it. A table of what was written goes to
-/// standard output.
+/// (open batch, token and image sizes, f32 inputs and outputs) and its weights, the configs, tokenizers
+/// and scheduler. `ng-sample --model DIR` makes images from it. A table of what was written goes to standard
+/// output.
 #[derive(Clone, Debug, Parser)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag")]
 #[command(
     name = "ng-export",
     version,
@@ -30,6 +35,37 @@ pub struct Args {
     /// Merge the adapters of a LoRA file or folder, whoever trained it; repeatable, one after the other
     #[arg(long = "lora", value_name = "FILE[:SCALE]", value_parser = flow::lora::scaled_path)]
     loras: Vec<(PathBuf, f64)>,
+    /// What runs the export
+    #[arg(long, value_name = "TARGET", value_enum, default_value_t)]
+    target: Target,
+    /// How weights are stored
+    #[arg(long, value_name = "TYPE", value_enum, default_value_t)]
+    precision: Precision,
+    /// Numbers that share a scale: 16, 32, 64, 128 or 256; by default 32, with fp8 a whole matrix
+    #[arg(long, value_name = "N")]
+    block_size: Option<usize>,
+    /// How modulation layers (norm*.linear) are stored where others are quantised
+    #[arg(long, value_name = "HOW", value_enum, default_value_t)]
+    modulation: Modulation,
+    /// Type of activations and of what is not quantised; by default the target's
+    #[arg(long, value_name = "TYPE", value_enum)]
+    activations: Option<Float>,
+    /// Type of the autoencoder, f32 or f16; by default f32
+    #[arg(long, value_name = "TYPE", value_enum)]
+    vae: Option<Float>,
+    /// Another form of attention than the target's
+    #[arg(long, value_name = "FORM", value_enum)]
+    attention: Option<Attention>,
+    /// Give every layer of the transformer inputs for an adapter, which need not be given
+    #[arg(long)]
+    lora_slots: bool,
+    /// Copy weights that could stay in the checkpoint's files, so that the folder stands alone
+    #[arg(long)]
+    copy_weights: bool,
+    /// Leave weights in the checkpoint's files, linked into the folder, wherever they can be used as they
+    /// are; by default in files of 1 GiB and more (Python's onnx refuses links, runtimes do not)
+    #[arg(long, conflicts_with = "copy_weights")]
+    link_weights: bool,
     /// Run every graph in ONNX Runtime against CHECKPOINT/reference.safetensors (made by `ng-train
     /// reference CHECKPOINT`) and fail when one differs by more than 1e-5 of its largest value
     #[arg(long)]
@@ -50,6 +86,21 @@ impl Args {
             checkpoint: self.checkpoint,
             target: self.out,
             loras: self.loras,
+            choice: Choice {
+                target: self.target,
+                precision: self.precision,
+                block: self.block_size,
+                modulation: self.modulation,
+                activations: self.activations,
+                vae: self.vae,
+                attention: self.attention,
+                slots: self.lora_slots,
+            },
+            placement: match (self.copy_weights, self.link_weights) {
+                (true, _) => Placement::Copied,
+                (_, true) => Placement::Linked,
+                _ => Placement::Auto,
+            },
             replace: self.force,
             verify: self.verify,
             threads: self.threads.map_or_else(available, usize::from),

@@ -14,11 +14,15 @@ use flow::staged::Staged;
 use flow::tokens::Tokenizers;
 use indicatif::ProgressBar;
 
-use crate::external::{self, Source};
+use crate::description::{self, Description};
+use crate::external::{self, Placement, Written};
 use crate::graph::Graph;
-use crate::parts::Part;
+use crate::networks::record;
+use crate::part::Part;
+use crate::precision::Choice;
 use crate::publish::check_target;
 use crate::verify::{self, Difference};
+use crate::weights::Source;
 
 /// What to export, and how.
 #[derive(Clone, Debug)]
@@ -29,6 +33,10 @@ pub struct Request {
     pub target: PathBuf,
     /// Adapters to merge into the transformer and the text encoders, and their scales.
     pub loras: Vec<(PathBuf, f64)>,
+    /// Target and precision.
+    pub choice: Choice,
+    /// Whether weights may stay in the checkpoint's files.
+    pub placement: Placement,
     /// Whether an earlier export there is replaced.
     pub replace: bool,
     /// Whether the graphs must reproduce the checkpoint's reference tensors.
@@ -46,8 +54,8 @@ pub struct Summary {
     pub n_nodes: usize,
     /// Elements of all its weights.
     pub n_parameters: usize,
-    /// Size of its files.
-    pub n_bytes: u64,
+    /// Sizes of its files.
+    pub written: Written,
     /// Distance from the reference, when it was verified.
     pub difference: Option<Difference>,
 }
@@ -58,13 +66,15 @@ pub struct Table<'a>(pub &'a [Summary]);
 /// Folders of a checkpoint that an export takes over as they are.
 const COPIED: [&str; 3] = ["tokenizer", "tokenizer_2", "scheduler"];
 
-/// Exports a whole pipeline: every graph, the configs and tokenizers; `bar` counts bytes of weights.
+/// Exports a whole pipeline: every graph, the configs and tokenizers; `bar` counts weights.
 /// The target appears when everything was written and, if asked for, verified.
 ///
 /// # Errors
 /// When the checkpoint cannot be read, the target must not or cannot be written, a graph differs
 /// from its reference, or `stop` was set. Nothing is left behind then.
 pub fn export(request: &Request, bar: &ProgressBar, stop: &AtomicBool) -> Result<Vec<Summary>> {
+    let dialects = Part::ALL.map(|part| Ok((part, request.choice.dialect(part)?)));
+    let dialects = dialects.into_iter().collect::<Result<Vec<_>>>()?;
     let pipeline = Pipeline::open(&request.checkpoint)?;
     let loras = open_loras(request, &pipeline, bar)?;
     let reference =
@@ -74,16 +84,26 @@ pub fn export(request: &Request, bar: &ProgressBar, stop: &AtomicBool) -> Result
     // What is copied is read once before the work: an export without tokenizers is of no use.
     Tokenizers::open(&request.checkpoint, None)?;
     let staged = Staged::begin(&request.target)?;
-    let graphs = Part::ALL.map(|part| (part, part.graph(&pipeline)));
-    let n_parameters: usize = graphs.iter().map(|(_, graph)| count(graph)).sum();
-    bar.set_length((n_parameters * size_of::<f32>()) as u64);
+    let graphs: Vec<_> =
+        dialects.into_iter().map(|(part, d)| (part, record(&pipeline, part, d))).collect();
+    bar.set_length(graphs.iter().map(|(_, graph)| graph.n_parameters() as u64).sum());
 
+    let mut description = Description::new(&request.choice, &request.loras);
     let mut summaries = Vec::with_capacity(graphs.len());
     for (part, graph) in graphs {
         bar.set_message(part.folder());
-        summaries.push(write_part(&pipeline, part, graph, &loras, staged.path(), bar, stop)?);
+        description.add(part, &graph);
+        let mut advance = |n: usize| {
+            bar.inc(n as u64);
+            check_stop(stop)
+        };
+        let writing = Writing { pipeline: &pipeline, loras: &loras, root: staged.path(), request, bar };
+        let summary = writing.part(part, graph, &mut advance)?;
+        description.written(part, summary.written);
+        summaries.push(summary);
     }
     copy_rest(&request.checkpoint, staged.path())?;
+    description.write(staged.path())?;
     if let Some(reference) = &reference {
         for summary in &mut summaries {
             bar.set_message(format!("verifying {}", summary.part.folder()));
@@ -99,39 +119,38 @@ pub fn export(request: &Request, bar: &ProgressBar, stop: &AtomicBool) -> Result
     Ok(summaries)
 }
 
-fn write_part(
-    pipeline: &Pipeline,
-    part: Part,
-    graph: Graph,
-    loras: &[Lora],
-    root: &Path,
-    bar: &ProgressBar,
-    stop: &AtomicBool,
-) -> Result<Summary> {
-    let folder = root.join(part.folder());
-    fs::create_dir(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-    let config = pipeline.dir.join(part.component().folder()).join("config.json");
-    copy(&config, &folder.join("config.json"))?;
-    let weights = pipeline.weights(part.component())?;
-    bar.suspend(|| weights.notices().iter().for_each(|notice| eprintln!("note: {notice}")));
-    let source = Source { weights: &weights, loras, component: part.component() };
-    let (n_nodes, n_parameters) = (graph.nodes.len(), count(&graph));
-    let metadata = [
-        ("component", part.folder().to_owned()),
-        (
-            "linear_weights",
-            "[n_in, n_out], transposed from the checkpoint's tensor of that name".into(),
-        ),
-        ("time", "timestep is the flow time: 1 is noise, 0 is data".into()),
-        ("vae.scaling_factor", pipeline.vae.scaling_factor.to_string()),
-        ("vae.shift_factor", pipeline.vae.shift().to_string()),
-    ];
-    let mut advance = |n_bytes: usize| {
-        bar.inc(n_bytes as u64);
-        check_stop(stop)
-    };
-    let n_bytes = external::write(&folder, part.folder(), graph, source, &metadata, &mut advance)?;
-    Ok(Summary { part, n_nodes, n_parameters, n_bytes, difference: None })
+/// Where parts come from and go to.
+struct Writing<'a> {
+    pipeline: &'a Pipeline,
+    loras: &'a [Lora],
+    root: &'a Path,
+    request: &'a Request,
+    bar: &'a ProgressBar,
+}
+
+impl Writing<'_> {
+    fn part(
+        &self,
+        part: Part,
+        graph: Graph,
+        advance: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Summary> {
+        let folder = self.root.join(part.folder());
+        fs::create_dir(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        let component = self.pipeline.dir.join(part.component().folder());
+        copy(&component.join("config.json"), &folder.join("config.json"))?;
+        let weights = self.pipeline.weights(part.component())?;
+        self.bar
+            .suspend(|| weights.notices().iter().for_each(|notice| eprintln!("note: {notice}")));
+        let source =
+            Source { weights: &weights, loras: self.loras, component: part.component() };
+        let (n_nodes, n_parameters) = (graph.nodes.len(), graph.n_parameters());
+        let metadata = description::metadata(part, &self.request.choice, &graph, self.pipeline)?;
+        let placement = self.request.placement;
+        let written =
+            external::write(&folder, part.folder(), graph, source, placement, &metadata, advance)?;
+        Ok(Summary { part, n_nodes, n_parameters, written, difference: None })
+    }
 }
 
 /// The adapters to merge; says what each is.
@@ -156,10 +175,6 @@ fn reference(request: &Request) -> Result<&Path> {
              with its reference tensors"
         ),
     }
-}
-
-fn count(graph: &Graph) -> usize {
-    graph.parameters.iter().map(crate::graph::Parameter::len).sum()
 }
 
 fn check_stop(stop: &AtomicBool) -> Result<()> {
@@ -241,30 +256,29 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
 impl fmt::Display for Table<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let verified = self.0.iter().any(|summary| summary.difference.is_some());
-        write!(f, "{:<16}{:>8}{:>16}{:>12}", "component", "nodes", "parameters", "size")?;
+        let [component, nodes, parameters, written, linked] =
+            ["component", "nodes", "parameters", "written", "linked"];
+        write!(f, "{component:<16}{nodes:>8}{parameters:>16}{written:>14}{linked:>14}")?;
         writeln!(f, "{}", if verified { "  difference   relative" } else { "" })?;
+        let row = |f: &mut fmt::Formatter<'_>, name, nodes, parameters, written: Written| {
+            let sizes = [written.n_bytes, written.n_linked].map(megabytes);
+            write!(f, "{name:<16}{nodes:>8}{parameters:>16}{:>14}{:>14}", sizes[0], sizes[1])
+        };
+        let mut total = (0, 0, Written::default());
         for summary in self.0 {
-            let Summary { part, n_nodes, n_parameters, n_bytes, difference } = summary;
-            write!(
-                f,
-                "{:<16}{n_nodes:>8}{n_parameters:>16}{:>12}",
-                part.folder(),
-                megabytes(*n_bytes)
-            )?;
+            let Summary { part, n_nodes, n_parameters, written, difference } = summary;
+            row(f, part.folder(), *n_nodes, *n_parameters, *written)?;
+            total.0 += n_nodes;
+            total.1 += n_parameters;
+            total.2.n_bytes += written.n_bytes;
+            total.2.n_linked += written.n_linked;
             if let Some(Difference { absolute, relative }) = difference {
                 write!(f, "{absolute:>12.1e}{relative:>11.1e}")?;
             }
             writeln!(f)?;
         }
-        let sum = |of: fn(&Summary) -> u64| self.0.iter().map(of).sum::<u64>();
-        writeln!(
-            f,
-            "{:<16}{:>8}{:>16}{:>12}",
-            "total",
-            sum(|s| s.n_nodes as u64),
-            sum(|s| s.n_parameters as u64),
-            megabytes(sum(|s| s.n_bytes))
-        )
+        row(f, "total", total.0, total.1, total.2)?;
+        writeln!(f)
     }
 }
 

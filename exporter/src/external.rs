@@ -1,34 +1,37 @@
-//! A graph and its weights on disk: `model.onnx` and, beside it, `model.onnx_data`.
+//! A graph and its weights on disk: `model.onnx`, and beside it the checkpoint's own files where they
+//! can be used as they are, and `model.onnx_data` with the rest.
 //!
-//! Weights go into the second file as raw little-endian f32 in order of first use, because one
-//! protobuf message cannot exceed 2 GB. Large ones start on a page, so that a runtime can map them;
-//! a few bytes are not worth a seek and stay in the first file.
+//! A tensor is used as it is where the graph stores it in the checkpoint's type and layout and no adapter
+//! changes it: the graph then says file and offset, and the file is a hard link, because ONNX Runtime
+//! refuses paths that leave the folder, symbolic links too. Python's package `onnx` refuses hard links in its
+//! turn, so that small files are copied unless links are asked for. A file of which the graph needs less
+//! than half is never linked. The rest is written in order of first use, little-endian. Large tensors start on a page,
+//! so that a runtime can map them; a few bytes are not worth a seek and stay in the graph's file.
 
-use std::fs::File;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
 use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow};
-use flow::checkpoint::{Dtype, View, Weights};
-use flow::lora::{self, Lora};
-use flow::pipeline::Component;
+use anyhow::{Context, Result, bail};
+use flow::checkpoint::Weights;
 use prost::Message;
 
-use crate::graph::{Graph, Parameter};
+use crate::element::Float;
+use crate::graph::{EXTENSIONS, Graph, Parameter, SCALE};
+use crate::precision::{Code, Storage};
 use crate::proto::{
     EXTERNAL, GraphProto, ModelProto, OperatorSetIdProto, StringStringEntryProto, TensorProto,
     element,
 };
+use crate::weights::Source;
+use crate::weights::encode::encode;
 
 /// The graph's file.
 pub const MODEL_FILE: &str = "model.onnx";
 /// The weights' file.
 pub const DATA_FILE: &str = "model.onnx_data";
 
-/// First operator set with `Attention`, `RMSNormalization` and `RotaryEmbedding`.
-const OPSET: i64 = 23;
-/// File format that came with it.
-const IR_VERSION: i64 = 11;
 /// Smaller tensors, in bytes, stay inside the graph's file.
 const MIN_EXTERNAL: usize = 1024;
 /// Larger tensors, in bytes, start at a multiple of [`PAGE`].
@@ -36,59 +39,70 @@ const MIN_ALIGNED: usize = 64 << 10;
 const PAGE: u64 = 4096;
 /// Start of any other tensor.
 const CACHE_LINE: u64 = 64;
-/// Elements converted at a time.
-const CHUNK: usize = 1 << 20;
-/// Side of the square blocks of a transposition.
-const TILE: usize = 32;
+/// Bytes of mapped weights that are held before they are given back.
+const HELD: usize = 64 << 20;
+/// Smaller files, in bytes, are copied where nobody chose.
+const MIN_LINKED: u64 = 1 << 30;
 
-/// Where the values of a graph's parameters come from.
-#[derive(Clone, Copy)]
-pub struct Source<'a> {
-    /// The checkpoint's.
-    pub weights: &'a Weights,
-    /// Adapters added to them.
-    pub loras: &'a [Lora],
-    /// Whose values they are.
-    pub component: Component,
+/// Whether weights may stay in the checkpoint's files.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Placement {
+    /// Where a copy would take long.
+    #[default]
+    Auto,
+    /// Never.
+    Copied,
+    /// Wherever they can.
+    Linked,
 }
 
-impl<'a> From<&'a Weights> for Source<'a> {
-    fn from(weights: &'a Weights) -> Self {
-        Self { weights, loras: &[], component: Component::Transformer }
-    }
+/// What was written for one graph.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Written {
+    /// Bytes of the graph's file and of weights written beside it.
+    pub n_bytes: u64,
+    /// Bytes of weights that lie in the checkpoint's own files.
+    pub n_linked: u64,
 }
 
-/// Writes `graph` as `name` with the values of its parameters out of `source` into `folder`.
-/// `advance` hears how many bytes of weights were written since its last call, and stops the work
-/// by an error. Returns the size of both files in bytes.
+/// Writes `graph` as `name` with the values of its parameters out of `source` into `folder`; tensors stay in
+/// the checkpoint's files as `placement` says. `advance` hears how many bytes of weights
+/// were read since its last call, and stops the work by an error.
 ///
 /// # Errors
-/// When a parameter is missing, is no float or has another shape, or the folder cannot be written.
+/// When a parameter is missing, is no float, is not finite or has another shape, or the folder cannot be
+/// written.
 pub fn write<'a>(
     folder: &Path,
     name: &str,
     graph: Graph,
     source: impl Into<Source<'a>>,
+    placement: Placement,
     metadata: &[(&str, String)],
     advance: &mut dyn FnMut(usize) -> Result<()>,
-) -> Result<u64> {
-    let mut data = DataFile::create(&folder.join(DATA_FILE))?;
-    let mut initializer = graph.constants;
+) -> Result<Written> {
     let source = source.into();
+    let mut writer = Writer {
+        source,
+        positive_scales: graph.dialect.table.positive_scales,
+        linked: linked_files(folder, &graph, source, placement)?,
+        data: None,
+        folder,
+        n_linked: 0,
+        n_held: 0,
+        advance,
+    };
+    let functions = graph.functions();
+    let mut initializer = graph.constants;
     for parameter in &graph.parameters {
-        let view = fetch(source.weights, parameter)?;
-        let Source { weights, loras, component } = source;
-        let merged = lora::merged(loras, component, weights, &parameter.name)?;
-        let merged = merged.map(|values| little_endian(&values));
-        let view = match merged {
-            Some(bytes) => View { dtype: Dtype::F32, bytes: bytes.into(), ..view },
-            None => view,
-        };
-        initializer.push(data.tensor(parameter, &view, advance)?);
+        initializer.extend(writer.tensors(parameter)?);
     }
-    let n_data_bytes = data.finish()?;
+    let n_linked = writer.n_linked;
+    let n_data_bytes = writer.data.map_or(Ok(0), DataFile::finish)?;
+    let table = &graph.dialect.table;
+    let is_extended = graph.nodes.iter().any(|node| node.domain.is_some());
     let model = ModelProto {
-        ir_version: Some(IR_VERSION),
+        ir_version: Some(table.ir),
         producer_name: Some("ng-export".into()),
         producer_version: Some(env!("CARGO_PKG_VERSION").into()),
         graph: Some(GraphProto {
@@ -98,98 +112,286 @@ pub fn write<'a>(
             input: graph.inputs,
             output: graph.outputs,
         }),
-        opset_import: vec![OperatorSetIdProto {
-            domain: Some(String::new()),
-            version: Some(OPSET),
-        }],
+        opset_import: [OperatorSetIdProto::new("", table.opset)]
+            .into_iter()
+            .chain(is_extended.then(|| OperatorSetIdProto::new(EXTENSIONS, 1)))
+            .collect(),
+        functions,
         metadata_props: metadata
             .iter()
             .map(|(key, value)| StringStringEntryProto::new(key, value.clone()))
             .collect(),
     };
-    let path = folder.join(MODEL_FILE);
+    let n_model_bytes = write_model(&folder.join(MODEL_FILE), &model)?;
+    Ok(Written { n_bytes: n_data_bytes + n_model_bytes, n_linked })
+}
+
+/// Writes the graph's file and returns its size in bytes.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write_model(path: &Path, model: &ModelProto) -> Result<u64> {
     let bytes = model.encode_to_vec();
     let write = || {
-        let mut file = File::create(&path)?;
+        let mut file = File::create(path)?;
         file.write_all(&bytes)?;
         file.sync_all()
     };
     write().with_context(|| format!("cannot write {}", path.display()))?;
-    Ok(n_data_bytes + bytes.len() as u64)
+    Ok(bytes.len() as u64)
 }
 
-fn fetch<'a>(weights: &'a Weights, parameter: &Parameter) -> Result<View<'a>> {
-    let Parameter { name, shape, .. } = parameter;
-    let path = weights.path().display();
-    let view = weights.get(name).with_context(|| format!("{path}: no tensor {name} in it"))?;
-    if view.shape != shape {
-        return Err(anyhow!("{path}: {name} has shape {:?} instead of {shape:?}", view.shape));
+/// File and first byte of `parameter` where the graph can read it there.
+fn in_place<'a>(parameter: &Parameter, source: Source<'a>) -> Option<(&'a Path, usize)> {
+    let (file, offset, dtype) = source.weights.in_place(&parameter.name)?;
+    let float = Float::of(dtype)?;
+    let fits = parameter.storage == Storage::Plain(float)
+        && parameter.len() * float.size() >= MIN_EXTERNAL
+        && !source.is_adapted(&parameter.name);
+    fits.then_some((file, offset))
+}
+
+/// Files of the checkpoint that the graph needs more than half of: their names in `folder`, where they now
+/// are, too.
+fn linked_files(
+    folder: &Path,
+    graph: &Graph,
+    source: Source<'_>,
+    placement: Placement,
+) -> Result<BTreeMap<PathBuf, String>> {
+    if placement == Placement::Copied {
+        return Ok(BTreeMap::new());
     }
-    if !matches!(view.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-        return Err(anyhow!("{path}: {name} has type {:?} instead of a float", view.dtype));
+    let mut needed: BTreeMap<&Path, u64> = BTreeMap::new();
+    for parameter in &graph.parameters {
+        if let Some((file, _)) = in_place(parameter, source) {
+            *needed.entry(file).or_default() += stored(parameter).2 as u64;
+        }
     }
-    Ok(view)
+    let mut linked = BTreeMap::new();
+    let mut taken = BTreeSet::from([MODEL_FILE.to_owned(), DATA_FILE.to_owned()]);
+    for (file, n_bytes) in needed {
+        let read = || format!("cannot read {}", file.display());
+        let size = file.metadata().with_context(read)?.len();
+        if 2 * n_bytes < size || (placement == Placement::Auto && size < MIN_LINKED) {
+            continue;
+        }
+        // A folder of the hub is full of links; what they point at can be linked again.
+        let real = file.canonicalize().with_context(read)?;
+        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if !taken.insert(name.clone()) {
+            continue;
+        }
+        match fs::hard_link(&real, folder.join(&name)) {
+            Ok(()) => _ = linked.insert(file.to_owned(), name),
+            // Another file system, or one without links: a copy does.
+            Err(_) if placement == Placement::Auto => {}
+            Err(why) => bail!(
+                "cannot link {} into the export ({why}): give an --out on the same file system, or \
+                 --copy-weights",
+                file.display()
+            ),
+        }
+    }
+    Ok(linked)
+}
+
+/// A graph's weights while they are written.
+struct Writer<'a, 'b> {
+    source: Source<'a>,
+    positive_scales: bool,
+    linked: BTreeMap<PathBuf, String>,
+    data: Option<DataFile>,
+    folder: &'b Path,
+    n_linked: u64,
+    /// Bytes of mapped weights read since they were last given back.
+    n_held: usize,
+    advance: &'b mut dyn FnMut(usize) -> Result<()>,
+}
+
+impl Writer<'_, '_> {
+    /// The initializers of one parameter: its values or codes, and the scales of codes.
+    fn tensors(&mut self, parameter: &Parameter) -> Result<Vec<TensorProto>> {
+        if let Some((file, offset)) = in_place(parameter, self.source)
+            && let Some(name) = self.linked.get(file).cloned()
+        {
+            return Ok(vec![self.linked_tensor(parameter, &name, offset)?]);
+        }
+        let values = self.source.of(parameter)?;
+        let (dims, element, n_bytes) = stored(parameter);
+        let mut tensor = TensorProto {
+            dims: dims.iter().map(|&n| n as i64).collect(),
+            data_type: Some(element),
+            name: Some(parameter.name.clone()),
+            ..TensorProto::default()
+        };
+        let size = values.len();
+        let source = self.source.weights;
+        let positive = self.positive_scales;
+        let mut pace = Pace { n_held: &mut self.n_held, advance: &mut *self.advance, source };
+        let scales = if n_bytes < MIN_EXTERNAL {
+            let mut raw = Vec::with_capacity(n_bytes);
+            let scales = encode(parameter, &values, positive, &mut |bytes| {
+                raw.extend_from_slice(bytes);
+                pace.passed(bytes.len() * size / n_bytes.max(1))
+            })?;
+            tensor.raw_data = Some(raw);
+            scales
+        } else {
+            let data = DataFile::in_folder(&mut self.data, self.folder)?;
+            let offset = data.begin(n_bytes)?;
+            let scales = encode(parameter, &values, positive, &mut |bytes| {
+                data.append(bytes)?;
+                pace.passed(bytes.len() * size / n_bytes.max(1))
+            })?;
+            place(&mut tensor, DATA_FILE, offset, n_bytes);
+            scales
+        };
+        let mut tensors = vec![tensor];
+        if !scales.is_empty() {
+            tensors.push(self.scales(parameter, scales)?);
+        }
+        Ok(tensors)
+    }
+
+    fn scales(&mut self, parameter: &Parameter, bytes: Vec<u8>) -> Result<TensorProto> {
+        let mut tensor = TensorProto {
+            dims: scale_shape(parameter).into_iter().map(|n| n as i64).collect(),
+            data_type: Some(parameter.scale.element()),
+            name: Some(format!("{}{SCALE}", parameter.name)),
+            ..TensorProto::default()
+        };
+        if bytes.len() < MIN_EXTERNAL {
+            tensor.raw_data = Some(bytes);
+            return Ok(tensor);
+        }
+        let data = DataFile::in_folder(&mut self.data, self.folder)?;
+        let offset = data.begin(bytes.len())?;
+        data.append(&bytes)?;
+        place(&mut tensor, DATA_FILE, offset, bytes.len());
+        Ok(tensor)
+    }
+
+    /// A tensor in a linked file, read once to see that it is finite.
+    fn linked_tensor(
+        &mut self,
+        parameter: &Parameter,
+        file: &str,
+        offset: usize,
+    ) -> Result<TensorProto> {
+        let values = self.source.of(parameter)?;
+        let Storage::Plain(float) = parameter.storage else { unreachable!("codes are written") };
+        let n_bytes = values.len() * float.size();
+        let mut tensor = TensorProto {
+            dims: parameter.shape.iter().map(|&n| n as i64).collect(),
+            data_type: Some(float.element()),
+            name: Some(parameter.name.clone()),
+            ..TensorProto::default()
+        };
+        place(&mut tensor, file, offset as u64, n_bytes);
+        let source = self.source.weights;
+        let mut pace = Pace { n_held: &mut self.n_held, advance: &mut *self.advance, source };
+        let step = HELD / 8;
+        for start in (0..values.len()).step_by(step) {
+            let end = values.len().min(start + step);
+            values.as_they_are(float, start..end)?;
+            pace.passed(end - start)?;
+        }
+        self.n_linked += n_bytes as u64;
+        Ok(tensor)
+    }
+}
+
+/// Tells of progress, and gives memory back in time.
+struct Pace<'a> {
+    n_held: &'a mut usize,
+    advance: &'a mut dyn FnMut(usize) -> Result<()>,
+    source: &'a Weights,
+}
+
+impl Pace<'_> {
+    /// `n` numbers were read.
+    fn passed(&mut self, n: usize) -> Result<()> {
+        *self.n_held += n * size_of::<f32>();
+        if *self.n_held >= HELD {
+            self.source.release();
+            *self.n_held = 0;
+        }
+        (self.advance)(n)
+    }
+}
+
+/// Shape, element type and bytes of a parameter's values or codes.
+fn stored(parameter: &Parameter) -> (Vec<usize>, i32, usize) {
+    match parameter.storage {
+        Storage::Plain(float) => {
+            (parameter.shape.clone(), float.element(), parameter.len() * float.size())
+        }
+        Storage::Coded { code, block } => {
+            let (n_out, n_in) = (parameter.shape[0], parameter.shape[1]);
+            let (dims, n_codes) = if parameter.transposed {
+                (vec![n_in, n_out], parameter.len())
+            } else if code == Code::E4m3 {
+                (vec![n_out, n_in], parameter.len())
+            } else {
+                let block = block.unwrap_or(n_in);
+                let n_blocks = n_in.div_ceil(block);
+                let blob = if code == Code::Int4 { block / 2 } else { block };
+                (vec![n_out, n_blocks, blob], n_out * n_blocks * block)
+            };
+            let element = match (code, parameter.transposed) {
+                (Code::E4m3, _) => element::FLOAT8E4M3FN,
+                (_, false) => element::UINT8,
+                (Code::Int8, true) => element::INT8,
+                (Code::Int4, true) => element::INT4,
+            };
+            let n_bytes = if code == Code::Int4 { n_codes / 2 } else { n_codes };
+            (dims, element, n_bytes)
+        }
+    }
+}
+
+fn scale_shape(parameter: &Parameter) -> Vec<usize> {
+    let Storage::Coded { block: Some(block), .. } = parameter.storage else { return Vec::new() };
+    let (n_out, n_blocks) = (parameter.shape[0], parameter.shape[1].div_ceil(block));
+    if parameter.transposed { vec![n_blocks, n_out] } else { vec![n_out, n_blocks] }
+}
+
+/// Puts a tensor's values into another file.
+fn place(tensor: &mut TensorProto, file: &str, offset: u64, n_bytes: usize) {
+    tensor.data_location = Some(EXTERNAL);
+    tensor.external_data = vec![
+        StringStringEntryProto::new("location", file.into()),
+        StringStringEntryProto::new("offset", offset.to_string()),
+        StringStringEntryProto::new("length", n_bytes.to_string()),
+    ];
 }
 
 /// The second file while it grows.
 struct DataFile {
-    path: std::path::PathBuf,
+    path: PathBuf,
     file: BufWriter<File>,
     n_bytes: u64,
 }
 
 impl DataFile {
-    fn create(path: &Path) -> Result<Self> {
-        let file =
-            File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
-        Ok(Self {
-            path: path.to_owned(),
-            file: BufWriter::with_capacity(1 << 20, file),
-            n_bytes: 0,
-        })
-    }
-
-    /// Writes one parameter, here or into the returned tensor itself.
-    fn tensor(
-        &mut self,
-        parameter: &Parameter,
-        view: &View<'_>,
-        advance: &mut dyn FnMut(usize) -> Result<()>,
-    ) -> Result<TensorProto> {
-        let n_bytes = parameter.len() * size_of::<f32>();
-        let mut tensor = TensorProto {
-            dims: parameter.stored_shape().into_iter().map(|n| n as i64).collect(),
-            data_type: Some(element::FLOAT),
-            name: Some(parameter.name.clone()),
-            ..TensorProto::default()
-        };
-        if n_bytes < MIN_EXTERNAL {
-            let mut raw = Vec::with_capacity(n_bytes);
-            stream(parameter, view, &mut |bytes| {
-                raw.extend_from_slice(bytes);
-                advance(bytes.len())
-            })?;
-            tensor.raw_data = Some(raw);
-            return Ok(tensor);
+    /// The one in `folder`, begun when it is first needed.
+    fn in_folder<'a>(slot: &'a mut Option<Self>, folder: &Path) -> Result<&'a mut Self> {
+        if slot.is_none() {
+            let path = folder.join(DATA_FILE);
+            let file = File::create(&path);
+            let file = file.with_context(|| format!("cannot create {}", path.display()))?;
+            *slot = Some(Self { path, file: BufWriter::with_capacity(1 << 20, file), n_bytes: 0 });
         }
-        self.align(if n_bytes < MIN_ALIGNED { CACHE_LINE } else { PAGE })?;
-        let offset = self.n_bytes;
-        stream(parameter, view, &mut |bytes| {
-            self.append(bytes)?;
-            advance(bytes.len())
-        })?;
-        tensor.data_location = Some(EXTERNAL);
-        tensor.external_data = vec![
-            StringStringEntryProto::new("location", DATA_FILE.into()),
-            StringStringEntryProto::new("offset", offset.to_string()),
-            StringStringEntryProto::new("length", n_bytes.to_string()),
-        ];
-        Ok(tensor)
+        Ok(slot.as_mut().expect("made above"))
     }
 
-    fn align(&mut self, to: u64) -> Result<()> {
+    /// Where a tensor of `n_bytes` goes.
+    fn begin(&mut self, n_bytes: usize) -> Result<u64> {
+        let to = if n_bytes < MIN_ALIGNED { CACHE_LINE } else { PAGE };
         let gap = self.n_bytes.next_multiple_of(to) - self.n_bytes;
-        self.append(&[0; PAGE as usize][..gap as usize])
+        self.append(&[0; PAGE as usize][..gap as usize])?;
+        Ok(self.n_bytes)
     }
 
     fn append(&mut self, bytes: &[u8]) -> Result<()> {
@@ -206,154 +408,5 @@ impl DataFile {
     }
 }
 
-/// Hands the f32 bytes of a parameter to `sink` piece by piece, in the order the graph wants.
-fn stream(
-    parameter: &Parameter,
-    view: &View<'_>,
-    sink: &mut dyn FnMut(&[u8]) -> Result<()>,
-) -> Result<()> {
-    let explain = |why| anyhow!("{}: {why}", parameter.name);
-    if parameter.transposed {
-        let [n_rows, n_columns] = parameter.shape[..] else {
-            return Err(anyhow!("{}: only a matrix can be transposed", parameter.name));
-        };
-        let values = view.to_f32().map_err(explain)?;
-        return stream_transposed(&values, n_rows, n_columns, sink);
-    }
-    let n_chunk_bytes = CHUNK * view.bytes.len() / parameter.len().max(1);
-    for bytes in view.bytes.chunks(n_chunk_bytes.max(1)) {
-        if view.dtype == Dtype::F32 {
-            sink(bytes)?;
-        } else {
-            let part = View { bytes: bytes.into(), ..*view };
-            sink(&little_endian(&part.to_f32().map_err(explain)?))?;
-        }
-    }
-    Ok(())
-}
-
-/// Columns of the row-major `values` one after the other, a band of [`TILE`] columns at a time.
-fn stream_transposed(
-    values: &[f32],
-    n_rows: usize,
-    n_columns: usize,
-    sink: &mut dyn FnMut(&[u8]) -> Result<()>,
-) -> Result<()> {
-    let mut band = vec![0.0; TILE.min(n_columns) * n_rows];
-    for first in (0..n_columns).step_by(TILE) {
-        let width = TILE.min(n_columns - first);
-        for (row, of_row) in values.chunks_exact(n_columns).enumerate() {
-            for (column, value) in of_row[first..first + width].iter().enumerate() {
-                band[column * n_rows + row] = *value;
-            }
-        }
-        sink(&little_endian(&band[..width * n_rows]))?;
-    }
-    Ok(())
-}
-
-fn little_endian(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|value| value.to_le_bytes()).collect()
-}
-
 #[cfg(test)]
-mod tests {
-    use flow::checkpoint::{Entry, write_tensors};
-    use flow::ops::{Ops, ParamPath};
-
-    use super::*;
-    use crate::graph::{Builder, Kind};
-
-    /// A sum over the parameters, so that each is used.
-    fn graph(parameters: &[(&str, &[usize])]) -> Graph {
-        let ops = Builder::default();
-        let mut sum = ops.input("x", Kind::Float, &[]);
-        for (name, shape) in parameters {
-            sum = ops.add(&sum, &ops.param(&ParamPath::root().at(name), shape));
-        }
-        ops.finish(&[("y", sum, vec![])])
-    }
-
-    fn place(tensor: &TensorProto, key: &str) -> usize {
-        let entry = tensor.external_data.iter().find(|entry| entry.key.as_deref() == Some(key));
-        entry.and_then(|entry| entry.value.as_deref()).unwrap().parse().unwrap()
-    }
-
-    #[test]
-    fn weights_lie_where_the_model_says() -> Result<()> {
-        let folder = tempfile::tempdir()?;
-        let sizes = [("small", 255), ("medium", 300), ("odd", 257), ("large", 20_000)];
-        let value = |i: usize| i as f32 * 0.5 - 3.0;
-        let values: Vec<f32> = (0..20_000).map(value).collect();
-        let entries = sizes.map(|(name, n)| Entry::f32(name, &[n], &values[..n]));
-        write_tensors(&folder.path().join("w.safetensors"), &entries, &[])?;
-        let shapes = sizes.map(|(name, n)| (name, [n]));
-        let graph = graph(&shapes.each_ref().map(|(name, shape)| (*name, shape.as_slice())));
-        let weights = Weights::open(folder.path(), "w")?;
-        let mut n_heard = 0;
-        let mut advance = |n| {
-            n_heard += n;
-            Ok(())
-        };
-        let n_bytes = write(folder.path(), "sum", graph, &weights, &[], &mut advance)?;
-        assert_eq!(n_heard, 4 * (255 + 300 + 257 + 20_000));
-
-        let bytes = std::fs::read(folder.path().join(MODEL_FILE))?;
-        let data = std::fs::read(folder.path().join(DATA_FILE))?;
-        assert_eq!(n_bytes, (bytes.len() + data.len()) as u64);
-        let tensors = ModelProto::decode(bytes.as_slice())?.graph.expect("a graph").initializer;
-        for (tensor, (_, n)) in tensors.iter().zip(sizes) {
-            let written = if let Some(raw) = &tensor.raw_data {
-                assert_eq!(n, 255);
-                raw.as_slice()
-            } else {
-                let (offset, length) = (place(tensor, "offset"), place(tensor, "length"));
-                assert_eq!(offset % if n == 20_000 { 4096 } else { 64 }, 0);
-                &data[offset..offset + length]
-            };
-            assert_eq!(written, little_endian(&values[..n]));
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn halves_widen_and_matrices_turn() -> Result<()> {
-        let folder = tempfile::tempdir()?;
-        let (n_out, n_in) = (33, 40);
-        // bf16 is the upper half of an f32.
-        let values: Vec<f32> = (0..n_out * n_in).map(|i| (i % 200) as f32).collect();
-        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()[2..].to_vec()).collect();
-        let entry = Entry::raw("proj.weight", &[n_out, n_in], Dtype::BF16, bytes);
-        write_tensors(&folder.path().join("w.safetensors"), &[entry], &[])?;
-        let ops = Builder::default();
-        let x = ops.input("x", Kind::Float, &[]);
-        let y = ops.linear(&ParamPath::root().at("proj"), &x, n_in, n_out, false);
-        let graph = ops.finish(&[("y", y, vec![])]);
-        let weights = Weights::open(folder.path(), "w")?;
-        write(folder.path(), "linear", graph, &weights, &[], &mut |_| Ok(()))?;
-        let turned: Vec<f32> = (0..n_in)
-            .flat_map(|column| (0..n_out).map(move |row| ((row * n_in + column) % 200) as f32))
-            .collect();
-        assert_eq!(std::fs::read(folder.path().join(DATA_FILE))?, little_endian(&turned));
-        Ok(())
-    }
-
-    #[test]
-    fn a_tensor_that_does_not_fit_is_named() -> Result<()> {
-        let folder = tempfile::tempdir()?;
-        let entries = [Entry::f32("a", &[3], &[0.0; 3]), Entry::i64("b", &[2], &[0, 0])];
-        write_tensors(&folder.path().join("w.safetensors"), &entries, &[])?;
-        let weights = Weights::open(folder.path(), "w")?;
-        for (name, shape, part) in [
-            ("a", 2, "a has shape [3] instead of [2]"),
-            ("b", 2, "b has type I64"),
-            ("c", 2, "no tensor c"),
-        ] {
-            let graph = graph(&[(name, &[shape])]);
-            let error = write(folder.path(), "sum", graph, &weights, &[], &mut |_| Ok(()));
-            let message = error.unwrap_err().to_string();
-            assert!(message.contains(part), "{message}");
-        }
-        Ok(())
-    }
-}
+mod tests;

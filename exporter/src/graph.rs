@@ -4,40 +4,58 @@
 //! returns a handle to their result. Nothing is traced and no weight is read; a [`Graph`] names the
 //! parameters it needs, and who writes the file fetches them.
 //!
-//! Only standard operators of opset 23 are used. A node that reads a parameter is named by the
+//! Which operators and types those are is the [`Dialect`]'s. A node that reads a parameter is named by the
 //! parameter's path; the same node recorded twice is one node; what no output needs is left out.
+//!
+//! ### Why values can be swapped
+//! Networks split tokens into heads and exchange axes, `[B, S, H, D]` to `[B, H, S, D]`; operators of
+//! attention take heads where the products left them. So an exchange of axes 1 and 2 is remembered, not
+//! recorded, and becomes a node only before an operator that needs it.
 
 use std::cell::RefCell;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use prost::Message;
 
+use crate::element::Float;
+use crate::precision::{Dialect, Storage};
 use crate::proto::{
-    AttributeProto, Dimension, DimensionProto, NodeProto, TensorProto, TensorShapeProto,
-    TensorTypeProto, TypeProto, ValueInfoProto, element,
+    AttributeProto, Dimension, DimensionProto, FunctionProto, NodeProto, TensorProto,
+    TensorShapeProto, TensorTypeProto, TypeProto, ValueInfoProto, element,
 };
 
+mod attention;
+mod linear;
+mod norm;
 mod record;
+mod state;
 #[cfg(test)]
 mod tests;
+
+use attention::{MULTI_HEAD, multi_head};
+pub(crate) use state::EXTENSIONS;
+use state::{Node, State};
 
 /// What a value's elements are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// 32-bit floats.
-    Float,
+    /// Floats.
+    Float(Float),
     /// 64-bit floats, for rotary angles only.
     Double,
     /// 64-bit integers.
     Integer,
+    /// Codes of a quantised matrix.
+    Code,
 }
 
 impl Kind {
     fn element(self) -> i32 {
         match self {
-            Self::Float => element::FLOAT,
+            Self::Float(float) => float.element(),
             Self::Double => element::DOUBLE,
             Self::Integer => element::INT64,
+            Self::Code => element::UINT8,
         }
     }
 }
@@ -68,6 +86,10 @@ impl From<usize> for Size {
 pub struct Value {
     index: usize,
     kind: Kind,
+    /// Heads, once tokens are split into them; 0 before.
+    heads: usize,
+    /// Whether axes 1 and 2 of the recorded value are exchanged.
+    swapped: bool,
 }
 
 /// A checkpoint tensor that the graph reads.
@@ -77,9 +99,18 @@ pub struct Parameter {
     pub name: String,
     /// Shape in the checkpoint.
     pub shape: Vec<usize>,
-    /// Whether the graph holds a matrix `[n, m]` of the checkpoint as `[m, n]`.
+    /// How the graph holds it.
+    pub storage: Storage,
+    /// Type of the scales of codes.
+    pub scale: Float,
+    /// Whether codes of a matrix `[n, m]` are held as `[m, n]`.
     pub transposed: bool,
+    /// Whether all blocks have the scale of the whole matrix.
+    pub whole_scale: bool,
 }
+
+/// What follows a parameter's name in the name of its scales.
+pub const SCALE: &str = "_scale";
 
 impl Parameter {
     /// Number of elements.
@@ -91,20 +122,28 @@ impl Parameter {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
-
-    /// Shape in the graph.
-    pub fn stored_shape(&self) -> Vec<usize> {
-        let mut shape = self.shape.clone();
-        if self.transposed {
-            shape.reverse();
-        }
-        shape
-    }
 }
+
+/// A layer whose adapter can be given to each run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// Path of the layer; the inputs are `layer.lora_A.weight` `[r, n_in]` and `layer.lora_B.weight`
+    /// `[n_out, r]`.
+    pub layer: String,
+    /// Inputs of the layer.
+    pub n_in: usize,
+    /// Outputs of the layer.
+    pub n_out: usize,
+}
+
+/// Where a network can be cut: a name, and the values that go on from there.
+pub type Seam = (String, Vec<String>);
 
 /// A finished graph without its parameters' values.
 #[derive(Clone, Debug)]
 pub struct Graph {
+    /// What it is written in.
+    pub dialect: Dialect,
     /// Inputs in the order they were declared.
     pub inputs: Vec<ValueInfoProto>,
     /// Outputs in the order they were given.
@@ -115,59 +154,79 @@ pub struct Graph {
     pub constants: Vec<TensorProto>,
     /// Checkpoint tensors in order of first use.
     pub parameters: Vec<Parameter>,
+    /// Layers with slots for adapters.
+    pub slots: Vec<Slot>,
+    /// Values between blocks, in order.
+    pub seams: Vec<Seam>,
+}
+
+impl Graph {
+    /// Operators that it brings along.
+    pub fn functions(&self) -> Vec<FunctionProto> {
+        let is_lean = |node: &NodeProto| node.op_type.as_deref() == Some(MULTI_HEAD);
+        let opset = self.dialect.table.opset;
+        self.nodes
+            .iter()
+            .find(|node| is_lean(node))
+            .map(|_| multi_head(opset))
+            .into_iter()
+            .collect()
+    }
+
+    /// Elements of all its weights.
+    pub fn n_parameters(&self) -> usize {
+        self.parameters.iter().map(Parameter::len).sum()
+    }
 }
 
 /// The interpreter that records.
-#[derive(Default)]
 pub struct Builder {
+    dialect: Dialect,
     state: RefCell<State>,
 }
 
-#[derive(Default)]
-struct State {
-    names: Vec<String>,
-    taken: HashSet<String>,
-    inputs: Vec<ValueInfoProto>,
-    nodes: Vec<Node>,
-    recorded: HashMap<Key, Vec<Value>>,
-    constants: Vec<(usize, TensorProto)>,
-    known_constants: HashMap<Constant, Value>,
-    parameters: Vec<(usize, Parameter)>,
-    known_parameters: HashMap<(String, bool), Value>,
-    n_named: HashMap<&'static str, usize>,
+impl Default for Builder {
+    /// A builder for ONNX Runtime on a processor, in f32.
+    fn default() -> Self {
+        let dialect = crate::precision::Choice::default().dialect(crate::part::Part::Transformer);
+        Self::new(dialect.expect("what nobody chose is possible"))
+    }
 }
-
-struct Node {
-    op: &'static str,
-    name: String,
-    inputs: Vec<Option<usize>>,
-    outputs: Vec<usize>,
-    attributes: Vec<AttributeProto>,
-}
-
-/// What makes two nodes the same: operator, inputs, encoded attributes, number of outputs.
-type Key = (&'static str, Vec<Option<usize>>, Vec<Vec<u8>>, usize);
-/// What makes two constants the same.
-type Constant = (Kind, Vec<usize>, Vec<u8>);
 
 impl Builder {
+    /// A builder of a graph in `dialect`.
+    pub fn new(dialect: Dialect) -> Self {
+        Self { dialect, state: RefCell::default() }
+    }
+
     /// Declares the next input of the graph.
     pub fn input(&self, name: &str, kind: Kind, shape: &[Size]) -> Value {
         let mut state = self.state.borrow_mut();
         state.inputs.push(port(name, kind, shape));
         let index = state.value(name);
-        Value { index, kind }
+        Value::new(index, kind)
     }
 
-    /// Ends recording: `outputs` are returned by the graph under the given names and shapes.
+    /// Marks `values` as all that goes on from here, under `name`.
+    pub fn seam(&self, name: String, values: &[&Value]) {
+        let values = values.iter().map(|&&value| self.straight(value).index).collect();
+        self.state.borrow_mut().seams.push((name, values));
+    }
+
+    /// Ends recording: `outputs` are returned by the graph under the given names and shapes, floats as
+    /// f32.
     ///
     /// # Panics
     /// When two outputs are one value, or an output is an input or a parameter: a network returns
     /// what it computed.
     pub fn finish(self, outputs: &[(&str, Value, Vec<Size>)]) -> Graph {
+        let outputs: Vec<_> = outputs
+            .iter()
+            .map(|(name, value, shape)| (*name, self.wide(self.straight(*value)), shape))
+            .collect();
         let mut state = self.state.into_inner();
         let mut renamed = HashSet::new();
-        for (name, value, _) in outputs {
+        for (name, value, _) in &outputs {
             let computed = state.nodes.iter().any(|node| node.outputs.contains(&value.index));
             assert!(
                 computed && renamed.insert(value.index),
@@ -178,12 +237,16 @@ impl Builder {
         state.prune(outputs.iter().map(|(_, value, _)| value.index).collect());
         let names = &state.names;
         let nodes = state.nodes.iter().map(|node| node.to_proto(names)).collect();
+        let named = |values: &Vec<usize>| values.iter().map(|&v| names[v].clone()).collect();
         Graph {
-            inputs: state.inputs,
-            outputs: outputs.iter().map(|(name, v, shape)| port(name, v.kind, shape)).collect(),
+            dialect: self.dialect,
             nodes,
+            seams: state.seams.iter().map(|(name, values)| (name.clone(), named(values))).collect(),
+            inputs: state.inputs.into_iter().chain(state.slot_inputs).collect(),
+            outputs: outputs.iter().map(|(name, v, shape)| port(name, v.kind, shape)).collect(),
             constants: state.constants.into_iter().map(|(_, tensor)| tensor).collect(),
             parameters: state.parameters.into_iter().map(|(_, parameter)| parameter).collect(),
+            slots: state.slots,
         }
     }
 
@@ -199,7 +262,7 @@ impl Builder {
         self.nodes(None, op, &inputs, attributes, kind, 1)[0]
     }
 
-    /// Records a node that belongs to the module at `path`.
+    /// Records a node that belongs to the module at `path`; its result is of the kind of its first input.
     fn node_at(
         &self,
         path: &str,
@@ -207,8 +270,8 @@ impl Builder {
         inputs: &[Value],
         attributes: Vec<AttributeProto>,
     ) -> Value {
-        let inputs: Vec<_> = inputs.iter().copied().map(Some).collect();
-        self.nodes(Some(path), op, &inputs, attributes, Kind::Float, 1)[0]
+        let (kind, inputs) = (inputs[0].kind, inputs.iter().copied().map(Some).collect::<Vec<_>>());
+        self.nodes(Some(path), op, &inputs, attributes, kind, 1)[0]
     }
 
     /// Records a node with `n_outputs` results of one kind; `None` leaves an optional input out.
@@ -221,8 +284,9 @@ impl Builder {
         kind: Kind,
         n_outputs: usize,
     ) -> Vec<Value> {
+        let straight = |value: &Option<Value>| value.map(|value| self.straight(value).index);
+        let inputs: Vec<_> = inputs.iter().map(straight).collect();
         let mut state = self.state.borrow_mut();
-        let inputs: Vec<_> = inputs.iter().map(|value| value.map(|value| value.index)).collect();
         let encoded = attributes.iter().map(Message::encode_to_vec).collect();
         let key = (op, inputs.clone(), encoded, n_outputs);
         if let Some(values) = state.recorded.get(&key) {
@@ -235,101 +299,51 @@ impl Builder {
                 state.value(&name)
             })
             .collect();
-        let values: Vec<_> = outputs.iter().map(|&index| Value { index, kind }).collect();
+        let values: Vec<_> = outputs.iter().map(|&index| Value::new(index, kind)).collect();
         state.nodes.push(Node { op, name, inputs, outputs, attributes });
         state.recorded.insert(key, values.clone());
         values
     }
 
+    /// The value itself, its axes exchanged by a node if they have to be.
+    fn straight(&self, x: Value) -> Value {
+        if !x.swapped {
+            return x;
+        }
+        let order = vec![AttributeProto::ints("perm", [0, 2, 1, 3])];
+        let turned = self.node("Transpose", &[x.raw()], order, x.kind);
+        Value { heads: x.heads, ..turned }
+    }
+
     /// A tensor of the graph's own; equal ones are stored once.
     fn constant(&self, kind: Kind, bytes: Vec<u8>, shape: &[usize]) -> Value {
-        let mut state = self.state.borrow_mut();
-        let key = (kind, shape.to_vec(), bytes);
-        if let Some(value) = state.known_constants.get(&key) {
-            return *value;
-        }
-        let name = format!("constant_{}", state.constants.len());
-        let index = state.value(&name);
-        let tensor = TensorProto {
-            dims: shape.iter().map(|&n| n as i64).collect(),
-            data_type: Some(kind.element()),
-            name: Some(name),
-            raw_data: Some(key.2.clone()),
-            ..TensorProto::default()
-        };
-        state.constants.push((index, tensor));
-        state.known_constants.insert(key, Value { index, kind });
-        Value { index, kind }
+        self.state.borrow_mut().constant(kind, bytes, shape)
     }
 
-    fn parameter(&self, name: &str, shape: &[usize], transposed: bool) -> Value {
-        let mut state = self.state.borrow_mut();
-        let key = (name.to_owned(), transposed);
-        if let Some(value) = state.known_parameters.get(&key) {
-            return *value;
-        }
-        let index = state.value(name);
-        let parameter = Parameter { name: name.to_owned(), shape: shape.to_vec(), transposed };
-        state.parameters.push((index, parameter));
-        state.known_parameters.insert(key, Value { index, kind: Kind::Float });
-        Value { index, kind: Kind::Float }
+    /// A checkpoint tensor, stored as it is said.
+    fn parameter(&self, parameter: Parameter, kind: Kind) -> Value {
+        self.state.borrow_mut().parameter(parameter, kind)
     }
 }
 
-impl State {
-    /// A new value.
+impl Value {
+    fn new(index: usize, kind: Kind) -> Self {
+        Self { index, kind, heads: 0, swapped: false }
+    }
+
+    /// What was recorded, whatever its axes mean.
+    fn raw(self) -> Self {
+        Self { swapped: false, ..self }
+    }
+
+    /// The type of a float value.
     ///
     /// # Panics
-    /// When the name is taken: a network uses one parameter in one way.
-    fn value(&mut self, name: &str) -> usize {
-        assert!(self.taken.insert(name.to_owned()), "two values are called {name}");
-        self.names.push(name.to_owned());
-        self.names.len() - 1
-    }
-
-    fn node_name(&mut self, path: Option<&str>, op: &'static str) -> String {
-        if let Some(name) = path.map(|path| format!("{path}/{op}"))
-            && !self.taken.contains(&name)
-        {
-            return name;
-        }
-        let n = self.n_named.entry(op).or_default();
-        *n += 1;
-        format!("{op}_{n}")
-    }
-
-    /// Leaves out what the values `needed` do not depend on.
-    fn prune(&mut self, mut needed: HashSet<usize>) {
-        let mut kept: Vec<_> = std::mem::take(&mut self.nodes)
-            .into_iter()
-            .rev()
-            .filter(|node| {
-                let used = node.outputs.iter().any(|output| needed.contains(output));
-                if used {
-                    needed.extend(node.inputs.iter().flatten());
-                }
-                used
-            })
-            .collect();
-        kept.reverse();
-        self.nodes = kept;
-        self.constants.retain(|(index, _)| needed.contains(index));
-        self.parameters.retain(|(index, _)| needed.contains(index));
-    }
-}
-
-impl Node {
-    fn to_proto(&self, names: &[String]) -> NodeProto {
-        NodeProto {
-            input: self
-                .inputs
-                .iter()
-                .map(|index| index.map_or_else(String::new, |index| names[index].clone()))
-                .collect(),
-            output: self.outputs.iter().map(|&index| names[index].clone()).collect(),
-            name: Some(self.name.clone()),
-            op_type: Some(self.op.to_owned()),
-            attribute: self.attributes.clone(),
+    /// When it is none.
+    fn float(self) -> Float {
+        match self.kind {
+            Kind::Float(float) => float,
+            other => panic!("a float is needed and not {other:?}"),
         }
     }
 }

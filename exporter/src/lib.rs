@@ -5,9 +5,10 @@
 //! [`export`] puts the five graphs of a pipeline into the folder layout of Hugging Face Optimum.
 //!
 //! - [`args`]: what was typed.
-//! - [`export`]: the whole folder, all or nothing.
-//! - [`parts`]: which graphs there are, their inputs and outputs.
-//! - [`graph`], [`external`], [`proto`]: recording, writing, file format.
+//! - [`export`]: the whole folder, all or nothing; [`description`]: what it says of itself.
+//! - [`target`], [`precision`]: which operators, which types.
+//! - [`part`], [`networks`]: which graphs there are, their inputs, outputs and seams.
+//! - [`graph`], [`weights`], [`external`], [`proto`]: recording, encoding, writing, file format.
 //! - [`verify`]: the written graphs against reference tensors, in ONNX Runtime.
 //!
 //! Invariants: batch, tokens and image size stay open in every graph; a weight is read from its
@@ -16,10 +17,16 @@
 #![warn(missing_docs)]
 
 pub mod args;
+pub mod description;
+pub mod element;
 pub mod export;
 pub mod external;
 pub mod graph;
-pub mod parts;
+pub mod networks;
+pub mod part;
+pub mod precision;
 pub mod proto;
 mod publish;
+pub mod target;
 pub mod verify;
+pub mod weights;

@@ -28,7 +28,7 @@ fn run(args: Args) -> Result<()> {
     let asked = Arc::clone(&stop);
     ctrlc::set_handler(move || asked.store(true, Ordering::Relaxed))
         .context("cannot listen for interrupts")?;
-    let template = "{msg:<24} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+    let template = "{msg:<24} {wide_bar} {human_pos}/{human_len} weights {eta}";
     let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template(template)?);
     let summaries = export(&args.request(), &bar, &stop);
     bar.finish_and_clear();

@@ -9,12 +9,24 @@ use prost::Message;
 pub mod element {
     /// 32-bit float.
     pub const FLOAT: i32 = 1;
+    /// 8-bit unsigned integer.
+    pub const UINT8: i32 = 2;
+    /// 8-bit integer.
+    pub const INT8: i32 = 3;
     /// 32-bit integer.
     pub const INT32: i32 = 6;
     /// 64-bit integer.
     pub const INT64: i32 = 7;
+    /// 16-bit float.
+    pub const FLOAT16: i32 = 10;
     /// 64-bit float.
     pub const DOUBLE: i32 = 11;
+    /// The upper half of a 32-bit float.
+    pub const BFLOAT16: i32 = 16;
+    /// 8-bit float of four exponent and three mantissa bits.
+    pub const FLOAT8E4M3FN: i32 = 17;
+    /// 4-bit integer, two to a byte, the first in the lower half.
+    pub const INT4: i32 = 22;
 }
 
 /// `TensorProto.DataLocation.EXTERNAL`: the bytes are in a file beside the model.
@@ -41,6 +53,35 @@ pub struct ModelProto {
     /// Free key-value pairs.
     #[prost(message, repeated, tag = "14")]
     pub metadata_props: Vec<StringStringEntryProto>,
+    /// Operators defined by others.
+    #[prost(message, repeated, tag = "25")]
+    pub functions: Vec<FunctionProto>,
+}
+
+/// An operator defined by others.
+#[derive(Clone, PartialEq, Message)]
+pub struct FunctionProto {
+    /// Name of the operator.
+    #[prost(string, optional, tag = "1")]
+    pub name: Option<String>,
+    /// Its inputs.
+    #[prost(string, repeated, tag = "4")]
+    pub input: Vec<String>,
+    /// Its outputs.
+    #[prost(string, repeated, tag = "5")]
+    pub output: Vec<String>,
+    /// Its static arguments.
+    #[prost(string, repeated, tag = "6")]
+    pub attribute: Vec<String>,
+    /// What it does.
+    #[prost(message, repeated, tag = "7")]
+    pub node: Vec<NodeProto>,
+    /// Operator sets in use.
+    #[prost(message, repeated, tag = "9")]
+    pub opset_import: Vec<OperatorSetIdProto>,
+    /// Its domain.
+    #[prost(string, optional, tag = "10")]
+    pub domain: Option<String>,
 }
 
 /// An operator set.
@@ -92,6 +133,9 @@ pub struct NodeProto {
     /// Static arguments.
     #[prost(message, repeated, tag = "5")]
     pub attribute: Vec<AttributeProto>,
+    /// Domain of the operator; empty for the standard's.
+    #[prost(string, optional, tag = "7")]
+    pub domain: Option<String>,
 }
 
 /// A static argument: exactly one of the values, told by `type`.
@@ -115,6 +159,9 @@ pub struct AttributeProto {
     /// `AttributeType`: 1 float, 2 integer, 3 string, 7 integers.
     #[prost(int32, optional, tag = "20")]
     pub r#type: Option<i32>,
+    /// In a function, the argument of the function that gives the value.
+    #[prost(string, optional, tag = "21")]
+    pub ref_attr_name: Option<String>,
 }
 
 /// A constant or weight.
@@ -230,8 +277,25 @@ impl AttributeProto {
         Self { ints, ..Self::new(name, 7) }
     }
 
+    /// The float argument `of` of the function around.
+    pub fn float_of(name: &str, of: &str) -> Self {
+        Self { ref_attr_name: Some(of.into()), ..Self::new(name, 1) }
+    }
+
+    /// The integer argument `of` of the function around.
+    pub fn int_of(name: &str, of: &str) -> Self {
+        Self { ref_attr_name: Some(of.into()), ..Self::new(name, 2) }
+    }
+
     fn new(name: &str, kind: i32) -> Self {
         Self { name: Some(name.into()), r#type: Some(kind), ..Self::default() }
+    }
+}
+
+impl OperatorSetIdProto {
+    /// Version `version` of the operators of `domain`.
+    pub fn new(domain: &str, version: i64) -> Self {
+        Self { domain: Some(domain.into()), version: Some(version) }
     }
 }
 

@@ -12,7 +12,7 @@ use flow::reference::{FILE, PRECISION};
 use onnx::{ElementType, Model, Options, Port, Tensor};
 
 use crate::external::MODEL_FILE;
-use crate::parts::Part;
+use crate::part::Part;
 
 /// Largest relative difference that passes: f32 rounding over a deep network.
 pub const MAX_RELATIVE: f32 = 1e-5;

@@ -245,6 +245,20 @@ impl Weights {
         })
     }
 
+    /// Where the file holds the tensor called `name` just as [`Weights::get`] gives it, if it does: the file,
+    /// the first byte in it and the type.
+    pub fn in_place(&self, name: &str) -> Option<(&Path, usize, Dtype)> {
+        let place = self.places.get(name)?;
+        let shard = &self.shards[place.shard];
+        let stored = shard.tensors.get(&place.stored)?;
+        let stored::Coding::Plain(dtype) = stored.coding else { return None };
+        if dtype != stored.coding.dtype() || place.halves_swapped || place.scale.is_some() {
+            return None;
+        }
+        let n_row_bytes = stored.range.len() / stored.n_rows().max(1);
+        Some((&shard.path, stored.range.start + place.rows.start * n_row_bytes, dtype))
+    }
+
     /// The tensor called `name`, as f32.
     ///
     /// # Errors

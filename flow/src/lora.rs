@@ -86,6 +86,11 @@ impl Lora {
         std::iter::once(self.to_string()).chain(notices).collect()
     }
 
+    /// Whether it changes the tensor `name` of `component`.
+    pub fn changes_tensor(&self, component: Component, name: &str) -> bool {
+        self.place(component, name).is_some()
+    }
+
     /// Whether it changes a layer of `component`.
     pub fn changes(&self, component: Component) -> bool {
         self.by_layer.keys().any(|(known, _)| *known == component)

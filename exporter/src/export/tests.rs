@@ -31,6 +31,8 @@ impl Scratch {
             checkpoint,
             target,
             loras: Vec::new(),
+            choice: Choice::default(),
+            placement: Placement::Auto,
             replace: false,
             verify: true,
             threads: 1,

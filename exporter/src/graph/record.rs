@@ -1,36 +1,107 @@
-//! Each operator of a network as standard ONNX nodes.
+//! Each operator of a network as ONNX nodes.
 
 use flow::ops::{Conv, Dim, Gelu, Mask, Ops, ParamPath, Rope};
 
-use super::{Builder, Kind, Value};
+use super::{Builder, Kind, Parameter, Value};
+use crate::element::Float;
+use crate::precision::Storage;
 use crate::proto::{AttributeProto as Attribute, element};
 
+/// Largest number of f16.
+const F16_MAX: f64 = 65504.0;
+
 impl Builder {
-    fn ints(&self, values: &[i64]) -> Value {
+    pub(super) fn ints(&self, values: &[i64]) -> Value {
         self.integers(values, &[values.len()])
     }
 
-    fn doubles(&self, values: &[f64]) -> Value {
+    pub(super) fn doubles(&self, values: &[f64]) -> Value {
         let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         self.constant(Kind::Double, bytes, &[values.len()])
     }
 
     /// A number that broadcasts against values of `kind`.
-    fn scalar(&self, kind: Kind, value: f64) -> Value {
+    pub(super) fn scalar(&self, kind: Kind, value: f64) -> Value {
         let bytes = match kind {
-            Kind::Float => (value as f32).to_le_bytes().to_vec(),
+            Kind::Float(float) => float.bytes(&[value as f32]),
             Kind::Double => value.to_le_bytes().to_vec(),
-            Kind::Integer => (value as i64).to_le_bytes().to_vec(),
+            Kind::Integer | Kind::Code => (value as i64).to_le_bytes().to_vec(),
         };
         self.constant(kind, bytes, &[])
     }
 
-    fn cast(&self, x: Value, kind: Kind) -> Value {
-        self.node("Cast", &[x], vec![Attribute::int("to", kind.element().into())], kind)
+    /// `x` as `kind`; the axes stay as they are, and a constant is converted here.
+    pub(super) fn cast(&self, x: Value, kind: Kind) -> Value {
+        if x.kind == kind {
+            return x;
+        }
+        if let Kind::Float(float) = kind
+            && let Some((values, shape)) = self.constant_floats(x)
+        {
+            return self.constant(kind, float.bytes(&values), &shape);
+        }
+        self.node_cast(x, kind)
+    }
+
+    /// The same by a node, if one is needed.
+    pub(super) fn node_cast(&self, x: Value, kind: Kind) -> Value {
+        if x.kind == kind {
+            return x;
+        }
+        let to = vec![Attribute::int("to", kind.element().into())];
+        Value { heads: x.heads, swapped: x.swapped, ..self.node("Cast", &[x.raw()], to, kind) }
+    }
+
+    /// Values and shape of a constant of f32.
+    fn constant_floats(&self, x: Value) -> Option<(Vec<f32>, Vec<usize>)> {
+        let state = self.state.borrow();
+        let tensor = state.constant_tensor(x).filter(|_| x.kind == Kind::Float(Float::F32))?;
+        let shape = tensor.dims.iter().map(|&n| n as usize).collect();
+        let bytes = tensor.raw_data.as_ref()?.chunks_exact(size_of::<f32>());
+        Some((bytes.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(), shape))
+    }
+
+    /// A float as f32.
+    pub(super) fn wide(&self, x: Value) -> Value {
+        match x.kind {
+            Kind::Float(_) => self.cast(x, Kind::Float(Float::F32)),
+            _ => x,
+        }
+    }
+
+    /// Type of activations.
+    pub(super) fn arithmetic(&self) -> Kind {
+        Kind::Float(self.dialect.arithmetic)
+    }
+
+    /// A float parameter that arithmetic in `float` reads.
+    pub(super) fn float_parameter(&self, path: &ParamPath, shape: &[usize], float: Float) -> Value {
+        // What arithmetic in f32 needs in a graph of f16 is stored so; bf16 has the range of f32.
+        let is_wider = float == Float::F32 && self.dialect.stored == Float::F16;
+        let stored = if is_wider { float } else { self.dialect.stored };
+        let parameter = Parameter {
+            name: path.as_str().to_owned(),
+            shape: shape.to_vec(),
+            storage: Storage::Plain(stored),
+            scale: float,
+            transposed: false,
+            whole_scale: false,
+        };
+        let value = self.parameter(parameter, Kind::Float(stored));
+        self.node_cast(value, Kind::Float(float))
+    }
+
+    /// A residual stream, which in f16 may leave the type's range: limited to it, as diffusers does.
+    pub fn limited(&self, x: &Value) -> Value {
+        if x.kind != Kind::Float(Float::F16) {
+            return *x;
+        }
+        let limits = [-F16_MAX, F16_MAX].map(|limit| self.scalar(x.kind, limit));
+        self.node("Clip", &[*x, limits[0], limits[1]], vec![], x.kind)
     }
 
     /// The size of `x` along `axis`, `[1]`.
-    fn size(&self, x: Value, axis: usize) -> Value {
+    pub(super) fn size(&self, x: Value, axis: usize) -> Value {
         let axis = axis as i64;
         let ends = vec![Attribute::int("start", axis), Attribute::int("end", axis + 1)];
         self.node("Shape", &[x], ends, Kind::Integer)
@@ -45,11 +116,24 @@ impl Builder {
         self.node("ArgMax", &[narrow], along, Kind::Integer)
     }
 
-    fn binary(&self, op: &'static str, a: Value, b: Value) -> Value {
+    /// Both as the wider of their types; constants take the type of the other.
+    fn alike(&self, a: Value, b: Value) -> (Value, Value) {
+        let (Kind::Float(of_a), Kind::Float(of_b)) = (a.kind, b.kind) else { return (a, b) };
+        let is_constant = |x: Value| self.state.borrow().constant_tensor(x).is_some();
+        let kind = match (is_constant(a), is_constant(b)) {
+            (true, false) => b.kind,
+            (false, true) => a.kind,
+            _ => Kind::Float(of_a.max(of_b)),
+        };
+        (self.cast(a, kind), self.cast(b, kind))
+    }
+
+    pub(super) fn binary(&self, op: &'static str, a: Value, b: Value) -> Value {
+        let (a, b) = self.alike(a, b);
         self.node(op, &[a, b], vec![], a.kind)
     }
 
-    fn unary(&self, op: &'static str, x: Value) -> Value {
+    pub(super) fn unary(&self, op: &'static str, x: Value) -> Value {
         self.node(op, &[x], vec![], x.kind)
     }
 }
@@ -58,12 +142,11 @@ impl Ops for Builder {
     type Tensor = Value;
 
     fn param(&self, path: &ParamPath, shape: &[usize]) -> Value {
-        self.parameter(path.as_str(), shape, false)
+        self.float_parameter(path, shape, self.dialect.arithmetic)
     }
 
     fn floats(&self, values: &[f32], shape: &[usize]) -> Value {
-        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        self.constant(Kind::Float, bytes, shape)
+        self.constant(Kind::Float(Float::F32), Float::F32.bytes(values), shape)
     }
 
     fn integers(&self, values: &[i64], shape: &[usize]) -> Value {
@@ -71,22 +154,14 @@ impl Ops for Builder {
         self.constant(Kind::Integer, bytes, shape)
     }
 
-    /// A product and a sum, for inputs of any rank. The matrix is stored as `[n_in, n_out]`: ONNX
-    /// Runtime multiplies by it as it is, where a `Transpose` would be folded into a second copy of
-    /// every weight when a session opens.
     fn linear(&self, path: &ParamPath, x: &Value, n_in: usize, n_out: usize, bias: bool) -> Value {
-        let weight = self.parameter(path.at("weight").as_str(), &[n_out, n_in], true);
-        let product = self.node_at(path.as_str(), "MatMul", &[*x, weight], vec![]);
-        if !bias {
-            return product;
-        }
-        let bias = self.param(&path.at("bias"), &[n_out]);
-        self.node_at(path.as_str(), "Add", &[product, bias], vec![])
+        self.product(path, *x, [n_in, n_out], bias)
     }
 
     fn conv2d(&self, path: &ParamPath, x: &Value, conv: Conv) -> Value {
         let Conv { c_in, c_out, kernel, stride, padding, bias } = conv;
-        let mut inputs = vec![*x, self.param(&path.at("weight"), &[c_out, c_in, kernel, kernel])];
+        let weight = self.param(&path.at("weight"), &[c_out, c_in, kernel, kernel]);
+        let mut inputs = vec![self.cast(*x, self.arithmetic()), weight];
         if bias {
             inputs.push(self.param(&path.at("bias"), &[c_out]));
         }
@@ -140,11 +215,7 @@ impl Ops for Builder {
     }
 
     fn gelu(&self, x: &Value, form: Gelu) -> Value {
-        let form = match form {
-            Gelu::Exact => "none",
-            Gelu::Tanh => "tanh",
-        };
-        self.node("Gelu", &[*x], vec![Attribute::text("approximate", form)], x.kind)
+        self.gelu_of(*x, form)
     }
 
     fn sigmoid(&self, x: &Value) -> Value {
@@ -156,21 +227,11 @@ impl Ops for Builder {
     }
 
     fn layer_norm(&self, x: &Value, width: usize, affine: Option<&ParamPath>, eps: f64) -> Value {
-        let attributes = vec![Attribute::int("axis", -1), Attribute::float("epsilon", eps)];
-        if let Some(path) = affine {
-            let weight = self.param(&path.at("weight"), &[width]);
-            let bias = self.param(&path.at("bias"), &[width]);
-            self.node_at(path.as_str(), "LayerNormalization", &[*x, weight, bias], attributes)
-        } else {
-            let ones = self.floats(&vec![1.0; width], &[width]);
-            self.node("LayerNormalization", &[*x, ones], attributes, x.kind)
-        }
+        self.layer_norm_of(*x, width, affine, eps)
     }
 
     fn rms_norm(&self, path: &ParamPath, x: &Value, width: usize, eps: f64) -> Value {
-        let weight = self.param(&path.at("weight"), &[width]);
-        let attributes = vec![Attribute::int("axis", -1), Attribute::float("epsilon", eps)];
-        self.node_at(path.as_str(), "RMSNormalization", &[*x, weight], attributes)
+        self.rms_norm_of(path, *x, width, eps)
     }
 
     fn group_norm(
@@ -181,11 +242,7 @@ impl Ops for Builder {
         channels: usize,
         eps: f64,
     ) -> Value {
-        let weight = self.param(&path.at("weight"), &[channels]);
-        let bias = self.param(&path.at("bias"), &[channels]);
-        let groups = Attribute::int("num_groups", groups as i64);
-        let attributes = vec![groups, Attribute::float("epsilon", eps)];
-        self.node_at(path.as_str(), "GroupNormalization", &[*x, weight, bias], attributes)
+        self.group_norm_of(path, *x, groups, channels, eps)
     }
 
     fn attention(
@@ -196,19 +253,11 @@ impl Ops for Builder {
         scale: f64,
         mask: Mask<'_, Value>,
     ) -> Value {
-        let mut inputs = vec![*q, *k, *v];
-        let mut attributes = vec![Attribute::float("scale", scale)];
-        match mask {
-            Mask::None => {}
-            Mask::Causal => attributes.push(Attribute::int("is_causal", 1)),
-            Mask::Bias(bias) => inputs.push(*bias),
-        }
-        self.node("Attention", &inputs, attributes, q.kind)
+        self.attention_of([*q, *k, *v], scale, mask)
     }
 
     fn rope(&self, x: &Value, rope: &Rope<Value>) -> Value {
-        let pairs = vec![Attribute::int("interleaved", 1)];
-        self.node("RotaryEmbedding", &[*x, rope.cos, rope.sin], pairs, x.kind)
+        self.rotated(*x, rope)
     }
 
     fn rope_table(
@@ -218,23 +267,7 @@ impl Ops for Builder {
         theta: f64,
         batch: &Value,
     ) -> Rope<Value> {
-        let angles =
-            || axes_dim.iter().enumerate().flat_map(|(a, &d)| (0..d / 2).map(move |i| (a, i, d)));
-        let axes: Vec<_> = angles().map(|(a, _, _)| a as i64).collect();
-        let frequencies: Vec<_> =
-            angles().map(|(_, i, d)| 1.0 / theta.powf((2 * i) as f64 / d as f64)).collect();
-        let ids = self.cast(*ids, Kind::Double);
-        let by_angle = vec![Attribute::int("axis", 1)];
-        let ids = self.node("Gather", &[ids, self.ints(&axes)], by_angle, Kind::Double);
-        let angle = self.mul(&ids, &self.doubles(&frequencies));
-        let first = vec![Attribute::int("axis", 0)];
-        let sizes = [self.size(*batch, 0), self.ints(&[1, 1])];
-        let shape = self.node("Concat", &sizes, first, Kind::Integer);
-        let table = |x: Value| {
-            let x = self.cast(x, Kind::Float);
-            self.node("Expand", &[x, shape], vec![], Kind::Float)
-        };
-        Rope { cos: table(self.cos(&angle)), sin: table(self.sin(&angle)) }
+        self.rotations(*ids, axes_dim, theta, *batch)
     }
 
     fn reshape(&self, x: &Value, dims: &[Dim]) -> Value {
@@ -246,7 +279,7 @@ impl Ops for Builder {
                 Dim::Is(n) => *n as i64,
             })
             .collect();
-        self.node("Reshape", &[*x, self.ints(&dims)], vec![], x.kind)
+        self.reshaped(*x, &dims)
     }
 
     fn reshape_like(&self, x: &Value, like: &Value) -> Value {
@@ -255,18 +288,30 @@ impl Ops for Builder {
     }
 
     fn unsqueeze(&self, x: &Value, axis: usize) -> Value {
-        self.node("Unsqueeze", &[*x, self.ints(&[axis as i64])], vec![], x.kind)
+        let y = self.node("Unsqueeze", &[*x, self.ints(&[axis as i64])], vec![], x.kind);
+        // Tokens under one head.
+        Value { heads: usize::from(axis == 1), ..y }
     }
 
     fn permute(&self, x: &Value, axes: &[usize]) -> Value {
+        if axes == [0, 2, 1, 3] {
+            return Value { swapped: !x.swapped, ..*x };
+        }
         let order = vec![Attribute::ints("perm", axes.iter().copied())];
         self.node("Transpose", &[*x], order, x.kind)
     }
 
     fn concat(&self, parts: &[&Value], axis: usize) -> Value {
-        let inputs: Vec<_> = parts.iter().map(|&&part| part).collect();
+        let first = *parts[0];
+        let is_swapped = parts.iter().all(|part| part.swapped);
+        let axis = if is_swapped && (axis == 1 || axis == 2) { 3 - axis } else { axis };
+        let inputs: Vec<_> = parts
+            .iter()
+            .map(|part| self.cast(if is_swapped { part.raw() } else { **part }, first.kind))
+            .collect();
         let axis = vec![Attribute::int("axis", axis as i64)];
-        self.node("Concat", &inputs, axis, inputs[0].kind)
+        let joined = self.node("Concat", &inputs, axis, first.kind);
+        Value { heads: first.heads, swapped: is_swapped, ..joined }
     }
 
     fn split(&self, x: &Value, n: usize, axis: usize) -> Vec<Value> {

@@ -1,15 +1,21 @@
 //! Small networks recorded, written and run by ONNX Runtime, against loops in f64.
 
 use anyhow::Result;
+use clap::ValueEnum;
 use flow::checkpoint::{Entry, Weights, write_tensors};
+use flow::nn;
 use flow::noise::Noise;
 use flow::ops::{Conv, Dim, Gelu, Mask, Ops, ParamPath};
 use onnx::{Model, Options, Tensor};
 use prost::Message;
 
 use super::{Builder, Kind, Size, Value};
-use crate::external::{self, MODEL_FILE};
+use crate::element::Float;
+use crate::external::{self, MODEL_FILE, Placement};
+use crate::part::Part;
+use crate::precision::Choice;
 use crate::proto::ModelProto;
+use crate::target::Target;
 
 /// A shape and its values, row-major.
 type Array = (Vec<usize>, Vec<f32>);
@@ -27,11 +33,22 @@ struct Case {
 
 impl Case {
     fn new() -> Self {
-        Self { builder: Builder::default(), fed: Vec::new(), weights: Vec::new() }
+        Self::of(&Choice::default())
+    }
+
+    fn of(choice: &Choice) -> Self {
+        let dialect = choice.dialect(Part::Transformer).expect("a choice that is possible");
+        Self { builder: Builder::new(dialect), fed: Vec::new(), weights: Vec::new() }
+    }
+
+    /// In f32 for each target.
+    fn each() -> impl Iterator<Item = Self> {
+        let targets = Target::value_variants().iter();
+        targets.map(|&target| Self::of(&Choice { target, ..Choice::default() }))
     }
 
     fn floats(&mut self, array: &Array) -> Value {
-        self.feed(Kind::Float, Tensor::f32(array.0.clone(), array.1.clone()).unwrap())
+        self.feed(Kind::Float(Float::F32), Tensor::f32(array.0.clone(), array.1.clone()).unwrap())
     }
 
     fn integers(&mut self, shape: &[usize], values: &[i64]) -> Value {
@@ -70,7 +87,15 @@ impl Case {
             let tensor = port.r#type.as_mut().and_then(|kind| kind.tensor_type.as_mut());
             tensor.expect("a tensor").shape = None;
         }
-        external::write(folder.path(), "case", graph, &weights, &[], &mut |_| Ok(()))?;
+        external::write(
+            folder.path(),
+            "case",
+            graph,
+            &weights,
+            Placement::Copied,
+            &[],
+            &mut |_| Ok(()),
+        )?;
         let mut model = Model::open(folder.path().join(MODEL_FILE), &Options::default())?;
         let fed: Vec<_> = self.fed.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         model.run(&fed, &names.iter().map(String::as_str).collect::<Vec<_>>())
@@ -97,9 +122,16 @@ fn path(name: &str) -> ParamPath {
 
 #[test]
 fn linear_layers_multiply_by_the_transposed_weight() -> Result<()> {
+    for target in [Target::Cpu, Target::TensorRt] {
+        products_of(target)?;
+    }
+    Ok(())
+}
+
+fn products_of(target: Target) -> Result<()> {
     // One weight inside the graph's file, one beside it; neither size fills a tile.
     for (n_in, n_out, bias) in [(5, 7, true), (45, 70, false)] {
-        let mut case = Case::new();
+        let mut case = Case::of(&Choice { target, ..Choice::default() });
         let x = random(1, &[2, 3, n_in]);
         let weight = wide(&case.weight("layer.weight", 2, &[n_out, n_in]));
         let b = if bias { wide(&case.weight("layer.bias", 3, &[n_out])) } else { vec![0.0; n_out] };
@@ -121,14 +153,31 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
+/// Tokens whose heads are `[B, H, S, D]`.
+fn heads(case: &mut Case, array: &Array) -> Value {
+    let (h, d) = (array.0[1], array.0[3]);
+    let x = case.floats(array);
+    let ops = &case.builder;
+    let tokens =
+        ops.reshape(&ops.permute(&x, &[0, 2, 1, 3]), &[Dim::Keep, Dim::Keep, Dim::Is(h * d)]);
+    nn::split_heads(ops, &tokens, h, d)
+}
+
 #[test]
 fn attention_sees_what_its_mask_allows() -> Result<()> {
+    for case in Case::each() {
+        attention_of(case)?;
+    }
+    Ok(())
+}
+
+fn attention_of(mut case: Case) -> Result<()> {
     let (b, h, s, d, scale) = (2, 3, 5, 4, 0.7);
     let [q, k, v] = [1, 2, 3].map(|stream| random(stream, &[b, h, s, d]));
     let bias = random(4, &[1, h, s, s]);
-    let mut case = Case::new();
-    let inputs = [&q, &k, &v, &bias].map(|array| case.floats(array));
-    let masks = [Mask::None, Mask::Causal, Mask::Bias(&inputs[3])];
+    let inputs = [&q, &k, &v].map(|array| heads(&mut case, array));
+    let added = case.floats(&bias);
+    let masks = [Mask::None, Mask::Causal, Mask::Bias(&added)];
     let outputs =
         masks.map(|mask| case.builder.attention(&inputs[0], &inputs[1], &inputs[2], scale, mask));
     let results = case.run(&outputs)?;
@@ -154,15 +203,22 @@ fn attention_sees_what_its_mask_allows() -> Result<()> {
 
 #[test]
 fn rotary_embedding_turns_neighbouring_pairs() -> Result<()> {
+    for case in Case::each() {
+        rotation_of(case)?;
+    }
+    Ok(())
+}
+
+fn rotation_of(mut case: Case) -> Result<()> {
     let (b, h, s, axes, theta) = (2, 3, 4, [4, 2, 6], 10_000.0f64);
     let d: usize = axes.iter().sum();
     let x = random(1, &[b, h, s, d]);
     let ids: Array = (vec![s, 3], (0..s * 3).map(|i| (i * i % 61) as f32).collect());
-    let mut case = Case::new();
-    let (input, positions) = (case.floats(&x), case.floats(&ids));
+    let (input, positions) = (heads(&mut case, &x), case.floats(&ids));
     let table = case.builder.rope_table(&positions, &axes, theta, &input);
     let turned = case.builder.rope(&input, &table);
-    let results = case.run(&[turned, table.cos])?;
+    let lying = case.builder.rope(&case.builder.straight(input), &table);
+    let results = case.run(&[turned, table.cos, lying])?;
     let angles: Vec<f64> = (0..s)
         .flat_map(|row| {
             let ids = &ids.1;
@@ -183,6 +239,7 @@ fn rotary_embedding_turns_neighbouring_pairs() -> Result<()> {
             })
             .collect();
     assert_close(&results[0], &[b, h, s, d], &expected);
+    assert_close(&results[2], &[b, h, s, d], &expected);
     let cosines: Vec<f64> = angles.iter().cycle().take(b * angles.len()).map(|a| a.cos()).collect();
     assert_close(&results[1], &[b, s, d / 2], &cosines);
     Ok(())
@@ -201,9 +258,15 @@ fn normalised(x: &[f64], n: usize, centred: bool, eps: f64) -> Vec<f64> {
 
 #[test]
 fn normalisations_use_their_own_axes() -> Result<()> {
+    for case in Case::each() {
+        normalisations_of(case)?;
+    }
+    Ok(())
+}
+
+fn normalisations_of(mut case: Case) -> Result<()> {
     let (width, eps) = (6, 1e-3);
     let x = random(1, &[2, width, 4, width]);
-    let mut case = Case::new();
     let mut weight = |name, stream| wide(&case.weight(name, stream, &[width])).into_iter().cycle();
     let (rms_weight, layer_weight, layer_bias, group_weight, group_bias) = (
         weight("rms.weight", 2),
@@ -374,7 +437,7 @@ fn integers_index() -> Result<()> {
 #[test]
 fn a_graph_holds_what_its_outputs_need_once_and_named_by_path() {
     let ops = Builder::default();
-    let x = ops.input("x", Kind::Float, &["batch".into(), 4.into()]);
+    let x = ops.input("x", Kind::Float(Float::F32), &["batch".into(), 4.into()]);
     let once = ops.silu(&x);
     assert_eq!(ops.silu(&x), once);
     let y = ops.linear(&path("block.0.proj"), &once, 4, 4, true);
@@ -383,11 +446,11 @@ fn a_graph_holds_what_its_outputs_need_once_and_named_by_path() {
     let sum = ops.add(&twice[0], &twice[1]);
     let graph = ops.finish(&[("y", sum, vec!["batch".into(), 4.into()])]);
     let names: Vec<_> = graph.nodes.iter().filter_map(|node| node.name.as_deref()).collect();
-    assert_eq!(&names[..4], ["Sigmoid_1", "Mul_1", "block.0.proj/MatMul", "block.0.proj/Add"]);
-    assert_eq!(names.len(), 9, "{names:?}");
-    assert_eq!(graph.constants.len(), 2, "2 and 0.5");
+    assert_eq!(&names[..4], ["Sigmoid_1", "Mul_1", "Reshape_1", "block.0.proj/Gemm"]);
+    assert_eq!(names.len(), 12, "{names:?}");
+    assert_eq!(graph.constants.len(), 4, "2 and 0.5, shapes of rows and of the width");
     let parameters: Vec<_> = graph.parameters.iter().map(|p| p.name.as_str()).collect();
-    assert_eq!(parameters, ["block.0.proj.weight", "block.0.proj.bias"]);
+    assert_eq!(parameters, ["block.0.proj.bias", "block.0.proj.weight"]);
     assert_eq!(graph.nodes.last().map(|node| node.output.clone()), Some(vec!["y".to_owned()]));
 }
 
@@ -397,12 +460,20 @@ fn a_written_model_decodes_to_what_was_recorded() -> Result<()> {
     let entries = [Entry::f32("table", &[2], &[1.0, 2.0])];
     write_tensors(&folder.path().join("w.safetensors"), &entries, &[])?;
     let ops = Builder::default();
-    let x = ops.input("x", Kind::Float, &["batch".into(), 2.into()]);
+    let x = ops.input("x", Kind::Float(Float::F32), &["batch".into(), 2.into()]);
     let kept = ops.permute(&ops.add(&x, &ops.param(&path("table"), &[2])), &[0, 1]);
     let graph = ops.finish(&[("y", kept, vec!["batch".into(), 2.into()])]);
     let weights = Weights::open(folder.path(), "w")?;
     let metadata = [("component", "sum".to_owned())];
-    external::write(folder.path(), "sum", graph.clone(), &weights, &metadata, &mut |_| Ok(()))?;
+    external::write(
+        folder.path(),
+        "sum",
+        graph.clone(),
+        &weights,
+        Placement::Copied,
+        &metadata,
+        &mut |_| Ok(()),
+    )?;
     let model = ModelProto::decode(std::fs::read(folder.path().join(MODEL_FILE))?.as_slice())?;
     assert_eq!((model.ir_version, model.opset_import[0].version), (Some(11), Some(23)));
     assert_eq!(model.metadata_props[0].key.as_deref(), Some("component"));

@@ -1,79 +1,37 @@
-//! The graphs of an exported FLUX pipeline: folders, inputs and outputs.
+//! The networks of a pipeline, recorded: inputs, outputs and seams of every graph.
 //!
-//! Names, order, element types and open dimensions are those of Optimum's export configs for
-//! diffusers pipelines (`optimum/exporters/onnx/model_configs.py` in optimum-onnx), so that either
-//! side's folder runs in the other's sampler.
+//! Names, order and open dimensions are those of Optimum's export configs for diffusers pipelines
+//! (`optimum/exporters/onnx/model_configs.py` in optimum-onnx), so that either side's folder runs in the
+//! other's sampler. Floats go in and come out as f32 whatever is inside: a sampler's state stays f32.
 
 use flow::models::transformer::Inputs;
-use flow::pipeline::{Component, Pipeline};
+use flow::pipeline::Pipeline;
 
-use crate::graph::{Builder, Graph, Kind, Size};
-
-/// One graph of an export.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
-    /// Tokens to the pooled CLIP vector.
-    TextEncoder,
-    /// Tokens to T5 states.
-    TextEncoder2,
-    /// Noisy latents, time and text to a velocity.
-    Transformer,
-    /// Latents to an image.
-    VaeDecoder,
-    /// An image to means and log-variances of latents.
-    VaeEncoder,
-}
+use crate::element::Float;
+use crate::graph::{Builder, Graph, Kind, Size, Value};
+use crate::part::Part;
+use crate::precision::Dialect;
 
 const BATCH: &str = "batch_size";
 const IMAGE_TOKENS: &str = "packed_height_width";
 const TEXT_TOKENS: &str = "sequence_length";
+const FLOAT: Kind = Kind::Float(Float::F32);
 
-impl Part {
-    /// All five, in the order they run.
-    pub const ALL: [Self; 5] = [
-        Self::TextEncoder,
-        Self::TextEncoder2,
-        Self::Transformer,
-        Self::VaeDecoder,
-        Self::VaeEncoder,
-    ];
-
-    /// Its folder in the export, and the prefix of its reference tensors.
-    pub fn folder(self) -> &'static str {
-        match self {
-            Self::TextEncoder => "text_encoder",
-            Self::TextEncoder2 => "text_encoder_2",
-            Self::Transformer => "transformer",
-            Self::VaeDecoder => "vae_decoder",
-            Self::VaeEncoder => "vae_encoder",
-        }
-    }
-
-    /// The checkpoint component it is made from.
-    pub fn component(self) -> Component {
-        match self {
-            Self::TextEncoder => Component::TextEncoder,
-            Self::TextEncoder2 => Component::TextEncoder2,
-            Self::Transformer => Component::Transformer,
-            Self::VaeDecoder | Self::VaeEncoder => Component::Vae,
-        }
-    }
-
-    /// Its network, recorded.
-    pub fn graph(self, pipeline: &Pipeline) -> Graph {
-        match self {
-            Self::TextEncoder => text_encoder(pipeline),
-            Self::TextEncoder2 => text_encoder_2(pipeline),
-            Self::Transformer => transformer(pipeline),
-            Self::VaeDecoder => vae_decoder(pipeline),
-            Self::VaeEncoder => vae_encoder(pipeline),
-        }
+/// The network of `part` in `dialect`.
+pub fn record(pipeline: &Pipeline, part: Part, dialect: Dialect) -> Graph {
+    let graph = Builder::new(dialect);
+    match part {
+        Part::TextEncoder => text_encoder(pipeline, graph),
+        Part::TextEncoder2 => text_encoder_2(pipeline, graph),
+        Part::Transformer => transformer(pipeline, graph),
+        Part::VaeDecoder => vae_decoder(pipeline, graph),
+        Part::VaeEncoder => vae_encoder(pipeline, graph),
     }
 }
 
 /// `input_ids` `[B, L]` → `last_hidden_state` `[B, L, D]`, `pooler_output` `[B, D]`.
-fn text_encoder(pipeline: &Pipeline) -> Graph {
-    let (config, graph) = (&pipeline.text_encoder, Builder::default());
+fn text_encoder(pipeline: &Pipeline, graph: Builder) -> Graph {
+    let config = &pipeline.text_encoder;
     let ids = graph.input("input_ids", Kind::Integer, &sizes([BATCH, TEXT_TOKENS], []));
     let encoded = config.forward(&graph, &ids);
     let width = [config.hidden_size];
@@ -84,18 +42,24 @@ fn text_encoder(pipeline: &Pipeline) -> Graph {
 }
 
 /// `input_ids` `[B, L]` → `last_hidden_state` `[B, L, D]`.
-fn text_encoder_2(pipeline: &Pipeline) -> Graph {
-    let (config, graph) = (&pipeline.text_encoder_2, Builder::default());
+fn text_encoder_2(pipeline: &Pipeline, graph: Builder) -> Graph {
+    let config = &pipeline.text_encoder_2;
     let ids = graph.input("input_ids", Kind::Integer, &sizes([BATCH, TEXT_TOKENS], []));
-    let states = config.forward(&graph, &ids);
+    let mut state = config.prologue(&graph, &ids);
+    for index in 0..config.num_layers {
+        graph.seam(format!("block {index}"), &[&state.x, &state.bias]);
+        state = config.block(&graph, index, &state);
+    }
+    graph.seam("epilogue".into(), &[&state.x]);
+    let states = config.epilogue(&graph, &state);
     graph.finish(&[("last_hidden_state", states, sizes([BATCH, TEXT_TOKENS], [config.d_model]))])
 }
 
 /// Everything that conditions a velocity → `out_hidden_states` `[B, S, C]`; `timestep` is the flow
 /// time in [0, 1], `guidance` exists where the model embeds it.
-fn transformer(pipeline: &Pipeline) -> Graph {
-    let (config, graph) = (&pipeline.transformer, Builder::default());
-    let input = |name, shape: Vec<Size>| graph.input(name, Kind::Float, &shape);
+fn transformer(pipeline: &Pipeline, graph: Builder) -> Graph {
+    let config = &pipeline.transformer;
+    let input = |name, shape: Vec<Size>| graph.input(name, FLOAT, &shape);
     let hidden_states = input("hidden_states", sizes([BATCH, IMAGE_TOKENS], [config.in_channels]));
     let encoder_hidden_states =
         input("encoder_hidden_states", sizes([BATCH, TEXT_TOKENS], [config.joint_attention_dim]));
@@ -114,26 +78,42 @@ fn transformer(pipeline: &Pipeline) -> Graph {
         img_ids: &img_ids,
         guidance: guidance.as_ref(),
     };
-    let velocity = config.forward(&graph, &inputs);
+    let mut state = config.prologue(&graph, &inputs);
+    for index in 0..config.n_blocks() {
+        let rope = [&state.rope.cos, &state.rope.sin];
+        // Text tokens go on by themselves until the first single-stream block joins both, and the last
+        // asks how many there are.
+        let is_double = index < config.num_layers;
+        let needs_text = index <= config.num_layers || index + 1 == config.n_blocks();
+        let tokens: &[&Value] = if needs_text { &[&state.x, &state.c] } else { &[&state.x] };
+        graph.seam(format!("block {index}"), &[tokens, &[&state.temb], &rope].concat());
+        state = config.block(&graph, index, &state);
+        state.x = graph.limited(&state.x);
+        if is_double {
+            state.c = graph.limited(&state.c);
+        }
+    }
+    graph.seam("epilogue".into(), &[&state.x, &state.temb]);
+    let velocity = config.epilogue(&graph, &state);
     let shape = sizes([BATCH, IMAGE_TOKENS], [config.in_channels]);
     graph.finish(&[("out_hidden_states", velocity, shape)])
 }
 
 /// `latent_sample` `[B, Z, h, w]`, unscaled and unshifted → `sample` `[B, 3, f·h, f·w]` in [−1, 1].
-fn vae_decoder(pipeline: &Pipeline) -> Graph {
-    let (config, graph, f) = (&pipeline.vae, Builder::default(), pipeline.vae.factor());
+fn vae_decoder(pipeline: &Pipeline, graph: Builder) -> Graph {
+    let (config, f) = (&pipeline.vae, pipeline.vae.factor());
     let shape = image(config.latent_channels, "latent_height", "latent_width");
-    let z = graph.input("latent_sample", Kind::Float, &shape);
+    let z = graph.input("latent_sample", FLOAT, &shape);
     let pixels = config.decode(&graph, &z);
     let (height, width) = (format!("latent_height * {f}"), format!("latent_width * {f}"));
     graph.finish(&[("sample", pixels, image(config.out_channels, &height, &width))])
 }
 
 /// `sample` `[B, 3, f·h, f·w]` in [−1, 1] → `latent_parameters` `[B, 2Z, h, w]`.
-fn vae_encoder(pipeline: &Pipeline) -> Graph {
-    let (config, graph, f) = (&pipeline.vae, Builder::default(), pipeline.vae.factor());
+fn vae_encoder(pipeline: &Pipeline, graph: Builder) -> Graph {
+    let (config, f) = (&pipeline.vae, pipeline.vae.factor());
     let shape = image(config.in_channels, "sample_height", "sample_width");
-    let pixels = graph.input("sample", Kind::Float, &shape);
+    let pixels = graph.input("sample", FLOAT, &shape);
     let moments = config.encode(&graph, &pixels);
     let (height, width) = (format!("sample_height / {f}"), format!("sample_width / {f}"));
     let shape = image(2 * config.latent_channels, &height, &width);

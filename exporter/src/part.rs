@@ -1,0 +1,50 @@
+//! The graphs of an exported FLUX pipeline.
+
+use flow::pipeline::Component;
+
+/// One graph of an export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Part {
+    /// Tokens to the pooled CLIP vector.
+    TextEncoder,
+    /// Tokens to T5 states.
+    TextEncoder2,
+    /// Noisy latents, time and text to a velocity.
+    Transformer,
+    /// Latents to an image.
+    VaeDecoder,
+    /// An image to means and log-variances of latents.
+    VaeEncoder,
+}
+
+impl Part {
+    /// All five, in the order they run.
+    pub const ALL: [Self; 5] = [
+        Self::TextEncoder,
+        Self::TextEncoder2,
+        Self::Transformer,
+        Self::VaeDecoder,
+        Self::VaeEncoder,
+    ];
+
+    /// Its folder in the export, and the prefix of its reference tensors.
+    pub fn folder(self) -> &'static str {
+        match self {
+            Self::TextEncoder => "text_encoder",
+            Self::TextEncoder2 => "text_encoder_2",
+            Self::Transformer => "transformer",
+            Self::VaeDecoder => "vae_decoder",
+            Self::VaeEncoder => "vae_encoder",
+        }
+    }
+
+    /// The checkpoint component it is made from.
+    pub fn component(self) -> Component {
+        match self {
+            Self::TextEncoder => Component::TextEncoder,
+            Self::TextEncoder2 => Component::TextEncoder2,
+            Self::Transformer => Component::Transformer,
+            Self::VaeDecoder | Self::VaeEncoder => Component::Vae,
+        }
+    }
+}

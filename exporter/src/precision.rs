@@ -1,0 +1,281 @@
+//! Precisions: rules from a layer's name and shape to how its weights are stored.
+
+use anyhow::{Result, bail, ensure};
+
+use crate::element::Float;
+use crate::part::Part;
+use crate::target::{Attention, Table, Target};
+
+/// How the weights of an export are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Precision {
+    /// 32-bit floats
+    #[default]
+    F32,
+    /// 16-bit floats with 11 bits of precision, up to 65504
+    F16,
+    /// 16-bit floats with 8 bits of precision; target cpu, without kernels for it, computes in f32
+    Bf16,
+    /// 8-bit integers and a scale a block
+    Int8,
+    /// 4-bit integers and a scale a block: lossy
+    Int4,
+    /// 8-bit floats (E4M3) and a scale a matrix, or a block with --block-size
+    Fp8,
+}
+
+/// How a quantised export stores its modulation layers, 27 % of FLUX's parameters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Modulation {
+    /// As floats
+    #[default]
+    High,
+    /// As 8-bit integers
+    Int8,
+    /// As the other layers
+    Same,
+}
+
+/// What was chosen for a whole export.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Choice {
+    /// What it is for.
+    pub target: Target,
+    /// How weights are stored.
+    pub precision: Precision,
+    /// Numbers that share a scale; 32 for integers and a whole matrix for fp8 unless chosen.
+    pub block: Option<usize>,
+    /// How modulation layers are stored.
+    pub modulation: Modulation,
+    /// Type of activations, by default the target's.
+    pub activations: Option<Float>,
+    /// Type of the autoencoder.
+    pub vae: Option<Float>,
+    /// Another attention than the target's.
+    pub attention: Option<Attention>,
+    /// Whether the transformer's layers get slots for adapters.
+    pub slots: bool,
+}
+
+/// How numbers of a quantised matrix are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Code {
+    /// 8-bit integers.
+    Int8,
+    /// 4-bit integers.
+    Int4,
+    /// 8-bit floats, four of exponent and three of mantissa, without infinities.
+    E4m3,
+}
+
+/// How one matrix is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Storage {
+    /// Numbers of one type.
+    Plain(Float),
+    /// Codes, `block` of which share a scale; all of a matrix where there is no block.
+    Coded {
+        /// What they are.
+        code: Code,
+        /// How many share a scale along the inputs.
+        block: Option<usize>,
+    },
+}
+
+/// The language one part's graph is written in: operators of the target, types of the precision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dialect {
+    /// Operators.
+    pub table: Table,
+    /// Type that arithmetic is done in.
+    pub arithmetic: Float,
+    /// Type that what is not quantised is stored in.
+    pub stored: Float,
+    /// How matrices of the body are stored.
+    body: Storage,
+    /// How modulation layers are stored.
+    modulation: Storage,
+    /// Whether layers get slots for adapters.
+    pub slots: bool,
+    part: Part,
+}
+
+/// Numbers that share a scale unless chosen.
+const BLOCK: usize = 32;
+/// What `MatMulNBits` can do.
+const BLOCKS: std::ops::RangeInclusive<usize> = 16..=256;
+
+impl Choice {
+    /// The dialect of `part`.
+    ///
+    /// # Errors
+    /// When the target cannot do what was chosen.
+    pub fn dialect(&self, part: Part) -> Result<Dialect> {
+        let mut table = self.table()?;
+        let (arithmetic, stored) = self.floats(part, &table)?;
+        if arithmetic == Float::F32 {
+            table.attention = self.attention.unwrap_or(table.attention_f32);
+        }
+        let plain = Storage::Plain(stored);
+        let coded = |code| Storage::Coded { code, block: self.block.or(Some(BLOCK)) };
+        let (body, text) = match self.precision {
+            Precision::F32 | Precision::F16 | Precision::Bf16 => (plain, plain),
+            Precision::Int8 => (coded(Code::Int8), coded(Code::Int8)),
+            // Text encoders lose more by four bits than they weigh.
+            Precision::Int4 => (coded(Code::Int4), coded(Code::Int8)),
+            Precision::Fp8 => (Storage::Coded { code: Code::E4m3, block: self.block }, plain),
+        };
+        let body = match part {
+            Part::Transformer => body,
+            Part::TextEncoder2 => text,
+            Part::TextEncoder | Part::VaeDecoder | Part::VaeEncoder => plain,
+        };
+        let modulation = match (self.modulation, body) {
+            (Modulation::High, _) | (_, Storage::Plain(_)) => plain,
+            (Modulation::Int8, _) => coded(Code::Int8),
+            (Modulation::Same, _) => body,
+        };
+        let slots = self.slots && part == Part::Transformer;
+        Ok(Dialect { table, arithmetic, stored, body, modulation, slots, part })
+    }
+
+    fn table(&self) -> Result<Table> {
+        let mut table = self.target.table();
+        let target = self.target.name();
+        let is_coded = matches!(self.precision, Precision::Int8 | Precision::Int4 | Precision::Fp8);
+        if let Some(attention) = self.attention {
+            ensure!(
+                table.has_extensions || attention != Attention::MultiHead,
+                "--attention multi-head: target {target} has standard operators only: choose standard \
+                 or decomposed"
+            );
+            ensure!(
+                table.opset >= 23 || attention == Attention::Decomposed,
+                "--attention {}: target {target} keeps to opset {}: leave the option out",
+                attention.name(),
+                table.opset
+            );
+            table.attention = attention;
+        }
+        if let Some(block) = self.block {
+            ensure!(is_coded, "--block-size is for int8, int4 and fp8: leave it out");
+            ensure!(
+                block.is_power_of_two() && BLOCKS.contains(&block),
+                "--block-size {block}: a power of two from {} to {} is needed",
+                BLOCKS.start(),
+                BLOCKS.end()
+            );
+        }
+        ensure!(
+            is_coded || self.modulation == Modulation::High,
+            "--modulation is for int8, int4 and fp8: leave it out"
+        );
+        ensure!(
+            self.precision != Precision::Fp8 || table.has_fp8,
+            "--precision fp8: target {target} has no kernel for it: choose int8, or target cuda, \
+             tensorrt or tensorrt-rtx"
+        );
+        if is_coded && table.opset < 21 {
+            // The first with blocks and 4-bit types, and its format.
+            (table.opset, table.ir) = (21, 10);
+        }
+        Ok(table)
+    }
+
+    /// Types of arithmetic and of stored floats.
+    fn floats(&self, part: Part, table: &Table) -> Result<(Float, Float)> {
+        let target = self.target.name();
+        if matches!(part, Part::VaeDecoder | Part::VaeEncoder) {
+            // In bf16 images show bands, and Resize has no such kernel.
+            let vae = self.vae.unwrap_or(Float::F32);
+            ensure!(vae != Float::Bf16, "--vae bf16 is not supported: choose f32 or f16");
+            return Ok((vae, vae));
+        }
+        let wanted = match self.precision {
+            Precision::F32 => Float::F32,
+            Precision::F16 => Float::F16,
+            Precision::Bf16 => Float::Bf16,
+            Precision::Int8 | Precision::Int4 | Precision::Fp8 => {
+                let arithmetic = self.activations.unwrap_or(table.arithmetic[0]);
+                ensure!(
+                    self.precision != Precision::Fp8
+                        || arithmetic != Float::F32
+                        || !table.has_extensions,
+                    "--activations f32: the kernel of fp8 takes f16 or bf16"
+                );
+                arithmetic
+            }
+        };
+        if let Some(activations) = self.activations {
+            let is_fixed =
+                matches!(self.precision, Precision::F32 | Precision::F16 | Precision::Bf16);
+            ensure!(
+                !is_fixed || activations == wanted,
+                "--activations {}: --precision {} says it already",
+                activations.name(),
+                wanted.name()
+            );
+        }
+        if table.arithmetic.contains(&wanted) {
+            return Ok((wanted, wanted));
+        }
+        if self.activations.is_some() {
+            bail!("--activations {}: target {target} has no kernels for it", wanted.name());
+        }
+        Ok((Float::F32, wanted))
+    }
+}
+
+impl Dialect {
+    /// How the matrix `[n_out, n_in]` of the layer at `path` is stored.
+    pub fn layer(&self, path: &str, n_out: usize) -> Storage {
+        let storage = match self.part {
+            Part::Transformer => self.transformer_layer(path),
+            _ => self.body,
+        };
+        match storage {
+            // Two to a byte: rows of odd length would share bytes.
+            Storage::Coded { code: Code::Int4, .. } if n_out % 2 == 1 => {
+                Storage::Plain(self.stored)
+            }
+            storage => storage,
+        }
+    }
+
+    /// Type that the product at `path` is computed in. T5's second matrix of a block overflows f16
+    /// (transformers keeps it in f32, too); what it adds to then is f32.
+    pub fn product(&self, path: &str) -> Float {
+        if self.part == Part::TextEncoder2
+            && path.rsplit('.').next() == Some("wo")
+            && self.arithmetic == Float::F16
+        {
+            Float::F32
+        } else {
+            self.arithmetic
+        }
+    }
+
+    fn transformer_layer(&self, path: &str) -> Storage {
+        if !path.contains("transformer_blocks.") {
+            return Storage::Plain(self.stored);
+        }
+        let is_modulation = ["norm.linear", "norm1.linear", "norm1_context.linear"]
+            .iter()
+            .any(|end| path.strip_suffix(end).is_some_and(|rest| rest.ends_with('.')));
+        if is_modulation { self.modulation } else { self.body }
+    }
+}
+
+impl Precision {
+    /// As people type it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+            Self::Fp8 => "fp8",
+        }
+    }
+}

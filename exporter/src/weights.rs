@@ -1,0 +1,191 @@
+//! Where the values of a graph's parameters come from: a checkpoint with its adapters.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use flow::checkpoint::{Dtype, View, Weights};
+use flow::lora::{self, Lora};
+use flow::pipeline::Component;
+
+use crate::element::Float;
+use crate::graph::Parameter;
+
+pub mod encode;
+
+/// A checkpoint with adapters merged into it.
+#[derive(Clone, Copy)]
+pub struct Source<'a> {
+    /// The checkpoint's.
+    pub weights: &'a Weights,
+    /// Adapters added to them.
+    pub loras: &'a [Lora],
+    /// Whose values they are.
+    pub component: Component,
+}
+
+impl<'a> From<&'a Weights> for Source<'a> {
+    fn from(weights: &'a Weights) -> Self {
+        Self { weights, loras: &[], component: Component::Transformer }
+    }
+}
+
+impl<'a> Source<'a> {
+    /// The values of the tensor called `name`, of `shape`.
+    ///
+    /// # Errors
+    /// When it is missing, no float or of another shape, or an adapter cannot be read.
+    pub fn values(&self, name: &str, shape: &[usize]) -> Result<Values<'a>> {
+        let path = self.weights.path().display();
+        let view = self.weights.get(name);
+        let view = view.with_context(|| format!("{path}: no tensor {name} in it"))?;
+        ensure!(
+            view.shape == shape,
+            "{path}: {name} has shape {:?} instead of {shape:?}",
+            view.shape
+        );
+        let float = Float::of(view.dtype).with_context(|| {
+            format!("{path}: {name} has type {:?} instead of a float", view.dtype)
+        })?;
+        let merged = lora::merged(self.loras, self.component, self.weights, name)?;
+        Ok(Values { name: format!("{path}: {name}"), view, float, merged })
+    }
+
+    /// The values of `parameter`.
+    ///
+    /// # Errors
+    /// As [`Source::values`].
+    pub fn of(&self, parameter: &Parameter) -> Result<Values<'a>> {
+        self.values(&parameter.name, &parameter.shape)
+    }
+
+    /// Whether an adapter changes `name`.
+    pub fn is_adapted(&self, name: &str) -> bool {
+        self.loras.iter().any(|lora| lora.changes_tensor(self.component, name))
+    }
+}
+
+/// The values of one tensor, read when they are asked for.
+pub struct Values<'a> {
+    /// File and tensor, for messages.
+    name: String,
+    view: View<'a>,
+    float: Float,
+    merged: Option<Vec<f32>>,
+}
+
+impl Values<'_> {
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.view.bytes.len() / self.float.size()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// File and tensor.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Numbers of `range` as f32.
+    ///
+    /// # Errors
+    /// When one is not finite.
+    pub fn f32(&self, range: Range<usize>) -> Result<Cow<'_, [f32]>> {
+        let values: Cow<'_, [f32]> = if let Some(merged) = &self.merged {
+            merged[range.clone()].into()
+        } else {
+            let bytes = self.bytes(range.clone());
+            let part = View { bytes: bytes.into(), ..self.view };
+            part.to_f32().map_err(|why| anyhow!("{}: {why}", self.name))?.into()
+        };
+        if let Some(at) = values.iter().position(|x| !x.is_finite()) {
+            return Err(self.not_finite(range.start + at, values[at]));
+        }
+        Ok(values)
+    }
+
+    /// The bytes of `range` where they can be used as they are: of type `float`, without adapters.
+    ///
+    /// # Errors
+    /// When a number is not finite.
+    pub fn as_they_are(&self, float: Float, range: Range<usize>) -> Result<Option<&[u8]>> {
+        if self.float != float || self.merged.is_some() {
+            return Ok(None);
+        }
+        let bytes = self.bytes(range.clone());
+        if !is_finite(self.float, bytes) {
+            self.f32(range)?;
+        }
+        Ok(Some(bytes))
+    }
+
+    fn bytes(&self, range: Range<usize>) -> &[u8] {
+        let size = self.float.size();
+        &self.view.bytes[range.start * size..range.end * size]
+    }
+
+    fn not_finite(&self, at: usize, value: f32) -> anyhow::Error {
+        anyhow!("{} holds {value} at {at}: weights must be finite", self.name)
+    }
+}
+
+/// Whether no number of `bytes` has all bits of its exponent set.
+fn is_finite(float: Float, bytes: &[u8]) -> bool {
+    let halves = |mask: u16| {
+        let largest = bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]) & mask);
+        largest.fold(0, u16::max) < mask
+    };
+    match float {
+        Float::F16 => halves(0x7c00),
+        Float::Bf16 => halves(0x7f80),
+        Float::F32 => {
+            let mask = 0x7f80_0000;
+            let largest =
+                bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) & mask);
+            largest.fold(0, u32::max) < mask
+        }
+    }
+}
+
+/// The checkpoint's own type for `float`.
+pub fn dtype(float: Float) -> Dtype {
+    match float {
+        Float::F32 => Dtype::F32,
+        Float::F16 => Dtype::F16,
+        Float::Bf16 => Dtype::BF16,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flow::checkpoint::{Entry, write_tensors};
+
+    use super::*;
+
+    #[test]
+    fn a_number_that_is_not_finite_is_found_in_every_type() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("w.safetensors");
+        for float in [Float::F32, Float::F16, Float::Bf16] {
+            for (value, is_sound) in [(1.0, true), (f32::NAN, false), (f32::NEG_INFINITY, false)] {
+                let values = [0.5, -2.0, value, 3.0];
+                let entry = Entry::raw("a", &[4], dtype(float), float.bytes(&values));
+                write_tensors(&path, &[entry], &[]).unwrap();
+                let weights = Weights::open_file(&path).unwrap();
+                let values = Source::from(&weights).values("a", &[4]).unwrap();
+                let found = values.as_they_are(float, 0..4).map(|bytes| bytes.unwrap().len());
+                assert_eq!(found.is_ok(), is_sound, "{float:?} {value}");
+                if let Err(error) = found {
+                    let message = error.to_string();
+                    assert!(message.contains("a holds") && message.contains("at 2"), "{message}");
+                }
+                assert_eq!(values.f32(0..4).is_ok(), is_sound);
+                assert!(values.f32(3..4).is_ok());
+            }
+        }
+    }
+}
