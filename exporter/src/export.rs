@@ -97,7 +97,8 @@ pub fn export(request: &Request, bar: &ProgressBar, stop: &AtomicBool) -> Result
             bar.inc(n as u64);
             check_stop(stop)
         };
-        let writing = Writing { pipeline: &pipeline, loras: &loras, root: staged.path(), request, bar };
+        let writing =
+            Writing { pipeline: &pipeline, loras: &loras, root: staged.path(), request, bar };
         let summary = writing.part(part, graph, &mut advance)?;
         description.written(part, summary.written);
         summaries.push(summary);
@@ -142,8 +143,7 @@ impl Writing<'_> {
         let weights = self.pipeline.weights(part.component())?;
         self.bar
             .suspend(|| weights.notices().iter().for_each(|notice| eprintln!("note: {notice}")));
-        let source =
-            Source { weights: &weights, loras: self.loras, component: part.component() };
+        let source = Source { weights: &weights, loras: self.loras, component: part.component() };
         let (n_nodes, n_parameters) = (graph.nodes.len(), graph.n_parameters());
         let metadata = description::metadata(part, &self.request.choice, &graph, self.pipeline)?;
         let placement = self.request.placement;
