@@ -105,6 +105,16 @@ impl Lora {
         })
     }
 
+    /// Layer and r of each A and B of the transformer's.
+    pub fn ranks(&self) -> impl Iterator<Item = (&str, usize)> {
+        self.by_layer.iter().filter_map(|((component, layer), (index, _))| {
+            let (delta, _) = self.adapters[*index].delta.as_ref()?;
+            let is_plain = matches!(delta, Delta::Plain(Factor::Product(..)));
+            let of_transformer = *component == Component::Transformer;
+            (is_plain && of_transformer).then_some((layer.as_str(), delta.rank()?))
+        })
+    }
+
     /// A and B of the transformer's `layer`, if it has them.
     ///
     /// # Errors

@@ -68,14 +68,11 @@ class Files:
 
     def all(self):
         """Name and path of each file."""
-        down_up, ab = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.weight")
+        down_up = ("lora_down.weight", "lora_up.weight")
         kohya = self.bfl("kohya", lambda l, e: f"lora_unet_{l.replace('.', '_')}.{e}", down_up, True)
         yield "kohya", self.write("kohya", kohya)
         comfy = self.bfl("comfy", lambda l, e: f"diffusion_model.{l}.{e}", down_up, True)
         yield "ComfyUI", self.write("comfy", comfy)
-        fal = self.bfl("fal", lambda l, e: f"base_model.model.{l}.{e}", ab, False,
-                       [layer for layer in BFL if "mod" not in layer[0]])
-        yield "BFL below base_model.model.", self.write("fal", fal)
         xlabs = {}
         for block, what, rows, rank in ((0, "qkv_lora1", 3, 3), (0, "qkv_lora2", 3, 4),
                                         (1, "proj_lora1", 1, 2), (1, "proj_lora2", 1, 5)):

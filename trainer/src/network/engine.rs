@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
+use anyhow::Result;
 use flow::models::transformer::{Inputs, State, TransformerConfig};
 use flow::ops::Rope;
 use flow::ops::shapes::{Manifest, Shapes};
@@ -13,7 +14,7 @@ use super::condition::Condition;
 use super::inference::Inference;
 use super::lora::Adapters;
 use crate::tensor::eager::{Addition, Eager};
-use crate::tensor::parameters::Parameters;
+use crate::tensor::parameters::{Changed, Parameters};
 
 /// The velocity network.
 pub(crate) struct Engine {
@@ -71,6 +72,12 @@ impl Engine {
     pub(crate) fn adapt(&mut self, adapters: Adapters) {
         self.adapters = Some(adapters);
         *self.inference.get_mut() = None;
+    }
+
+    /// Puts other values in place of some parameters.
+    pub(crate) fn change(&mut self, changed: Changed) -> Result<()> {
+        *self.inference.get_mut() = None;
+        self.parameters.change(changed)
     }
 
     /// What training changes: the adapters where there are any, else every parameter.

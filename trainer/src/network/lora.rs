@@ -1,5 +1,6 @@
 //! Low-rank adapters (Hu et al. 2021) in training: W·x + (α/r)·B·A·x, with A `[r, n_in]`, B `[n_out, r]`.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -9,7 +10,7 @@ use flow::lora::{A, B, Layers, Lora};
 use flow::noise::Noise;
 use flow::ops::ParamPath;
 use flow::ops::shapes::Manifest;
-use flow::pipeline::Component;
+use flow::pipeline::Pipeline;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor, no_grad};
 
@@ -72,6 +73,48 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
+    /// The adapters to go on from, on a model of `pipeline`; says what they are.
+    ///
+    /// # Errors
+    /// When they are no LoRA of that model, or more than A and B of its transformer.
+    pub(crate) fn open(&self, pipeline: &Pipeline) -> Result<Option<Lora>> {
+        let Some(path) = &self.from else { return Ok(None) };
+        let lora = Lora::open(path, 1.0, &Layers::of(pipeline)).context("lora.from")?;
+        ensure!(
+            lora.is_low_rank(),
+            "lora.from: {lora}: only A and B of the transformer's layers can train on"
+        );
+        lora.lines().iter().for_each(|line| eprintln!("{line}"));
+        Ok(Some(lora))
+    }
+
+    /// Makes sure that `from` has A and B of this rank on the layers of `manifests`, and on no others.
+    fn check_from(&self, from: &Lora, manifests: &[Manifest]) -> Result<()> {
+        let names = manifests.iter().flat_map(Manifest::entries).map(|(name, _)| factor(name));
+        let targets: BTreeSet<&str> = names.map(|(layer, _)| layer).collect();
+        let ranks: BTreeMap<&str, usize> = from.ranks().collect();
+        let list = |what: &str, layers: Vec<&str>| {
+            let first = layers.first()?;
+            Some(format!("{} {what}, such as {first}", layers.len()))
+        };
+        let without = targets.iter().copied().filter(|layer| !ranks.contains_key(layer));
+        let beside = ranks.keys().copied().filter(|layer| !targets.contains(layer));
+        let other = ranks.iter().filter(|(_, rank)| **rank != self.rank).map(|(layer, _)| *layer);
+        let found: BTreeSet<usize> = ranks.values().copied().collect();
+        let ranks = found.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+        let misfits = [
+            list("of lora.targets have no adapter", without.collect()),
+            list("of its layers are none of lora.targets", beside.collect()),
+            list(
+                &format!("of its layers are not of lora.rank = {} but of rank {ranks}", self.rank),
+                other.collect(),
+            ),
+        ];
+        let misfits: Vec<String> = misfits.into_iter().flatten().collect();
+        ensure!(misfits.is_empty(), "lora.from does not fit: {}", misfits.join("; "));
+        Ok(())
+    }
+
     /// Names and shapes of A and B on the layers of `manifest` that the targets name.
     pub(crate) fn manifest(&self, manifest: &Manifest) -> Manifest {
         let layers = manifest.entries().filter_map(|(name, shape)| {
@@ -96,12 +139,13 @@ pub(crate) struct Adapters {
 }
 
 impl Adapters {
-    /// Adapters that train, on a network of `segments`.
+    /// Adapters that train, on a network of `segments`: those of `from`, or new ones.
     ///
     /// # Errors
     /// When no layer is a target, or the adapters to go on from do not fit.
     pub(crate) fn new(
         config: &LoraConfig,
+        from: Option<&Lora>,
         segments: &[Manifest],
         noise: Noise,
         compute: Compute,
@@ -114,17 +158,18 @@ impl Adapters {
             config.targets.join(", ")
         );
         let scale = config.alpha / config.rank as f64;
-        let from =
-            config.from.as_deref().map(|path| open(path, 1.0 / scale, segments)).transpose()?;
+        if let Some(from) = from {
+            config.check_from(from, &manifests)?;
+        }
         let mut streams = 0..;
         let value = |name: &str, shape: &[usize]| {
             let stream = streams.next().expect("endless");
             let (layer, is_a) = factor(name);
-            let values = match &from {
+            let values = match from {
                 Some(lora) => {
-                    let missing = || format!("lora.from has no adapter of {layer}");
-                    let found = lora.factors(layer)?.with_context(missing)?;
-                    if is_a { found.a } else { found.b }
+                    let found = lora.factors(layer)?.context("lora.from has no such adapter")?;
+                    let unscaled = |b: f32| (f64::from(b) / scale) as f32;
+                    if is_a { found.a } else { found.b.into_iter().map(unscaled).collect() }
                 }
                 None if is_a => {
                     let n = shape.iter().product();
@@ -133,27 +178,21 @@ impl Adapters {
                 }
                 None => vec![0.0; shape.iter().product()],
             };
-            let n: usize = shape.iter().product();
-            ensure!(values.len() == n, "lora.from: its rank is not lora.rank = {}", config.rank);
             Ok(Tensor::from_slice(&values))
         };
         let parameters = Parameters::build(&manifests, compute, Storage::Trainable, value)?;
         Ok(Self { parameters, scale })
     }
 
-    /// The adapters of several files, summed, to sample with.
+    /// A and B of several files, summed, to sample with.
     ///
     /// # Errors
-    /// When one does not fit the network.
+    /// When one cannot be read any more.
     pub(crate) fn combined(
-        files: &[(PathBuf, f64)],
+        loras: &[Lora],
         segments: &[Manifest],
         compute: Compute,
     ) -> Result<Self> {
-        let loras = files
-            .iter()
-            .map(|(path, scale)| open(path, *scale, segments))
-            .collect::<Result<Vec<Lora>>>()?;
         let stacked = |layer: &str| -> Result<Vec<flow::lora::Factors>> {
             let factors = loras.iter().filter_map(|lora| lora.factors(layer).transpose());
             Ok(factors.collect::<Result<_, _>>()?)
@@ -242,20 +281,13 @@ fn factor(name: &str) -> (&str, bool) {
     (layer.trim_end_matches('.'), is_a)
 }
 
-fn open(path: &Path, scale: f64, segments: &[Manifest]) -> Result<Lora> {
-    let mut whole = Manifest::default();
-    for segment in segments {
-        whole.merge(segment.clone());
-    }
-    Ok(Lora::open(path, scale, &Layers::new([(Component::Transformer, whole)]))?)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::network::engine::segments;
     use crate::network::model::{Loading, Model};
     use flow::latents::LatentSize;
+    use flow::pipeline::Component;
 
     const SIZE: LatentSize = LatentSize { channels: 16, height: 4, width: 6 };
 
@@ -272,7 +304,8 @@ mod tests {
         let segments = segments(&model.pipeline.transformer);
         let config = LoraConfig { rank: 3, alpha: 6.0, ..LoraConfig::default() };
         let noise = Noise::new(4);
-        model.engine.adapt(Adapters::new(&config, &segments, noise, Compute::CPU).unwrap());
+        let adapters = Adapters::new(&config, None, &segments, noise, Compute::CPU).unwrap();
+        model.engine.adapt(adapters);
         model
     }
 
@@ -347,10 +380,63 @@ mod tests {
         let segments = segments(&trained.pipeline.transformer);
         let mut going_on = model(false);
         let noise = Noise::new(0);
-        going_on.engine.adapt(Adapters::new(&config, &segments, noise, Compute::CPU).unwrap());
+        let from = config.open(&going_on.pipeline).unwrap();
+        let new = |config: &LoraConfig| {
+            Adapters::new(config, from.as_ref(), &segments, noise, Compute::CPU)
+        };
+        going_on.engine.adapt(new(&config).unwrap());
         assert!(distance(&velocity(&going_on), &expected) < 1e-5);
-        let other = LoraConfig { rank: 5, ..config };
-        let refused = Adapters::new(&other, &segments, noise, Compute::CPU).err().unwrap();
-        assert!(format!("{refused:#}").contains("lora.rank = 5"), "{refused:#}");
+        let other = LoraConfig { rank: 5, ..config.clone() };
+        let refused = format!("{:#}", new(&other).err().unwrap());
+        assert!(refused.contains("lora.rank = 5 but of rank 3"), "{refused}");
+        let other = LoraConfig { targets: vec!["attn.to_q".into(), "proj_mlp".into()], ..config };
+        let refused = format!("{:#}", new(&other).err().unwrap());
+        let parts = ["2 of lora.targets have no adapter", "none of lora.targets"];
+        assert!(parts.iter().all(|part| refused.contains(part)), "{refused}");
+    }
+
+    /// Whole differences go into the weights, wherever those are; A and B stay beside them.
+    #[test]
+    fn what_is_not_low_rank_is_merged_wherever_weights_are() {
+        use flow::checkpoint::{Entry, write_tensors};
+        let home = tempfile::tempdir().unwrap();
+        let (layer, d) = ("transformer_blocks.0.attn.to_q", 48);
+        let text = "text_model.encoder.layers.0.self_attn.q_proj";
+        let [a, b] = [1, 2].map(|stream| Noise::new(9).normal(stream, 2 * d));
+        let product = Tensor::from_slice(&b)
+            .reshape([-1, 2])
+            .matmul(&Tensor::from_slice(&a).reshape([2, -1]));
+        let difference = Vec::<f32>::try_from(&product.reshape([-1])).unwrap();
+        let write = |file: &str, entries: &[Entry<'_>]| {
+            let path = home.path().join(file);
+            write_tensors(&path, entries, &[]).unwrap();
+            vec![(path, 0.3)]
+        };
+        let shape = model(false).pipeline.weights(Component::TextEncoder).unwrap();
+        let shape = shape.shape(&format!("{text}.weight")).unwrap().to_vec();
+        let of_text = Noise::new(9).normal(3, shape.iter().product());
+        let of_text = Entry::f32(format!("text_encoder.{text}.diff"), &shape, &of_text);
+        let factors = [
+            Entry::f32(format!("{layer}.lora_A.weight"), &[2, d], &a),
+            Entry::f32(format!("{layer}.lora_B.weight"), &[d, 2], &b),
+        ];
+        let whole = Entry::f32(format!("{layer}.diff"), &[d, d], &difference);
+        let files = [
+            write("factors.safetensors", &factors),
+            write("whole.safetensors", std::slice::from_ref(&whole)),
+            write("both.safetensors", &[whole, of_text]),
+        ];
+        let adapted = |stream: bool, files: &[(PathBuf, f64)]| {
+            let mut model = model(stream);
+            model.add_loras(files).unwrap();
+            velocity(&model)
+        };
+        let [factors, whole, both] = files.each_ref().map(|files| adapted(false, files));
+        assert!(distance(&factors, &whole) < 1e-5);
+        assert!(
+            distance(&whole, &velocity(&model(false))) > 1e-2 && distance(&both, &whole) > 1e-4
+        );
+        assert_eq!(adapted(true, &files[1]), whole);
+        assert_eq!(adapted(true, &files[2]), both);
     }
 }

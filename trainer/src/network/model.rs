@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
 use flow::latents::LatentSize;
+use flow::lora::{self, Layers, Lora};
 use flow::models::t5::{State, T5Config};
 use flow::models::transformer::image_ids;
 use flow::noise::Noise;
@@ -21,7 +22,7 @@ use crate::network::engine::{Engine, segments};
 use crate::network::init;
 use crate::network::lora::Adapters;
 use crate::tensor::device::Compute;
-use crate::tensor::parameters::{Parameters, Storage};
+use crate::tensor::parameters::{Changed, Parameters, Storage};
 
 /// Prompts encoded at a time where memory is short.
 const STREAMED_TEXTS: i64 = 8;
@@ -38,6 +39,8 @@ pub(crate) struct Model {
     pub(crate) vae: Parameters,
     /// Conditions come from there, and not from the text encoders, where given.
     pub(crate) embeddings: Option<Embeddings>,
+    /// Whether adapters have gone into the weights.
+    pub(crate) is_merged: bool,
     tokenizers: Tokenizers,
     device: Device,
 }
@@ -112,13 +115,15 @@ impl Model {
             text_encoder_2: load(Component::TextEncoder2, compute, of_text)?,
             vae: load(Component::Vae, of_vae, Storage::Frozen)?,
             embeddings: None,
+            is_merged: false,
             tokenizers,
             device: compute.device,
             pipeline,
         })
     }
 
-    /// Puts the adapters of `files`, with their scales, on the transformer.
+    /// Puts the adapters of `files`, with their scales, on the networks, and says what each is: A and B of
+    /// the transformer beside its weights, in place of others that were there; all else into the weights.
     ///
     /// # Errors
     /// When one is no LoRA or does not fit.
@@ -126,9 +131,44 @@ impl Model {
         if files.is_empty() {
             return Ok(());
         }
+        let layers = Layers::of(&self.pipeline);
+        let open = |(path, scale): &(PathBuf, f64)| {
+            let lora = Lora::open(path, *scale, &layers)?;
+            lora.lines().iter().for_each(|line| eprintln!("{line}"));
+            Ok(lora)
+        };
+        let loras = files.iter().map(open).collect::<Result<Vec<Lora>>>()?;
+        if !loras.iter().all(Lora::is_low_rank) {
+            return self.merge(&loras.into());
+        }
         let segments = segments(&self.pipeline.transformer);
         let compute = Compute { device: self.device, kind: self.engine.kind() };
-        self.engine.adapt(Adapters::combined(files, &segments, compute)?);
+        self.engine.adapt(Adapters::combined(&loras, &segments, compute)?);
+        Ok(())
+    }
+
+    fn merge(&mut self, loras: &Rc<[Lora]>) -> Result<()> {
+        self.is_merged = true;
+        let texts = [Component::TextEncoder, Component::TextEncoder2];
+        let changes = |component| loras.iter().any(|lora| lora.changes(component));
+        if self.embeddings.is_some() && texts.into_iter().any(changes) {
+            eprintln!(
+                "note: what a LoRA changes in text encoders does nothing to embeddings made before"
+            );
+        }
+        for component in [Component::Transformer, texts[0], texts[1]] {
+            if !changes(component) {
+                continue;
+            }
+            let (weights, loras) = (self.pipeline.weights(component)?, Rc::clone(loras));
+            let changed: Changed =
+                Box::new(move |name| Ok(lora::merged(&loras, component, &weights, name)?));
+            match component {
+                Component::TextEncoder => self.text_encoder.change(changed),
+                Component::TextEncoder2 => self.text_encoder_2.change(changed),
+                _ => self.engine.change(changed),
+            }?;
+        }
         Ok(())
     }
 

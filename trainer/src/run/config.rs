@@ -104,7 +104,8 @@ impl AlignConfig {
         if let Some(lora) = &self.lora {
             let (segments, noise) =
                 (segments(&model.pipeline.transformer), family(self.group.seed, Use::Weights));
-            model.engine.adapt(Adapters::new(lora, &segments, noise, compute)?);
+            let from = lora.open(&model.pipeline)?;
+            model.engine.adapt(Adapters::new(lora, from.as_ref(), &segments, noise, compute)?);
         }
         model.engine.train();
         model.engine.recompute = self.recompute || self.stream;

@@ -67,12 +67,17 @@ pub(crate) enum Storage {
     Streamed,
 }
 
+/// Values that stand in place of a parameter's own, by its name.
+pub(crate) type Changed = Box<dyn Fn(&str) -> Result<Option<Vec<f32>>>>;
+
 /// The parameters of a network, in segments.
 pub(crate) struct Parameters {
     pub(crate) segments: Vec<Segment>,
     views: RefCell<Named>,
     /// Where streamed values are.
     source: Option<Weights>,
+    /// What stands in place of some of them.
+    changed: Option<Changed>,
     device: Device,
     kind: Kind,
     trainable: bool,
@@ -102,9 +107,9 @@ impl Parameters {
             segments.push(Segment { places, master });
         }
         let views = RefCell::default();
-        let (trainable, version) = (false, Cell::new(0));
+        let (trainable, version, changed) = (false, Cell::new(0), None);
         let mut parameters =
-            Self { segments, views, source: None, device, kind, trainable, version };
+            Self { segments, views, source: None, changed, device, kind, trainable, version };
         parameters.make_views();
         Ok(parameters)
     }
@@ -125,8 +130,31 @@ impl Parameters {
             .iter()
             .map(|manifest| Segment { places: places(manifest), master: nothing() })
             .collect();
-        let (views, source) = (RefCell::default(), Some(weights));
-        Ok(Self { segments, views, source, device, kind, trainable: false, version: Cell::new(0) })
+        let (views, source, changed) = (RefCell::default(), Some(weights), None);
+        let (trainable, version) = (false, Cell::new(0));
+        Ok(Self { segments, views, source, changed, device, kind, trainable, version })
+    }
+
+    /// Puts other values in place of some: now where they are held, else whenever they are read.
+    ///
+    /// # Errors
+    /// When `changed` fails.
+    pub(crate) fn change(&mut self, changed: Changed) -> Result<()> {
+        if self.is_streamed() {
+            self.changed = Some(changed);
+            return Ok(());
+        }
+        for segment in &self.segments {
+            for place in &segment.places {
+                if let Some(values) = changed(&place.name)? {
+                    let values = Tensor::from_slice(&values);
+                    no_grad(|| place.narrow(&segment.master).copy_(&values));
+                }
+            }
+        }
+        self.make_views();
+        self.version.set(self.version.get() + 1);
+        Ok(())
     }
 
     /// Lets gradients accumulate on every view.
@@ -160,7 +188,14 @@ impl Parameters {
         let places = &self.segments[index].places;
         let read = |place: &Place| {
             // The manifest check at the border leaves no way for a name to be absent.
-            let values = tensor(weights, &place.name).expect("checked against the manifest");
+            let changed = self
+                .changed
+                .as_ref()
+                .and_then(|changed| changed(&place.name).expect("adapters that were read before"));
+            let values = match changed {
+                Some(values) => Tensor::from_slice(&values),
+                None => tensor(weights, &place.name).expect("checked against the manifest"),
+            };
             let values =
                 values.reshape(dims(&place.shape)).to_device(self.device).to_kind(self.kind);
             (place.name.clone(), Rc::new(values))

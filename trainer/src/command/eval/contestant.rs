@@ -74,8 +74,7 @@ impl Contestant {
             }
         }
         if let Some((path, scale)) = &self.lora {
-            let file = if path.is_dir() { path.join(lora::FILE) } else { path.clone() };
-            stamps.extend(stamp::of(&file)?);
+            stamps.extend(stamp::of(&lora::file(path)?)?);
             stamps.push(format!("at scale {scale}"));
         }
         Ok(stamps)
@@ -88,7 +87,9 @@ impl Contestant {
         config: &AlignConfig,
         compute: Compute,
     ) -> Result<Model> {
-        let is_same = |model: &Model| self.lora.is_some() && model.pipeline.dir == self.pipeline;
+        let is_same = |model: &Model| {
+            self.lora.is_some() && !model.is_merged && model.pipeline.dir == self.pipeline
+        };
         let mut model = match held.filter(is_same) {
             Some(model) => model,
             None => open(&self.pipeline, config, compute)?,
@@ -108,8 +109,7 @@ fn open(folder: &Path, config: &AlignConfig, compute: Compute) -> Result<Model> 
 }
 
 fn is_lora(path: &Path) -> bool {
-    let has = |file: &str| path.join(file).is_file();
-    path.is_file() || (has(lora::FILE) && !has("model_index.json"))
+    path.is_file() || (path.is_dir() && lora::file(path).is_ok())
 }
 
 /// The shortest ends of `names` that tell them apart, for headers.
