@@ -13,7 +13,7 @@ OUT     := out
 test parity: export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help runtime parity-runtime build demo signs emoji test parity bench gpu lint clean-runtime
+.PHONY: help runtime parity-runtime build demo signs emoji test parity soak page bench gpu dist lint clean-runtime
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -42,11 +42,22 @@ parity: build $(PARITY) ## Compare our programs live with diffusers and onnxrunt
 	HF_HUB_OFFLINE=1 $(PYTHON) -B tests/parity/run.py --programs $(NG) --out $(OUT)/parity \
 	  tests/fixtures/tiny-flux/pipeline tests/fixtures/tiny-schnell/pipeline assets/signs
 
+soak: build ## Load and abuse the server for minutes (out/soak)
+	rm -rf $(OUT)/soak && mkdir -p $(OUT)/soak
+	$(NG)/ng-export assets/signs --out $(OUT)/soak/signs
+	python3 -B tests/soak/soak.py $(OUT)/soak/signs --program $(NG)/ng-sample
+
+page: build ## Use the server's page in headless Chromium as a person does (out/page)
+	OUT=$(OUT)/page ./setup/page.sh $(RUNTIME) $(NG)
+
 bench: build $(PARITY) ## Measure the claims of the README
 	$(CARGO) bench -p benches --locked
 
 gpu: build $(PARITY) ## Run what needs a GPU: bf16 alignment, FLUX.1-dev's passes and iteration (out/gpu)
 	OUT=$(OUT)/gpu PYTHON=$(PYTHON) ./setup/gpu.sh
+
+dist: build ## Pack archives that run on a bare Debian (out/dist)
+	./setup/dist.sh $(NG) $(RUNTIME) $(OUT)/dist
 
 lint: $(LIGHT) ## Check format and lints
 	$(CARGO) fmt --all --check
@@ -60,6 +71,7 @@ $(LIGHT): setup/light.sh setup/libtorch.sh setup/requirements-light.txt
 	@touch $@
 
 $(PARITY): $(LIGHT) setup/parity.sh setup/requirements-parity.txt setup/requirements-optimum.txt \
-           setup/requirements-rewards.txt setup/requirements-image-reward.txt
+           setup/requirements-rewards.txt setup/requirements-image-reward.txt \
+           setup/requirements-openai.txt
 	./setup/parity.sh $(RUNTIME)
 	@touch $@

@@ -22,7 +22,7 @@ while IFS= read -r line; do
 done < "$here/requirements-light.txt"
 
 # Packages beside the environment: what each needs differs from what the others need.
-for name in optimum rewards image-reward; do
+for name in optimum rewards image-reward openai; do
   rm -rf "$runtime/$name" "$runtime/$name.part"
   "$runtime/venv/bin/python" -m pip install --disable-pip-version-check --quiet --no-deps \
     --only-binary :all: --target "$runtime/$name.part" \

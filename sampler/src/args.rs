@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand, builder::PossibleValuesParser};
 use flow::solver::{DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS};
 use onnx::PROVIDERS;
 
-use crate::engine::MEMORIES;
+use crate::{engine::MEMORIES, server::args::ServeArgs};
 
 /// Make images from an exported FLUX pipeline with ONNX Runtime.
 #[derive(Clone, Debug, Parser)]
@@ -32,6 +32,8 @@ pub enum Command {
     Generate(Box<Generate>),
     /// Say what a picture or a model folder holds.
     Inspect(Inspect),
+    /// Serve models over HTTP: the OpenAI images API, jobs with progress, a page.
+    Serve(ServeArgs),
 }
 
 /// Arguments of `generate`.
@@ -89,6 +91,19 @@ pub struct EngineArgs {
     #[arg(short, long, value_name = "DIR", required_unless_present = "inspect")]
     pub model: Option<PathBuf>,
 
+    /// keep: every network stays loaded; release: the text encoders go before the transformer comes;
+    /// low: the same, and weights are read where they lie in their files.
+    #[arg(long, value_name = "NAME", default_value = "release",
+          value_parser = PossibleValuesParser::new(MEMORIES.map(|(name, _)| name)))]
+    pub memory: String,
+
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
+}
+
+/// What computes, whatever is asked for.
+#[derive(Args, Clone, Debug)]
+pub struct RuntimeArgs {
     /// What computes; a run never moves to another by itself.
     #[arg(long, value_name = "NAME", default_value = "cpu",
           value_parser = PossibleValuesParser::new(PROVIDERS.map(|(name, _)| name)))]
@@ -101,12 +116,6 @@ pub struct EngineArgs {
     /// Threads for one operator; the images do not depend on it [default: every core].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
-
-    /// keep: every network stays loaded; release: the text encoders go before the transformer comes;
-    /// low: the same, and weights are read where they lie in their files.
-    #[arg(long, value_name = "NAME", default_value = "release",
-          value_parser = PossibleValuesParser::new(MEMORIES.map(|(name, _)| name)))]
-    pub memory: String,
 
     /// T5 tokens a prompt is padded or cut to [default: the tokenizer's limit, at most 512].
     #[arg(long, value_name = "N")]

@@ -306,7 +306,7 @@ impl Engine {
     }
 
     /// Opens every network at the same time.
-    fn open_all(&mut self) -> Result<()> {
+    pub fn open_all(&mut self) -> Result<()> {
         let (options, pipeline) = (self.onnx(), &self.export.pipeline);
         let (encoders, painters) = timed(&mut self.load, || {
             thread::scope(|scope| {

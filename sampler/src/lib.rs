@@ -4,6 +4,7 @@
 //! - [`engine`]: the networks, loaded once, for many requests: progress, previews, cancelling.
 //! - [`networks`], [`sample`], [`texts`]: what the engine runs.
 //! - [`args`] → [`run`] → [`generate`]: a run of the program.
+//! - [`server`]: requests over HTTP.
 //! - [`outputs`], [`picture`], [`parameters`], [`settings`], [`sheet`], [`report`]: what goes in and
 //!   comes out.
 //!
@@ -24,6 +25,7 @@ pub mod report;
 pub mod request;
 pub mod run;
 pub mod sample;
+pub mod server;
 pub mod settings;
 pub mod sheet;
 pub mod texts;

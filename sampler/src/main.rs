@@ -12,6 +12,7 @@ use sampler::{
     args::{Cli, Command},
     generate, inspect,
     run::Run,
+    server::args::serve,
 };
 
 fn main() -> ExitCode {
@@ -30,6 +31,7 @@ fn run(cli: Cli) -> Result<()> {
     match (cli.inspect, cli.command) {
         (Some(path), _) => inspect::run(&path, stdout()),
         (None, Some(Command::Inspect(args))) => inspect::run(&args.path, stdout()),
+        (None, Some(Command::Serve(args))) => serve(&args),
         (None, Some(Command::Generate(args))) => generate::run(&Run::new(&args)?, stdout()),
         (None, None) => generate::run(&Run::new(&cli.generate)?, stdout()),
     }

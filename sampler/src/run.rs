@@ -15,8 +15,8 @@ use flow::{
 };
 
 use crate::{
-    args::{EngineArgs, Generate, ImageArgs},
-    engine::{self, MEMORIES},
+    args::{EngineArgs, Generate, ImageArgs, RuntimeArgs},
+    engine::{self, MEMORIES, Memory},
     export::{Export, random_seed},
     outputs,
     picture::Picture,
@@ -120,21 +120,28 @@ impl Run {
 /// [`Usage`] for what is missing or unknown.
 pub fn engine_options(args: &EngineArgs) -> Result<(PathBuf, engine::Options)> {
     let folder = args.model.clone().with_context(|| usage("--model is missing"))?;
-    let provider = onnx::Provider::by_name(&args.provider)
-        .with_context(|| usage(format!("--provider {} is not known", args.provider)))?;
     let memory = MEMORIES.iter().find(|(name, _)| *name == args.memory);
     let (_, memory) =
         memory.with_context(|| usage(format!("--memory {} is not known", args.memory)))?;
+    Ok((folder, runtime_options(&args.runtime, *memory)?))
+}
+
+/// How networks run that are held as `memory` says.
+///
+/// # Errors
+/// [`Usage`] for an unknown provider.
+pub fn runtime_options(args: &RuntimeArgs, memory: Memory) -> Result<engine::Options> {
+    let provider = onnx::Provider::by_name(&args.provider)
+        .with_context(|| usage(format!("--provider {} is not known", args.provider)))?;
     let defaults = engine::Options::default();
-    let options = engine::Options {
+    Ok(engine::Options {
         text_tokens: args.max_sequence_length,
         threads: args.threads.map_or(defaults.threads, usize::from),
         provider,
         device: usize::from(args.device),
-        memory: *memory,
+        memory,
         engines: args.engines.clone(),
-    };
-    Ok((folder, options))
+    })
 }
 
 /// What was typed for every image.

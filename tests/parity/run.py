@@ -3,11 +3,11 @@
     python tests/parity/run.py MODEL... --programs target/release --out out/parity
 
 For each model: `ng-train reference` against diffusers, `ng-export` against onnx, onnxruntime and
-Optimum, images from equal noise; on one, LoRA of every kind. Then an iteration of `ng-train align`: its last update
-recomputed, its checkpoint loaded by diffusers, images of that checkpoint compared like those of the
-model. The embedded model is also scored by the example reward server. At last, the networks of rewards
-against the packages that define them. Every script runs even after one failed; the exit code is 1 if
-any did.
+Optimum, images from equal noise; on one, LoRA of every kind. Then an iteration of `ng-train align`: its
+last update recomputed, its checkpoint loaded by diffusers, images of that checkpoint compared like
+those of the model. The embedded model is also scored by the example reward server, and served to the OpenAI
+client. At last, the networks of rewards against the packages that define them. Every script runs even
+after one failed; the exit code is 1 if any did.
 """
 
 import argparse
@@ -84,6 +84,8 @@ class Comparisons:
             self.script("ort_pipeline.py", out / "export", out / "images", extra_path=optimum)
         if name == "signs":
             self.script("server.py", model, "--programs", self.programs, "--out", out / "server")
+            self.script("openai_client.py", out / "export", "--programs", self.programs,
+                        "--out", out / "openai", extra_path=Path(sys.prefix).parent / "openai")
         if name == "tiny-flux":
             self.script("loras.py", model, "--programs", self.programs, "--out", out / "loras")
         self.alignment(model, out / "run", size)

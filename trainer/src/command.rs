@@ -50,7 +50,9 @@ pub fn run(cli: &Cli) -> Result<()> {
                 settings::read(&of(source), &pretrain::PRETRAIN_PRESETS, &source.settings)?;
             pretrain::run(&config, compute.device)
         }
-        Command::Eval { models, prompts, n_images, seed, out, source } => {
+        Command::Eval { votes: Some(votes), .. } => eval::votes(votes),
+        Command::Eval { models, prompts, n_images, seed, out, source, votes: None } => {
+            let prompts = prompts.as_deref().context("--prompts is missing")?;
             let config = settings::read(&of(source), &settings::ALIGN_PRESETS, &source.settings)?;
             let (n_images, seed) = (*n_images, *seed);
             eval::run(

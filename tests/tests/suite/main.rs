@@ -10,6 +10,7 @@ mod eval;
 mod parity;
 mod record;
 mod score;
+mod serve;
 mod server;
 mod tidy;
 mod tokens;

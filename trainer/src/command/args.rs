@@ -63,8 +63,11 @@ pub enum Command {
         #[arg(long = "model", required = true, value_name = "DIR|LORA[:SCALE]")]
         models: Vec<String>,
         /// Prompt file: .txt, .json, .jsonl or .parquet
-        #[arg(long, value_name = "FILE")]
-        prompts: PathBuf,
+        #[arg(long, value_name = "FILE", required = true)]
+        prompts: Option<PathBuf>,
+        /// Instead of all this: print the win rates of votes that the page of ng-sample serve saved
+        #[arg(long, value_name = "FILE", exclusive = true)]
+        votes: Option<PathBuf>,
         /// Images a prompt
         #[arg(long = "images", value_name = "N", default_value_t = 1,
               value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]

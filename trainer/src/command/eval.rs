@@ -34,6 +34,7 @@ mod record;
 mod sheet;
 mod stamp;
 mod table;
+mod votes;
 mod wins;
 
 /// What to compare.
@@ -109,6 +110,15 @@ pub fn run(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
     let sheet = sheet::draw(&headers, &prompts, &records, &columns, &configs)?;
     picture::save(&options.out.join("side-by-side.png"), &sheet)?;
     print!("{text}");
+    Ok(())
+}
+
+/// Prints the win rates of a file of votes.
+///
+/// # Errors
+/// When it is none.
+pub fn votes(file: &Path) -> Result<()> {
+    print!("{}", votes::markdown(file)?);
     Ok(())
 }
 

@@ -1,0 +1,8 @@
+//! The server in this process, with the networks of the embedded model.
+
+mod jobs;
+mod openai;
+mod refusals;
+mod rig;
+mod sdapi;
+mod sockets;

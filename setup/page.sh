@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Uses the page of `ng-sample serve` in headless Chromium: $1 is the folder of `make runtime`, $2 that of
+# the programs; pictures and votes go to $OUT. TUNED is the checkpoint that stands against the embedded
+# model, by default a tiny one of random weights.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+runtime=$(cd "$1" && pwd)
+
+missing=()
+command -v chromium > /dev/null || missing+=(chromium fonts-dejavu-core)
+command -v chromedriver > /dev/null || missing+=(chromium-driver)
+if [ ${#missing[@]} -gt 0 ]; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"
+  else
+    echo "error: missing Debian packages: run \`apt-get install ${missing[*]}\` as root" >&2
+    exit 1
+  fi
+fi
+if ! cmp -s setup/requirements-page.txt "$runtime/page/requirements.txt"; then
+  rm -rf "$runtime/page.part" "$runtime/page"
+  "$runtime/venv/bin/python" -m pip install --disable-pip-version-check --quiet --no-deps \
+    --only-binary :all: --target "$runtime/page.part" --requirement setup/requirements-page.txt
+  cp setup/requirements-page.txt "$runtime/page.part/requirements.txt"
+  mv "$runtime/page.part" "$runtime/page"
+fi
+
+rm -rf "$OUT"
+mkdir -p "$OUT"
+"$2/ng-export" assets/signs --out "$OUT/base"
+"$2/ng-export" "${TUNED:-tests/fixtures/tiny-schnell/pipeline}" --out "$OUT/tuned"
+PYTHONPATH=$runtime/page "$runtime/venv/bin/python" -B tests/page/run.py --program "$2/ng-sample" \
+  --models "base=$OUT/base" "tuned=$OUT/tuned" --out "$OUT"
