@@ -37,8 +37,9 @@ set_of() { # set_of NAME PROGRAM...: the folder of an archive, without libraries
     strip -o "$root/bin/$program" "$programs/$program"
     name=${program%-libtorch}
     [ "$name" = "$program" ] || continue
-    "$programs/$name" completions --dir "$root/completions"
-    "$programs/$name" man --dir "$root/man/man1"
+    "$programs/$name" --manual "$work/manual"
+    mv "$work"/manual/*.1 "$root/man/man1/"
+    mv "$work"/manual/* "$root/completions/"
   done
   cp LICENSE-APACHE LICENSE-MIT "$root/licences/"
   cp CHANGELOG.md "$root/"
