@@ -42,10 +42,11 @@ parity: build $(PARITY) ## Compare our programs live with diffusers and onnxrunt
 	HF_HUB_OFFLINE=1 $(PYTHON) -B tests/parity/run.py --programs $(NG) --out $(OUT)/parity \
 	  tests/fixtures/tiny-flux/pipeline tests/fixtures/tiny-schnell/pipeline assets/signs
 
-soak: build ## Load and abuse the server for minutes (out/soak)
+soak: build ## Load and abuse the server, kill and freeze ranks of shared runs, for long (out/soak)
 	rm -rf $(OUT)/soak && mkdir -p $(OUT)/soak
 	$(NG)/ng-export assets/signs --out $(OUT)/soak/signs
 	python3 -B tests/soak/soak.py $(OUT)/soak/signs --program $(NG)/ng-sample
+	python3 -B tests/soak/ranks.py --program $(NG)/ng-train
 
 page: build ## Use the server's page in headless Chromium as a person does (out/page)
 	OUT=$(OUT)/page ./setup/page.sh $(RUNTIME) $(NG)

@@ -1,7 +1,9 @@
-//! Compiles the shim over libtorch's c10d, and says where libtorch lies: to this package's programs, and
-//! as `DEP_C10D_LIBTORCH` to the build scripts of the packages above.
+//! Compiles the shim over libtorch's c10d, and lets programs find libtorch by themselves: beside the program,
+//! or where `make runtime` put it, seen from the program, so that no path of this machine is in it. The
+//! build scripts of the packages above get the same places as `DEP_C10D_PLACES`.
 
-use std::{env, path::PathBuf};
+use std::env;
+use std::path::{Component, Path, PathBuf};
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
@@ -31,6 +33,20 @@ fn main() {
     println!("cargo:rustc-link-search=native={}", root.join("lib").display());
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");
-    println!("cargo:libtorch={}", folder.display());
-    println!("cargo:rustc-link-arg=-Wl,-rpath,{}", folder.display());
+    // TARGET/PROFILE/build/PACKAGE/out; programs lie in PROFILE, tests in PROFILE/deps.
+    let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default());
+    let out = out.canonicalize().unwrap_or(out);
+    let profile = out.ancestors().nth(3).unwrap_or(&out);
+    let seen_from = |place: &Path| format!("$ORIGIN/{}", relative(folder, place).display());
+    let places =
+        ["$ORIGIN".to_owned(), seen_from(profile), seen_from(&profile.join("deps"))].join(":");
+    println!("cargo:rustc-link-arg=-Wl,-rpath,{places}");
+    println!("cargo:places={places}");
+}
+
+/// The way to `target` from `place`, both absolute.
+fn relative(target: &Path, place: &Path) -> PathBuf {
+    let common = target.components().zip(place.components()).take_while(|(a, b)| a == b).count();
+    let up = place.components().skip(common).map(|_| Component::ParentDir);
+    up.chain(target.components().skip(common)).collect()
 }

@@ -51,6 +51,8 @@ pub struct Pending {
     member: Option<Rc<Member>>,
     call: Call,
     output: Tensor,
+    /// The output where Gloo writes it.
+    host: Tensor,
     work: Option<Work>,
 }
 
@@ -232,9 +234,6 @@ impl Member {
             let what = format!("a tensor of {:?} is not contiguous", input.size());
             return Err(self.refuse(&call, what));
         }
-        if input.device() != Device::Cpu {
-            return Err(self.refuse(&call, format!("a tensor on {:?}", input.device())));
-        }
         if input.numel() == 0 {
             return Ok(Pending::ended(call, output));
         }
@@ -243,7 +242,8 @@ impl Member {
             self.compare(&call, number)?;
             self.compared.borrow_mut().insert(call.clone());
         }
-        let input = input.detach();
+        // Gloo reads and writes the host's memory.
+        let [host, input] = [&output, &input.detach()].map(|tensor| tensor.to_device(Device::Cpu));
         let (operation, argument) = match call.operation {
             Operation::AllGather => (c10d::Operation::AllGather, 0),
             Operation::ReduceScatter(how) | Operation::AllReduce(how) => {
@@ -251,9 +251,9 @@ impl Member {
             }
             Operation::Broadcast(from) => (c10d::Operation::Broadcast, from as i32),
         };
-        let work = self.gloo.start(operation, argument, &output, &input);
+        let work = self.gloo.start(operation, argument, &host, &input);
         let work = work.map_err(|failure| self.fail(&call, &failure))?;
-        Ok(Pending { member: Some(Rc::clone(self)), call, output, work: Some(work) })
+        Ok(Pending { member: Some(Rc::clone(self)), call, output, host, work: Some(work) })
     }
 
     /// Compares the call with the other ranks', through the store: a size that differs would end Gloo's
@@ -341,16 +341,19 @@ impl Member {
 
 impl Pending {
     fn ended(call: Call, output: Tensor) -> Self {
-        Self { member: None, call, output, work: None }
+        Self { member: None, call, host: output.shallow_clone(), output, work: None }
     }
 
     /// What the operation has made.
     ///
     /// # Errors
     /// See [`Group`].
-    pub fn wait(self) -> Result<Tensor, Error> {
+    pub fn wait(mut self) -> Result<Tensor, Error> {
         if let (Some(member), Some(work)) = (&self.member, &self.work) {
             member.finish(&self.call, work)?;
+        }
+        if self.output.device() != Device::Cpu {
+            tch::no_grad(|| self.output.copy_(&self.host));
         }
         Ok(self.output)
     }

@@ -4,18 +4,20 @@
 //! [`Topology`] describes; a process that is alone has one too, whose operations are identities. It knows
 //! tensors, and nothing of models.
 //!
-//! Tensors in the host's memory go through c10d's Gloo, which libtorch holds whole. A `TCPStore` brings the
+//! Tensors go through c10d's Gloo, which libtorch holds whole; those on a device by way of the host's memory.
+//! A `TCPStore` brings the
 //! ranks together, keeps a sign of life of each, and is where a rank that stops says why, so that the others
 //! stop within a tenth of a second and can name it. A frozen rank is seen when the operation's time is over.
 //!
 //! Who listens: the store at the address that the launcher names, on loopback alone if all ranks are on one
 //! machine and on every interface otherwise, without authentication; Gloo at the address that leads to it.
-#![expect(unsafe_code, reason = "calls of libtorch's C++ and of NCCL")]
+#![expect(unsafe_code, reason = "calls of libtorch's C++ and of the system")]
 
 mod c10d;
 mod call;
 mod error;
 mod group;
+mod ranks;
 mod store;
 mod topology;
 mod watch;
@@ -23,5 +25,6 @@ mod watch;
 pub use call::Reduce;
 pub use error::Error;
 pub use group::{Group, Pending, Timeouts};
-pub use store::serve;
+pub use ranks::{Ended, Ranks};
+pub use store::{Served, serve};
 pub use topology::{Launch, Node, PORT, Topology};

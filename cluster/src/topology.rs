@@ -21,7 +21,7 @@ pub struct Topology {
     pub launcher_serves: bool,
     /// How often the launcher has started the processes again.
     pub restart: usize,
-    /// Who started the process: `torchrun`, `slurm`.
+    /// What started the process: `torchrun`, `slurm`, `--processes`, or whatever sets torchrun's variables.
     pub launcher: &'static str,
 }
 
@@ -144,6 +144,8 @@ impl Variables<'_> {
             self.required(&HOST, "WORLD_SIZE is above 1")?.1
         };
         let served = self.first(&["TORCHELASTIC_USE_AGENT_STORE"]);
+        let launcher_serves = served.is_some_and(|(_, value)| value.eq_ignore_ascii_case("true"));
+        let is_torchrun = self.first(&["TORCHELASTIC_RUN_ID"]).is_some();
         checked(Topology {
             rank,
             world,
@@ -151,9 +153,13 @@ impl Variables<'_> {
             local_world: local_world.unwrap_or(local_rank + 1),
             host,
             port: self.port(PORT)?,
-            launcher_serves: served.is_some_and(|(_, value)| value.eq_ignore_ascii_case("true")),
+            launcher_serves,
             restart: self.optional(&["TORCHELASTIC_RESTART_COUNT"])?.unwrap_or(0),
-            launcher: "torchrun",
+            launcher: match (is_torchrun, launcher_serves) {
+                (true, _) => "torchrun",
+                (false, true) => "--processes",
+                (false, false) => "its environment",
+            },
         })
     }
 
@@ -293,6 +299,7 @@ mod tests {
             ("MASTER_PORT", "29400"),
             ("TORCHELASTIC_USE_AGENT_STORE", "True"),
             ("TORCHELASTIC_RESTART_COUNT", "2"),
+            ("TORCHELASTIC_RUN_ID", "none"),
         ]);
         let expected = Topology {
             rank: 5,

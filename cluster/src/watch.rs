@@ -226,6 +226,10 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
+        if thread::panicking() {
+            let what = "it has panicked".to_owned();
+            self.report(Fault { reporter: self.shared.rank, peers: Vec::new(), what });
+        }
         if self.fault().is_none() {
             self.leave();
         } else if self.shared.server == Some(self.shared.rank) {

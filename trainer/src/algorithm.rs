@@ -300,8 +300,12 @@ pub(crate) trait Algorithm {
     }
 
     /// Ends an iteration, after which the optimiser has made `n_steps` in all.
-    fn finish(&self, trained: &Parameters, n_steps: i64) {
+    ///
+    /// # Errors
+    /// When the ranks cannot put their parts together.
+    fn finish(&self, trained: &Parameters, n_steps: i64) -> Result<()> {
         let _ = (trained, n_steps);
+        Ok(())
     }
 }
 

@@ -22,6 +22,9 @@ pub mod init;
 pub mod plan;
 pub mod pretrain;
 mod published;
+mod ranks;
+
+pub use self::ranks::Failed;
 pub mod sample;
 pub mod score;
 
@@ -30,20 +33,27 @@ pub mod score;
 /// # Errors
 /// Whatever is wrong, in one line.
 pub fn run(cli: &Cli) -> Result<()> {
+    let place = match &cli.command {
+        Command::Align { processes, .. } => match ranks::place(*processes)? {
+            ranks::Place::Started => return Ok(()),
+            ranks::Place::Here(topology) => topology,
+        },
+        _ => None,
+    };
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
-    let threads = cli.threads.unwrap_or(cores);
+    let n_local = place.as_ref().map_or(1, |topology| topology.local_world);
+    let threads = cli.threads.unwrap_or((cores / n_local).max(1));
     tch::set_num_threads(threads as i32);
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
-    let compute = device::compute(&cli.device, &cli.precision)?;
+    let device = ranks::device(&cli.device, place.as_ref());
+    let compute = device::compute(&device, &cli.precision)?;
     interrupt::listen()?;
     match &cli.command {
-        Command::Align { source, resume, record_update } => {
+        Command::Align { source, resume, record_update, .. } => {
             let config = settings::read(&of(source), &settings::ALIGN_PRESETS, &source.settings)?;
-            let record_update = record_update.clone();
-            align::run(
-                &config,
-                &align::Options { resume: *resume, record_update, threads, compute },
-            )
+            let (resume, record_update) = (*resume, record_update.clone());
+            let ranks = ranks::join(place.as_ref(), &config, compute)?;
+            align::run(&config, &align::Options { resume, record_update, threads, compute, ranks })
         }
         Command::Pretrain { source } => {
             let config =

@@ -10,6 +10,7 @@ use crate::reward::RewardConfig;
 pub mod advantage;
 pub(crate) mod experience;
 pub(crate) mod order;
+pub(crate) mod ranks;
 pub mod rollout;
 pub(crate) mod seeds;
 

@@ -1,6 +1,7 @@
 //! `ng-train` once libtorch is found.
 
 use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
 use flow::panics;
@@ -12,6 +13,11 @@ fn main() -> ExitCode {
     let said = match panics::reported(|| trainer::command::run(&cli)) {
         Ok(Ok(())) => return ExitCode::SUCCESS,
         Ok(Err(error)) if error.is::<trainer::run::align::Stopped>() => return ExitCode::from(130),
+        Ok(Err(error)) if error.is::<trainer::command::Failed>() => {
+            eprintln!("error: {error}");
+            let code = error.downcast_ref().map_or(1, trainer::command::Failed::code);
+            return ExitCode::from(code);
+        }
         Ok(Err(error)) if error.is::<Usage>() => {
             eprintln!("error: {error:#}");
             return ExitCode::from(2);
@@ -19,6 +25,7 @@ fn main() -> ExitCode {
         Ok(Err(error)) => panics::without_frames(&format!("{error:#}")),
         Err(panic) => panic,
     };
+    tell_launcher(&said);
     if panics::is_out_of_memory(&said) {
         eprintln!(
             "error: out of memory: lower rollout.batch, rollout.size or prompts_per_iteration (or --batch, \
@@ -28,4 +35,14 @@ fn main() -> ExitCode {
         eprintln!("error: {said}");
     }
     ExitCode::FAILURE
+}
+
+/// Writes down for torchrun, which names the rank that failed first, why it did.
+fn tell_launcher(said: &str) {
+    let Some(path) = std::env::var_os("TORCHELASTIC_ERROR_FILE") else { return };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let extra = serde_json::json!({ "py_callstack": said, "timestamp": now.to_string() });
+    let text = serde_json::json!({ "message": { "message": said, "extraInfo": extra } });
+    // Nothing is lost where it cannot be written: the same stands in the program's own output.
+    _ = std::fs::write(path, text.to_string());
 }

@@ -8,6 +8,7 @@ mod determinism;
 mod errors;
 mod eval;
 mod parity;
+mod ranks;
 mod record;
 mod score;
 mod serve;

@@ -8,24 +8,27 @@ use crate::network::condition::Condition;
 use crate::network::model::Model;
 use crate::tensor::parameters::Parameters;
 
-/// One flat tensor a segment.
-pub(crate) struct Copies(Vec<Tensor>);
+pub(crate) struct Copies {
+    /// In f32, like the masters: this rank's part of each segment.
+    parts: Vec<Tensor>,
+    /// As networks see them, one flat tensor a segment; the parts themselves where masters share storage.
+    wholes: Vec<Tensor>,
+}
 
 impl Copies {
     pub(crate) fn of(trained: &Parameters) -> Self {
-        Self(trained.masters().map(Tensor::copy).collect())
+        let parts: Vec<Tensor> = trained.masters().map(Tensor::copy).collect();
+        let wholes = if trained.shares_storage() {
+            parts.iter().map(Tensor::shallow_clone).collect()
+        } else {
+            trained.seen()
+        };
+        Self { parts, wholes }
     }
 
     /// Swaps these values with those in use; twice restores both to the bit.
     pub(crate) fn exchange(&self, trained: &Parameters) {
-        no_grad(|| {
-            for (master, other) in trained.masters().zip(&self.0) {
-                let current = master.copy();
-                master.shallow_clone().copy_(other);
-                other.shallow_clone().copy_(&current);
-            }
-        });
-        trained.refresh();
+        trained.exchange(&self.wholes);
     }
 
     /// What these weights answer.
@@ -43,29 +46,44 @@ impl Copies {
     }
 
     /// Moves each value to `decay` of itself and the rest of the weight in use.
-    pub(crate) fn follow(&self, trained: &Parameters, decay: f64) {
+    ///
+    /// # Errors
+    /// When the ranks cannot put their parts together.
+    pub(crate) fn follow(&self, trained: &Parameters, decay: f64) -> Result<()> {
         no_grad(|| {
-            for (master, other) in trained.masters().zip(&self.0) {
-                let _ = other.shallow_clone().lerp_(master, 1.0 - decay);
+            for (master, part) in trained.masters().zip(&self.parts) {
+                let _ = part.shallow_clone().lerp_(master, 1.0 - decay);
             }
         });
+        self.renew(trained)
     }
 
-    /// What [`Copies::restore`] needs.
-    pub(crate) fn entries(&self) -> Result<Vec<Entry<'static>>> {
+    fn renew(&self, trained: &Parameters) -> Result<()> {
+        if trained.shares_storage() {
+            return Ok(());
+        }
+        for (whole, part) in self.wholes.iter().zip(&self.parts) {
+            let gathered = trained.whole(&part.to_kind(whole.kind()))?;
+            no_grad(|| whole.shallow_clone().copy_(&gathered.narrow(0, 0, whole.size()[0])));
+        }
+        Ok(())
+    }
+
+    /// What [`Copies::restore`] needs; nothing on other ranks than the first.
+    pub(crate) fn entries(&self, trained: &Parameters) -> Result<Vec<Entry<'static>>> {
         let entry = |(index, values): (usize, &Tensor)| {
             let values = Vec::<f32>::try_from(&values.to_device(Device::Cpu))?;
             Ok(Entry::f32(format!("behaviour.{index}"), &[values.len()], &values))
         };
-        self.0.iter().enumerate().map(entry).collect()
+        trained.wholes(self.parts.iter())?.iter().enumerate().map(entry).collect()
     }
 
     /// Takes back what [`Copies::entries`] gave.
-    pub(crate) fn restore(&self, state: &Weights) -> Result<()> {
-        for (index, values) in self.0.iter().enumerate() {
+    pub(crate) fn restore(&self, state: &Weights, trained: &Parameters) -> Result<()> {
+        for (index, part) in self.parts.iter().enumerate() {
             let stored = Tensor::from_slice(&state.f32(&format!("behaviour.{index}"))?);
-            no_grad(|| values.shallow_clone().copy_(&stored));
+            no_grad(|| part.shallow_clone().copy_(&trained.own_part(&stored)));
         }
-        Ok(())
+        self.renew(trained)
     }
 }

@@ -145,7 +145,7 @@ impl Neighbor<'_> {
         let calls = &experience.trajectory.calls;
         let g = experience.group_size as i64;
         let row = |all: &Tensor, item: &Item| experience.row(all, item.group, item.member);
-        let of_group = |all: &Tensor, item: &Item| all.narrow(0, item.group as i64 * g, g);
+        let of_group = |all: &Tensor, item: &Item| experience.members(all, item.group);
         let candidates = |item: &Item| {
             let call = &calls[item.call];
             match self.config.candidates {

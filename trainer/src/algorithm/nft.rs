@@ -188,10 +188,9 @@ impl Algorithm for Nft<'_> {
         self.old.as_ref()
     }
 
-    fn finish(&self, trained: &Parameters, n_steps: i64) {
-        if let Some(old) = &self.old {
-            old.follow(trained, self.config.decay(n_steps));
-        }
+    fn finish(&self, trained: &Parameters, n_steps: i64) -> Result<()> {
+        let decay = self.config.decay(n_steps);
+        self.old.as_ref().map_or(Ok(()), |old| old.follow(trained, decay))
     }
 }
 

@@ -46,6 +46,10 @@ pub enum Command {
         /// Store the tensors of the first iteration's last update as safetensors
         #[arg(long, value_name = "FILE")]
         record_update: Option<PathBuf>,
+        /// Share the work among so many processes of this machine [default: one a GPU where torchrun's, Slurm's
+        /// or a machine's variables ask for several, else one]
+        #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=512))]
+        processes: Option<usize>,
     },
     /// Train a small model from captioned images: autoencoder, then flow
     Pretrain {

@@ -119,7 +119,7 @@ fn engine(options: &Options<'_>) -> Result<Engine> {
     let mut engine = Engine::new(config.clone(), parameters);
     let lora = LoraConfig { rank: options.lora_rank, ..LoraConfig::default() };
     engine.adapt(Adapters::new(&lora, None, &segments, Noise::new(0), compute)?);
-    engine.train();
+    engine.train(&cluster::Group::alone());
     engine.recompute = !options.plain;
     Ok(engine)
 }

@@ -142,7 +142,7 @@ fn train_autoencoder(
     seed: u64,
     images: &[&RgbImage],
 ) -> Result<f64> {
-    model.vae.train();
+    model.vae.train(&cluster::Group::alone());
     let mut optimizer = AdamW::new(config.optimizer.clone(), &[&model.vae]);
     let n_steps = config.image_passes / config.batch;
     let (rows, posterior) = (family(seed, Use::Batches), family(seed, Use::Posterior));
@@ -211,9 +211,9 @@ fn train_flow(
     captions: &[&str],
     size: &LatentSize,
 ) -> Result<Option<Vec<Tensor>>> {
-    model.engine.train();
-    model.text_encoder.train();
-    model.text_encoder_2.train();
+    model.engine.train(&cluster::Group::alone());
+    model.text_encoder.train(&cluster::Group::alone());
+    model.text_encoder_2.train(&cluster::Group::alone());
     let ids = model.tokenise(captions)?;
     let mut optimizer = AdamW::new(config.optimizer.clone(), &trained(model));
     let n_steps = config.image_passes / config.batch;

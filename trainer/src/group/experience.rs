@@ -1,8 +1,10 @@
 //! What one iteration learns from: groups of trajectories, their images, rewards and advantages.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
+use cluster::Group;
 use flow::latents::LatentSize;
 use flow::prompts::Prompt;
 use flow::solver::Step;
@@ -11,31 +13,34 @@ use tch::{Kind, Tensor};
 
 use super::GroupConfig;
 use super::advantage::{Advantages, Scored};
+use super::ranks::{self, Exact};
 use super::rollout::{self, Rollout, Trajectory};
 use super::seeds::{Use, family};
 use crate::network::condition::Condition;
 use crate::network::model::Model;
-use crate::reward::{RewardConfig, Rewards, Scores};
+use crate::reward::{Outcome, RewardConfig, Rewards, Scores};
 
-/// P groups of G members.
+/// P groups of G members, of which this rank has rolled out its own.
 pub(crate) struct Experience {
     /// Iterations before this one.
     pub(crate) iteration: usize,
     /// Number of the first group in the run.
     pub(crate) first_group: u64,
+    /// Groups of this rank.
+    pub(crate) own: Range<usize>,
     /// G.
     pub(crate) group_size: usize,
     /// Shape of a latent.
     pub(crate) size: LatentSize,
-    /// Conditions, one row a prompt.
-    pub(crate) condition: Condition,
+    /// Conditions, one row an own group.
+    condition: Condition,
     /// How the trajectories came about.
     pub(crate) rollout: Rollout,
-    /// All P·G trajectories as rows, group by group.
+    /// The trajectories of own groups as rows, G a group.
     pub(crate) trajectory: Trajectory,
-    /// Scores of each group.
+    /// Scores of each of the P groups.
     pub(crate) scores: Vec<Scores>,
-    /// Advantages of each group.
+    /// Advantages of each of the P groups.
     pub(crate) advantages: Vec<Advantages>,
     /// Seconds of rollout, decoding and rewards.
     pub(crate) seconds: [f64; 3],
@@ -59,16 +64,30 @@ impl Experience {
         config.rewards.iter().enumerate().filter_map(line).collect()
     }
 
-    /// Groups whose rewards are not all flat.
+    /// Own groups whose rewards are not all flat.
     pub(crate) fn live(&self) -> Vec<usize> {
-        (0..self.advantages.len()).filter(|&group| !self.advantages[group].is_flat).collect()
+        self.own.clone().filter(|&group| !self.advantages[group].is_flat).collect()
     }
 
-    /// The row of `all` on the way to `member` of `group`. `all` `[P·n, …]` holds n ≤ G rows a group,
-    /// each on the way to as many members.
+    /// The row of `all` on the way to `member` of `group`. `all` holds n ≤ G rows an own group, each on the
+    /// way to as many members.
     pub(crate) fn row(&self, all: &Tensor, group: usize, member: usize) -> Tensor {
-        let width = all.size()[0] as usize / self.advantages.len();
+        let width = all.size()[0] as usize / self.own.len();
+        let group = group - self.own.start;
         all.get((group * width + member * width / self.group_size) as i64)
+    }
+
+    /// The rows of `all`, which holds G an own group, that are of `group`.
+    pub(crate) fn members(&self, all: &Tensor, group: usize) -> Tensor {
+        let g = self.group_size as i64;
+        all.narrow(0, (group - self.own.start) as i64 * g, g)
+    }
+
+    /// The conditions of `groups`, a row each.
+    pub(crate) fn conditions(&self, groups: impl Iterator<Item = usize>) -> Condition {
+        let rows: Vec<i64> = groups.map(|group| (group - self.own.start) as i64).collect();
+        let device = self.trajectory.x0.device();
+        self.condition.rows(&Tensor::from_slice(&rows).to_device(device))
     }
 
     /// A number that no other member of the run has.
@@ -85,7 +104,7 @@ pub(crate) struct Sources<'a> {
     pub(crate) size: LatentSize,
 }
 
-/// Rolls out a group for each prompt, decodes and scores it.
+/// Rolls out a group for each prompt, decodes and scores it; each rank its own.
 pub(crate) fn gather(
     sources: &Sources<'_>,
     rollout: Rollout,
@@ -94,10 +113,13 @@ pub(crate) fn gather(
 ) -> Result<Experience> {
     let Sources { config, model, rewards, size } = sources;
     let started = Instant::now();
+    let ranks = model.engine.trained().group();
     let first_group = (iteration * prompts.len()) as u64;
+    let own = ranks::own(ranks, prompts.len())?;
+    let prompts = &prompts[own.clone()];
     let texts: Vec<&str> = prompts.iter().map(|prompt| prompt.text.as_str()).collect();
     let condition = model.encode(&texts, config.rollout.guidance, size)?;
-    let trajectory = roll_out(sources, &rollout, &condition, first_group);
+    let trajectory = roll_out(sources, &rollout, &condition, first_group + own.start as u64);
     let rolled = started.elapsed().as_secs_f64();
     ensure!(
         trajectory.x0.isfinite().all().int64_value(&[]) == 1,
@@ -113,6 +135,7 @@ pub(crate) fn gather(
         })
         .collect::<Result<Vec<Scores>>>()?;
     let scored = started.elapsed().as_secs_f64();
+    let scores = of_all(ranks, scores)?;
     let advantages = scores
         .iter()
         .map(|scores| config.advantage.of_group(config.group_size, &given(config, scores)))
@@ -120,6 +143,7 @@ pub(crate) fn gather(
     Ok(Experience {
         iteration,
         first_group,
+        own,
         group_size: config.group_size,
         size: *size,
         condition,
@@ -129,6 +153,29 @@ pub(crate) fn gather(
         advantages,
         seconds: [rolled, decoded - rolled, scored - decoded],
     })
+}
+
+/// What a rank says of one reward of one group: scores, failures, retries, seconds, why the last one failed.
+type Told = (Option<Vec<Exact>>, u32, u32, Exact, Option<String>);
+
+/// The scores of all ranks' groups, in order.
+fn of_all(group: &Group, own: Vec<Scores>) -> Result<Vec<Scores>> {
+    if group.world() == 1 {
+        return Ok(own);
+    }
+    let told = |outcome: Outcome| -> Told {
+        let Outcome { scores, failures, retries, seconds, error } = outcome;
+        let scores = scores.map(|scores| scores.into_iter().map(Exact::from).collect());
+        (scores, failures, retries, seconds.into(), error)
+    };
+    let heard = |(scores, failures, retries, seconds, error): Told| {
+        let scores = scores.map(|scores| scores.into_iter().map(f64::from).collect());
+        Outcome { scores, failures, retries, seconds: seconds.into(), error }
+    };
+    let own: Vec<Vec<Told>> =
+        own.into_iter().map(|scores| scores.outcomes.into_iter().map(told).collect()).collect();
+    let all = ranks::all(group, &own)?.into_iter().flatten();
+    Ok(all.map(|outcomes| Scores { outcomes: outcomes.into_iter().map(heard).collect() }).collect())
 }
 
 /// The rewards of a group that did not fail.

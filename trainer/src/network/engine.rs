@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use anyhow::Result;
+use cluster::Group;
 use flow::models::transformer::{Inputs, State, TransformerConfig};
 use flow::ops::Rope;
 use flow::ops::shapes::{Manifest, Shapes};
@@ -85,9 +86,9 @@ impl Engine {
         self.adapters.as_ref().map_or(&self.parameters, Adapters::parameters)
     }
 
-    /// Lets gradients accumulate on [`Engine::trained`].
-    pub(crate) fn train(&mut self) {
-        self.adapters.as_mut().map_or(&mut self.parameters, Adapters::parameters_mut).train();
+    /// Lets gradients accumulate on [`Engine::trained`], whose masters are divided among `group`.
+    pub(crate) fn train(&mut self, group: &Group) {
+        self.adapters.as_mut().map_or(&mut self.parameters, Adapters::parameters_mut).train(group);
     }
 
     /// Type of activations.
@@ -300,7 +301,7 @@ mod tests {
                 Ok(Tensor::from_slice(&Noise::new(5).normal(stream, n)) * 0.2)
             })
             .unwrap();
-        parameters.train();
+        parameters.train(&Group::alone());
         Engine::new(config, parameters)
     }
 
@@ -318,7 +319,7 @@ mod tests {
         let flat = |parts: &Vec<Gradient>| {
             Tensor::cat(&parts.iter().map(|part| &part.values).collect::<Vec<&Tensor>>(), 0)
         };
-        engine.trained().take_gradients().iter().map(flat).collect()
+        engine.trained().take_gradients().unwrap().iter().map(flat).collect()
     }
 
     fn gradients_of(engine: &mut Engine, recompute: bool) -> Vec<Tensor> {
@@ -384,7 +385,7 @@ mod tests {
                 no_grad(|| {
                     let _ = master.shallow_clone().g_add_(&(&direction * by));
                 });
-                engine.trained().refresh();
+                engine.trained().refresh().unwrap();
                 value(&engine)
             };
             let (ahead, behind) = (moved(h), moved(-2.0 * h));

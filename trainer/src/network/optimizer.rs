@@ -2,6 +2,7 @@
 //! weights. Every state tensor is ours to save, so that a run resumes to the bit.
 
 use anyhow::{Result, ensure};
+use cluster::{Group, Reduce};
 use flow::checkpoint::{Entry, Weights};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -89,9 +90,12 @@ impl AdamW {
     /// Takes the accumulated gradients of `parameters` and moves them by one step at
     /// `learning_rate·scale`.
     pub(crate) fn step(&mut self, parameters: &[&Parameters], scale: f64) -> Result<StepReport> {
-        let segments: Vec<Vec<Gradient>> =
-            parameters.iter().flat_map(|p| p.take_gradients()).collect();
-        let report = no_grad(|| self.survey(segments.iter().flatten()));
+        let mut segments: Vec<Vec<Gradient>> = Vec::new();
+        for network in parameters {
+            segments.extend(network.take_gradients()?);
+        }
+        let group = parameters.first().map_or_else(Group::alone, |p| p.group().clone());
+        let report = no_grad(|| self.survey(&group, segments.iter().flatten()))?;
         let grad_norm = report.grad_norm;
         ensure!(grad_norm.is_finite(), "the gradient norm is {grad_norm}: lower the learning rate");
         let clip = (self.config.max_grad_norm / (grad_norm + 1e-6)).min(1.0);
@@ -104,7 +108,7 @@ impl AdamW {
             }
         });
         for network in parameters {
-            network.refresh();
+            network.refresh()?;
         }
         Ok(report)
     }
@@ -129,8 +133,12 @@ impl AdamW {
         }
     }
 
-    /// The norm of all gradients, and the share below eps by every [`SEEN`]th of them.
-    fn survey<'a>(&self, gradients: impl Iterator<Item = &'a Gradient>) -> StepReport {
+    /// The norm of all gradients, and the share below eps by every [`SEEN`]th of them; of all ranks.
+    fn survey<'a>(
+        &self,
+        group: &Group,
+        gradients: impl Iterator<Item = &'a Gradient>,
+    ) -> Result<StepReport> {
         // Sums stay where they are until all are there: a device is waited for once.
         let (mut squares, mut small, mut n_seen) = (Vec::new(), Vec::new(), 0);
         for Gradient { values, .. } in gradients {
@@ -144,11 +152,14 @@ impl AdamW {
             let below = seen.lt(self.config.eps).logical_and(&seen.ne(0.0));
             small.push(below.sum(Kind::Double));
         }
-        let total = |sums: &[Tensor]| Tensor::stack(sums, 0).sum(Kind::Double).double_value(&[]);
-        StepReport {
-            grad_norm: total(&squares).sqrt(),
-            below_eps: total(&small) / n_seen.max(1) as f64,
-        }
+        let total = |sums: &[Tensor]| match sums {
+            [] => 0.0,
+            sums => Tensor::stack(sums, 0).sum(Kind::Double).double_value(&[]),
+        };
+        let mut totals = Tensor::from_slice(&[total(&squares), total(&small), n_seen as f64]);
+        group.all_reduce(&mut totals, Reduce::Sum)?;
+        let [squares, small, n_seen] = [0, 1, 2].map(|index| totals.double_value(&[index]));
+        Ok(StepReport { grad_norm: squares.sqrt(), below_eps: small / n_seen.max(1.0) })
     }
 
     fn move_segment(
@@ -178,16 +189,17 @@ impl AdamW {
         self.step
     }
 
-    /// The flat weights worth saving: the moving average where one is kept.
+    /// The flat weights worth saving, like the masters: the moving average where one is kept.
     pub(crate) fn averaged(&self) -> Option<&[Tensor]> {
         self.ema.as_deref()
     }
 
-    /// Everything [`AdamW::restore`] needs, but for the step count, which is returned.
-    pub(crate) fn entries(&self) -> Result<(Vec<Entry<'static>>, i64)> {
+    /// Everything [`AdamW::restore`] needs, but for the step count, which is returned; nothing on other ranks
+    /// than the first.
+    pub(crate) fn entries(&self, parameters: &Parameters) -> Result<(Vec<Entry<'static>>, i64)> {
         let mut entries = Vec::new();
         for (kind, tensors) in self.states() {
-            for (index, tensor) in tensors.iter().enumerate() {
+            for (index, tensor) in parameters.wholes(tensors.iter())?.iter().enumerate() {
                 let values = Vec::<f32>::try_from(&tensor.to_device(Device::Cpu))?;
                 entries.push(Entry::f32(format!("{kind}.{index}"), &[values.len()], &values));
             }
@@ -196,19 +208,26 @@ impl AdamW {
     }
 
     /// Takes back what [`AdamW::entries`] gave.
-    pub(crate) fn restore(&mut self, state: &Weights, step: i64) -> Result<()> {
+    pub(crate) fn restore(
+        &mut self,
+        parameters: &Parameters,
+        state: &Weights,
+        step: i64,
+    ) -> Result<()> {
         self.step = step;
         for (kind, tensors) in self.states() {
             for (index, tensor) in tensors.iter().enumerate() {
                 let values = state.f32(&format!("{kind}.{index}"))?;
+                let part = parameters.own_part(&Tensor::from_slice(&values));
                 let n = tensor.size1()?;
                 ensure!(
-                    values.len() as i64 == n,
-                    "{}: {kind}.{index} has {} numbers instead of {n}",
+                    part.size1()? == n,
+                    "{}: {kind}.{index} has {} numbers, of which {} are this rank's and not {n}",
                     state.path().display(),
                     values.len(),
+                    part.size1()?,
                 );
-                tensor.shallow_clone().copy_(&Tensor::from_slice(&values));
+                tensor.shallow_clone().copy_(&part);
             }
         }
         Ok(())
@@ -263,7 +282,7 @@ mod tests {
                 Ok(Tensor::from_slice(&[1.0f32, -2.0, 0.5]))
             })
             .unwrap();
-        parameters.train();
+        parameters.train(&Group::alone());
         parameters
     }
 
@@ -341,10 +360,10 @@ mod tests {
         let mut of_a = AdamW::new(config(), &[&a]);
         push(&a, &[0.3, -1.0, 2.0]);
         of_a.step(&[&a], 1.0).unwrap();
-        let (entries, step) = of_a.entries().unwrap();
+        let (entries, step) = of_a.entries(&a).unwrap();
         flow::checkpoint::write_tensors(&file, &entries, &[]).unwrap();
         let mut of_b = AdamW::new(config(), &[&b]);
-        of_b.restore(&Weights::open_file(&file).unwrap(), step).unwrap();
+        of_b.restore(&b, &Weights::open_file(&file).unwrap(), step).unwrap();
         no_grad(|| {
             let (from, to) = (a.masters().next().unwrap(), b.masters().next().unwrap());
             to.shallow_clone().copy_(from);

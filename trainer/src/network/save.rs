@@ -53,7 +53,8 @@ pub(crate) fn pipeline(
     Ok(staged.publish(true)?)
 }
 
-/// Writes what a run trained to `dir`, replacing what is there: a pipeline folder, or the adapters alone.
+/// Writes what a run trained to `dir`, replacing what is there: a pipeline folder, or the adapters alone. All
+/// ranks call it; the first one writes.
 pub(crate) fn trained(
     model: &Model,
     averaged: Option<&[Tensor]>,
@@ -61,8 +62,16 @@ pub(crate) fn trained(
     max_shard_bytes: usize,
     finish: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<()> {
+    let parameters = model.engine.trained();
+    let wholes = match averaged {
+        Some(averaged) => parameters.wholes(averaged.iter()),
+        None => parameters.wholes(parameters.masters()),
+    }?;
+    if !parameters.group().is_first() {
+        return Ok(());
+    }
+    let averaged = Some(&*wholes);
     let Some(adapters) = model.engine.adapters() else {
-        let parameters = model.engine.trained();
         let component = Component::Transformer;
         let saved = Saved { component, parameters, averaged, dtype: Dtype::F32 };
         return pipeline(model, dir, &[saved], max_shard_bytes, finish);

@@ -1,9 +1,11 @@
 //! Aligning a model: roll out, reward, advantage, update, log, save.
 
+use std::fs::{self, File};
 use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
+use cluster::{Group, Reduce};
 use flow::latents::LatentSize;
 use flow::prompts::Prompt;
 
@@ -11,16 +13,18 @@ use super::config::AlignConfig;
 use super::progress::Progress;
 use super::report::Report;
 use super::update::{self, Recorder};
-use super::{interrupt, state};
+use super::{agreement, interrupt, state};
 use crate::algorithm::Algorithm;
 use crate::data::prompts;
 use crate::group::experience::{self, Experience, Sources};
 use crate::group::order::Order;
+use crate::group::ranks;
 use crate::network::model::Model;
 use crate::network::optimizer::AdamW;
 use crate::network::{reference, save};
 use crate::reward::Rewards;
 use crate::tensor::device::Compute;
+use tch::Tensor;
 
 /// How a run was asked for, beside its configuration.
 pub struct Options {
@@ -32,6 +36,8 @@ pub struct Options {
     pub threads: usize,
     /// Where tensors live, and what networks compute in.
     pub compute: Compute,
+    /// The processes that share the work.
+    pub ranks: Group,
 }
 
 /// Name of the finished model's folder in the output folder.
@@ -43,7 +49,17 @@ pub const ALIGNED: &str = "aligned";
 /// When the configuration, a file or a reward is at fault, when the ratio is not 1 before an update, or
 /// when the loss diverges.
 pub fn run(config: &AlignConfig, options: &Options) -> Result<()> {
+    let outcome = train(config, options);
+    if let Err(error) = outcome.as_ref().map_err(|error| format!("{error:#}")) {
+        options.ranks.abort(&error);
+    }
+    outcome
+}
+
+fn train(config: &AlignConfig, options: &Options) -> Result<()> {
     config.validate()?;
+    let ranks = &options.ranks;
+    ranks::own(ranks, config.group.prompts_per_iteration)?;
     let aligned = config.output.join(ALIGNED);
     let found = state::newest(&config.output)?;
     ensure!(
@@ -61,7 +77,7 @@ pub fn run(config: &AlignConfig, options: &Options) -> Result<()> {
         Rewards::open(&config.group.rewards, options.threads, options.compute.device)?;
     rewards.stop_when(interrupt::asked);
     rewards.check(&train_prompts)?;
-    let model = config.load(options.compute)?;
+    let model = config.load(options.compute, ranks)?;
     let size = model.latent_size(config.group.rollout.size)?;
     let grid = config.group.rollout.grid(&model.pipeline.scheduler, &size);
     let setting = config.setting()?;
@@ -78,14 +94,16 @@ pub fn run(config: &AlignConfig, options: &Options) -> Result<()> {
             "all {total} iterations are done: raise iterations to go on"
         );
     }
-    if let Some(warning) = setting.warning() {
+    agreement::check(config, &train_prompts, start, &model)?;
+    if let Some(warning) = setting.warning().filter(|_| ranks.is_first()) {
         eprintln!("warning: {warning}");
     }
     let plan = config.group.rollout.steps(grid)?;
+    let report = || Report::open(config, found.as_ref(), &model, &size, &plan);
     let mut run = Run {
         config,
         options,
-        report: Report::open(config, found.as_ref(), &model, &size, &plan)?,
+        report: ranks.is_first().then(report).transpose()?,
         order: Order::new(train_prompts.len(), config.group.seed),
         prompts: train_prompts,
         rewards,
@@ -107,23 +125,29 @@ struct Run<'a> {
     model: Model,
     optimizer: AdamW,
     size: LatentSize,
-    report: Report,
+    /// The first rank's.
+    report: Option<Report>,
 }
+
+/// Folder of the logs of the other ranks in the output folder.
+const LOGS: &str = "logs";
 
 impl Run<'_> {
     fn iterate(&mut self, start: usize) -> Result<()> {
         let total = self.config.iterations;
-        let progress = Progress::new("align", total, start);
+        let progress = self.progress(start)?;
         for iteration in start..total {
             let line = self.once(iteration, iteration == start, &progress)?;
             progress.advance(&line);
             let done = iteration + 1;
-            let is_late = self.config.minutes.is_some_and(|m| self.report.wall() >= 60.0 * m);
+            let [is_late, is_asked] = self.ends()?;
             let is_last = done == total || is_late;
-            let stop = interrupt::asked() && !is_last;
+            let stop = is_asked && !is_last;
             if stop || is_last || done.is_multiple_of(self.config.save_every) {
                 self.save(done)?;
-                self.report.draw(done, &self.model)?;
+                if let Some(report) = &mut self.report {
+                    report.draw(done, &self.model)?;
+                }
             }
             if is_last {
                 break;
@@ -138,18 +162,42 @@ impl Run<'_> {
         self.publish()
     }
 
+    fn progress(&self, start: usize) -> Result<Progress> {
+        let progress = Progress::new("align", self.config.iterations, start);
+        let ranks = &self.options.ranks;
+        if ranks.is_first() {
+            return Ok(progress);
+        }
+        let folder = self.config.output.join(LOGS);
+        fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
+        let path = folder.join(format!("rank-{:03}.log", ranks.rank()));
+        let file = File::options().create(true).append(true).open(&path);
+        Ok(progress.in_file(file.with_context(|| format!("opening {}", path.display()))?))
+    }
+
+    /// Whether the time is over, and whether somebody asked to stop; the same on all ranks.
+    fn ends(&self) -> Result<[bool; 2]> {
+        let wall = self.report.as_ref().map_or(0.0, Report::wall);
+        let is_late = self.config.minutes.is_some_and(|m| wall >= 60.0 * m);
+        let mut signs = Tensor::from_slice(&[is_late, interrupt::asked()].map(i64::from));
+        self.options.ranks.all_reduce(&mut signs, Reduce::Max)?;
+        Ok([0, 1].map(|index| signs.int64_value(&[index]) > 0))
+    }
+
     fn once(&mut self, iteration: usize, is_first: bool, progress: &Progress) -> Result<String> {
         let started = Instant::now();
         let numbered = || format!("iteration {}", iteration + 1);
         let experience = self.gather(iteration).with_context(numbered)?;
-        for fault in experience.faults(&self.config.group) {
+        let faults =
+            if self.report.is_some() { experience.faults(&self.config.group) } else { vec![] };
+        for fault in faults {
             progress.say(&format!("warning: {}: {fault}", numbered()));
         }
         let mut recorder = self
             .options
             .record_update
             .as_deref()
-            .filter(|_| is_first)
+            .filter(|_| is_first && self.report.is_some())
             .map(|path| Recorder::new(path, self.config));
         let outcome = update::run(
             self.config,
@@ -160,12 +208,15 @@ impl Run<'_> {
             recorder.as_mut(),
         )
         .with_context(numbered)?;
-        self.algorithm.finish(self.model.engine.trained(), self.optimizer.n_steps());
+        self.algorithm.finish(self.model.engine.trained(), self.optimizer.n_steps())?;
         if let Some(recorder) = recorder {
             recorder.write()?;
         }
         let seconds = started.elapsed().as_secs_f64();
-        self.report.log(iteration + 1, self.config, &experience, &outcome, seconds)
+        match &mut self.report {
+            Some(report) => report.log(iteration + 1, self.config, &experience, &outcome, seconds),
+            None => Ok(format!("{seconds:.3} s")),
+        }
     }
 
     fn gather(&mut self, iteration: usize) -> Result<Experience> {
@@ -197,12 +248,14 @@ impl Run<'_> {
     fn publish(&self) -> Result<()> {
         let folder = self.config.output.join(ALIGNED);
         if let Some(averaged) = self.optimizer.averaged() {
-            self.model.engine.trained().assign(averaged);
+            self.model.engine.trained().assign(averaged)?;
         }
         save::trained(&self.model, None, &folder, self.config.max_shard_bytes(), |folder| {
             reference::write(&self.model, folder)
         })?;
-        println!("{}", folder.display());
+        if self.report.is_some() {
+            println!("{}", folder.display());
+        }
         Ok(())
     }
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
+use cluster::Group;
 use flow::checkpoint::MAX_SHARD_BYTES;
 use serde::{Deserialize, Serialize};
 
@@ -68,6 +69,35 @@ pub struct AlignConfig {
     /// Whether backward recomputes each block, so that memory does not grow with depth.
     #[serde(default)]
     pub recompute: bool,
+    /// How ranks work together.
+    #[serde(default)]
+    pub ranks: RanksConfig,
+}
+
+/// How the ranks of a run work together.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RanksConfig {
+    /// Seconds until all ranks must have come.
+    #[serde(default = "join_seconds")]
+    pub join_seconds: f64,
+    /// Seconds that a rank waits for another one in one operation; longer than a group's rewards, a sheet
+    /// of samples or a checkpoint can take.
+    #[serde(default = "step_seconds")]
+    pub step_seconds: f64,
+}
+
+fn join_seconds() -> f64 {
+    300.0
+}
+fn step_seconds() -> f64 {
+    900.0
+}
+
+impl Default for RanksConfig {
+    fn default() -> Self {
+        Self { join_seconds: join_seconds(), step_seconds: step_seconds() }
+    }
 }
 
 fn save_every() -> usize {
@@ -90,8 +120,8 @@ impl AlignConfig {
         (self.shard_gb * 1e9) as usize
     }
 
-    /// The model, ready to train.
-    pub(crate) fn load(&self, compute: Compute) -> Result<Model> {
+    /// The model, ready to train; what trains is divided among `ranks`.
+    pub(crate) fn load(&self, compute: Compute, ranks: &Group) -> Result<Model> {
         let storage = match (&self.lora, self.stream) {
             (None, _) => Storage::Trainable,
             (Some(_), false) => Storage::Frozen,
@@ -107,7 +137,7 @@ impl AlignConfig {
             let from = lora.open(&model.pipeline)?;
             model.engine.adapt(Adapters::new(lora, from.as_ref(), &segments, noise, compute)?);
         }
-        model.engine.train();
+        model.engine.train(ranks);
         model.engine.recompute = self.recompute || self.stream;
         model.engine.rounds_alike = self.setting()?.feels_rounding();
         Ok(model)
@@ -124,6 +154,12 @@ impl AlignConfig {
         ensure!(minutes > 0.0, "minutes = {minutes}: above 0");
         ensure!(self.shard_gb > 0.0, "shard_gb = {}: above 0", self.shard_gb);
         ensure!(self.save_every > 0, "save_every must be at least 1");
+        for (name, seconds) in
+            [("join_seconds", self.ranks.join_seconds), ("step_seconds", self.ranks.step_seconds)]
+        {
+            let is_possible = seconds > 0.0 && seconds < 1e6;
+            ensure!(is_possible, "ranks.{name} = {seconds}: above 0, below 1e6");
+        }
         self.setting()?.validate()
     }
 }

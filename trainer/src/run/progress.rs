@@ -1,6 +1,9 @@
 //! A line that tells how far a run is, how fast it goes and what it reaches; plain lines where no one
 //! watches a terminal.
 
+use std::cell::{Cell, RefCell};
+use std::fs::File;
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -14,8 +17,10 @@ pub(crate) struct Progress {
     name: &'static str,
     started: Instant,
     first: u64,
-    said: std::cell::Cell<Instant>,
+    said: Cell<Instant>,
     is_plain: bool,
+    /// Where lines go in place of the terminal.
+    log: Option<RefCell<File>>,
 }
 
 impl Progress {
@@ -33,7 +38,13 @@ impl Progress {
         bar.reset_eta();
         let is_plain = bar.is_hidden();
         let now = Instant::now();
-        Self { bar, name, started: now, first: done as u64, said: now.into(), is_plain }
+        Self { bar, name, started: now, first: done as u64, said: now.into(), is_plain, log: None }
+    }
+
+    /// The same in a file, for what nobody watches.
+    pub(crate) fn in_file(self, file: File) -> Self {
+        self.bar.set_draw_target(ProgressDrawTarget::hidden());
+        Self { is_plain: true, log: Some(RefCell::new(file)), ..self }
     }
 
     /// One step is done; `message` says what it reached.
@@ -50,17 +61,21 @@ impl Progress {
         if self.is_plain && (self.said.get().elapsed() >= PLAIN_EVERY || done == total) {
             self.said.set(Instant::now());
             let left = (total - done) as f64 / rate;
-            eprintln!(
-                "{} {done}/{total}  {message}  {}  {left:.0} s left",
-                self.name,
-                per_time(rate)
-            );
+            let (name, rate) = (self.name, per_time(rate));
+            self.say(&format!("{name} {done}/{total}  {message}  {rate}  {left:.0} s left"));
         }
     }
 
     /// Says something above the line.
     pub(crate) fn say(&self, text: &str) {
-        if self.is_plain { eprintln!("{text}") } else { self.bar.suspend(|| eprintln!("{text}")) }
+        if let Some(log) = &self.log {
+            // A line that cannot be written down is worth no run.
+            _ = writeln!(log.borrow_mut(), "{text}");
+        } else if self.is_plain {
+            eprintln!("{text}");
+        } else {
+            self.bar.suspend(|| eprintln!("{text}"));
+        }
     }
 }
 

@@ -61,15 +61,16 @@ pub(crate) fn save(
     behaviour: Option<&Copies>,
 ) -> Result<()> {
     let folder = config.output.join(CHECKPOINTS).join(format!("iteration-{done:06}"));
+    let trained = model.engine.trained();
+    let (mut entries, step) = optimizer.entries(trained)?;
+    for (index, master) in trained.wholes(trained.masters())?.iter().enumerate() {
+        let values = Vec::<f32>::try_from(&master.to_device(tch::Device::Cpu))?;
+        entries.push(Entry::f32(format!("master.{index}"), &[values.len()], &values));
+    }
+    if let Some(copies) = behaviour {
+        entries.extend(copies.entries(trained)?);
+    }
     save::trained(model, optimizer.averaged(), &folder, config.max_shard_bytes(), |folder| {
-        let (mut entries, step) = optimizer.entries()?;
-        for (index, master) in model.engine.trained().masters().enumerate() {
-            let values = Vec::<f32>::try_from(&master.to_device(tch::Device::Cpu))?;
-            entries.push(Entry::f32(format!("master.{index}"), &[values.len()], &values));
-        }
-        if let Some(copies) = behaviour {
-            entries.extend(copies.entries()?);
-        }
         let metadata = [
             ("iteration", done.to_string()),
             ("optimizer_step", step.to_string()),
@@ -77,6 +78,9 @@ pub(crate) fn save(
         ];
         Ok(write_tensors(&folder.join(FILE), &entries, &metadata)?)
     })?;
+    if !trained.group().is_first() {
+        return Ok(());
+    }
     let mut older = all(&config.output)?;
     older.truncate(older.len().saturating_sub(KEPT));
     for position in older {
@@ -105,24 +109,27 @@ pub(crate) fn restore(
     (before.iterations, before.save_every) = (config.iterations, config.save_every);
     (before.shard_gb, before.minutes) = (config.shard_gb, config.minutes);
     before.output.clone_from(&config.output);
+    before.ranks.clone_from(&config.ranks);
     ensure!(
         serde_json::to_value(&before)? == serde_json::to_value(config)?,
         "{}: the run was started with other settings; only iterations, minutes, save_every and shard_gb may change",
         position.folder.display()
     );
-    for (index, master) in model.engine.trained().masters().enumerate() {
+    let trained = model.engine.trained();
+    for (index, master) in trained.masters().enumerate() {
         let values = state.f32(&format!("master.{index}"))?;
+        let part = trained.own_part(&tch::Tensor::from_slice(&values));
         ensure!(
-            values.len() as i64 == master.size1()?,
+            part.size1()? == master.size1()?,
             "{}: master.{index} has {} numbers",
             path.display(),
             values.len()
         );
-        tch::no_grad(|| master.shallow_clone().copy_(&tch::Tensor::from_slice(&values)));
+        tch::no_grad(|| master.shallow_clone().copy_(&part));
     }
-    model.engine.trained().refresh();
+    trained.refresh()?;
     if let Some(copies) = behaviour {
-        copies.restore(&state)?;
+        copies.restore(&state, trained)?;
     }
-    optimizer.restore(&state, step)
+    optimizer.restore(trained, &state, step)
 }

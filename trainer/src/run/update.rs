@@ -5,22 +5,24 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use cluster::{Group, Reduce};
 use flow::checkpoint::{Entry, write_tensors};
 use tch::{Kind, Tensor};
 
 use crate::algorithm::{Algorithm, Item, Objective, Ratio};
 use crate::group::experience::Experience;
+use crate::group::ranks::{self, Exact};
 use crate::network::model::Model;
 use crate::network::optimizer::AdamW;
 use crate::run::config::AlignConfig;
 use crate::tensor::parameters::entry;
 
-/// What the updates of an iteration did.
+/// What the updates of an iteration did, of all ranks.
 #[derive(Debug, Default)]
 pub(crate) struct Outcome {
     /// Means over its transitions, by metric; what a method does not have is not there.
-    pub(crate) means: BTreeMap<&'static str, f64>,
+    pub(crate) means: BTreeMap<String, f64>,
     /// Largest |log ρ| before the first update: 0 up to rounding, or something is wrong.
     pub(crate) log_ratio_first: Option<f64>,
     /// Largest |log ρ| of all updates.
@@ -46,7 +48,8 @@ impl Outcome {
     }
 }
 
-/// Makes the updates of an iteration.
+/// Makes the updates of an iteration. All ranks make as many; one that has nothing to learn in one adds
+/// nothing to its gradient.
 pub(crate) fn run(
     config: &AlignConfig,
     algorithm: &dyn Algorithm,
@@ -57,16 +60,17 @@ pub(crate) fn run(
 ) -> Result<Outcome> {
     let started = Instant::now();
     let mut outcome = Outcome::default();
-    let mut updates = algorithm.updates(experience);
-    updates.retain(|items| !items.is_empty());
-    for (update, items) in updates.iter().enumerate() {
+    let ranks = model.engine.trained().group();
+    let updates = algorithm.updates(experience);
+    let totals = totals(ranks, &updates)?;
+    let n_updates = totals.iter().filter(|&&total| total > 0).count();
+    let made = updates.iter().zip(totals).filter(|(_, total)| *total > 0);
+    for (update, (items, total)) in made.enumerate() {
         let mut statistics = Statistics::default();
         for chunk in items.chunks(config.group.rollout.batch) {
-            let groups: Vec<i64> = chunk.iter().map(|item| item.group as i64).collect();
-            let groups = Tensor::from_slice(&groups).to_device(model.device());
-            let condition = experience.condition.rows(&groups);
+            let condition = experience.conditions(chunk.iter().map(|item| item.group));
             let batch = algorithm.batch(model, experience, chunk, &condition);
-            let share = chunk.len() as f64 / items.len() as f64;
+            let share = chunk.len() as f64 / total as f64;
             let (objective, tensors) = (batch.objective, batch.tensors);
             model.engine.forward_backward(&batch.x_in, &batch.t_in, &condition, |v| {
                 let objective = objective(v);
@@ -78,6 +82,7 @@ pub(crate) fn run(
                 objective.gradient * -share
             });
         }
+        let statistics = statistics.of_all(ranks)?;
         if update == 0 {
             outcome.log_ratio_first = statistics.log_ratio_max;
             statistics.check_first()?;
@@ -85,18 +90,26 @@ pub(crate) fn run(
         let report = optimizer.step(&[model.engine.trained()], 1.0)?;
         outcome.last_step = Some([report.grad_norm, report.below_eps]);
         outcome.n_updates += 1;
-        outcome.n_passes += items.len();
-        outcome.n_references += items.len() * algorithm.n_references();
-        statistics.into_mean(&mut outcome, updates.len() as f64);
+        outcome.n_passes += total;
+        outcome.n_references += total * algorithm.n_references();
+        statistics.into_mean(&mut outcome, n_updates as f64);
     }
     outcome.seconds = started.elapsed().as_secs_f64();
     Ok(outcome)
 }
 
+/// Transitions of each update, of all ranks.
+fn totals(ranks: &Group, updates: &[Vec<Item>]) -> Result<Vec<usize>> {
+    let counts: Vec<i64> = updates.iter().map(|items| items.len() as i64).collect();
+    let mut totals = Tensor::from_slice(&counts);
+    ranks.all_reduce(&mut totals, Reduce::Sum).context("counting what trains")?;
+    Ok(Vec::<i64>::try_from(&totals)?.into_iter().map(|total| total as usize).collect())
+}
+
 /// Sums over the transitions of one update.
 #[derive(Default)]
 struct Statistics {
-    means: BTreeMap<&'static str, f64>,
+    means: BTreeMap<String, f64>,
     log_ratio_max: Option<f64>,
     clip: f64,
 }
@@ -104,7 +117,9 @@ struct Statistics {
 impl Statistics {
     fn add(&mut self, objective: &Objective, share: f64) {
         let mean = |x: &Tensor| x.to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
-        let mut put = |name, value: f64| *self.means.entry(name).or_default() += share * value;
+        let mut put = |name: &str, value: f64| {
+            *self.means.entry(name.to_owned()).or_default() += share * value;
+        };
         put("policy/objective", mean(&objective.value));
         for &(name, value) in &objective.means {
             put(name, value);
@@ -120,6 +135,36 @@ impl Statistics {
         let largest = log.abs().max().double_value(&[]);
         self.log_ratio_max = Some(self.log_ratio_max.unwrap_or(0.0).max(largest));
         self.clip = *clip;
+    }
+
+    /// Those of all ranks together.
+    fn of_all(self, ranks: &Group) -> Result<Self> {
+        if ranks.world() == 1 {
+            return Ok(self);
+        }
+        let own: Vec<(&String, Exact)> =
+            self.means.iter().map(|(name, &value)| (name, value.into())).collect();
+        let own = serde_json::to_value((
+            own,
+            self.log_ratio_max.map(Exact::from),
+            Exact::from(self.clip),
+        ))?;
+        let mut sum = Self::default();
+        for told in ranks::all(ranks, &own)? {
+            let (means, log_ratio_max, clip): (Vec<(String, Exact)>, Option<Exact>, Exact) =
+                serde_json::from_value(told)?;
+            for (name, value) in means {
+                *sum.means.entry(name).or_default() += f64::from(value);
+            }
+            if let Some(largest) = log_ratio_max.map(f64::from) {
+                let before = sum.log_ratio_max.unwrap_or(0.0);
+                // `f64::max` would drop a ratio that is not a number.
+                let largest = if largest.is_nan() { largest } else { largest.max(before) };
+                sum.log_ratio_max = Some(largest);
+            }
+            sum.clip = sum.clip.max(f64::from(clip));
+        }
+        Ok(sum)
     }
 
     /// Before the first update nothing has changed since the rollout, and every ratio is 1.
@@ -248,8 +293,7 @@ mod tests {
         experience: &Experience,
         items: &[Item],
     ) -> f64 {
-        let groups: Vec<i64> = items.iter().map(|item| item.group as i64).collect();
-        let condition = experience.condition.rows(&Tensor::from_slice(&groups));
+        let condition = experience.conditions(items.iter().map(|item| item.group));
         let batch = algorithm.batch(model, experience, items, &condition);
         let v = model.engine.velocity(&batch.x_in, &batch.t_in, &condition);
         let objective = (batch.objective)(&v);
@@ -274,7 +318,7 @@ mod tests {
         let named: Vec<[&str; 1]> = named.iter().map(|name| [&**name]).collect();
         for settings in named.iter().map(|name| &name[..]).chain(others) {
             let config = config(settings);
-            let model = config.load(Compute::CPU).unwrap();
+            let model = config.load(Compute::CPU, &Group::alone()).unwrap();
             let size = model.latent_size(config.group.rollout.size).unwrap();
             let grid = config.group.rollout.grid(&model.pipeline.scheduler, &size);
             let mut algorithm = config.setting().unwrap().open(grid);

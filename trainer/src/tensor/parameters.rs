@@ -1,14 +1,19 @@
 //! Parameters as flat storage: one tensor a segment (a network's block), and one view a name.
 //!
-//! The optimiser and the checkpoint see flat f32 tensors; networks see the views. Where compute is
-//! narrower than f32, the views are copies that [`Parameters::refresh`] renews after each step.
+//! The optimiser and the checkpoint see flat f32 tensors, the masters; networks see the views. Where compute
+//! is narrower than f32, or ranks share the work, the views are copies that [`Parameters::refresh`] renews
+//! after each step. Among ranks each holds a part of every master, as long as everybody's: the whole, with
+//! zeros behind it up to a multiple of their number, is all parts in the order of ranks.
 //! Parameters that do not train are held in the compute type, or left on disk and read a segment at a
 //! time.
+
+mod division;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use anyhow::{Context, Result, bail};
+use cluster::Group;
 use flow::checkpoint::{Dtype, Entry, View, Weights};
 use flow::ops::shapes::Manifest;
 use tch::{Device, Kind, Tensor, no_grad};
@@ -37,20 +42,20 @@ impl Place {
 /// The parameters of one block.
 pub(crate) struct Segment {
     places: Vec<Place>,
-    /// Values `[n]`, f32 where they train; nothing where they stay on disk.
+    /// Values `[n]`, or this rank's part of them, f32 where they train; nothing where they stay on disk.
     pub(crate) master: Tensor,
 }
 
-/// What reached one parameter.
+/// What reached one parameter, or a rank's part of a segment.
 pub(crate) struct Gradient {
-    /// Where the parameter begins in its segment.
-    pub(crate) offset: i64,
+    /// Where it begins in the master.
+    offset: i64,
     /// Flat, in the type networks compute in.
     pub(crate) values: Tensor,
 }
 
 impl Gradient {
-    /// This parameter's part of a flat tensor of its segment.
+    /// What it moves of a flat tensor like the master.
     pub(crate) fn narrow(&self, flat: &Tensor) -> Tensor {
         flat.narrow(0, self.offset, self.values.numel() as i64)
     }
@@ -81,6 +86,8 @@ pub(crate) struct Parameters {
     device: Device,
     kind: Kind,
     trainable: bool,
+    /// Among whom the masters are divided.
+    group: Group,
     /// How often the values have changed.
     version: Cell<u64>,
 }
@@ -107,9 +114,10 @@ impl Parameters {
             segments.push(Segment { places, master });
         }
         let views = RefCell::default();
-        let (trainable, version, changed) = (false, Cell::new(0), None);
+        let (group, version) = (Group::alone(), Cell::new(0));
+        let (source, changed, trainable) = (None, None, false);
         let mut parameters =
-            Self { segments, views, source: None, changed, device, kind, trainable, version };
+            Self { segments, views, source, changed, device, kind, trainable, group, version };
         parameters.make_views();
         Ok(parameters)
     }
@@ -131,8 +139,8 @@ impl Parameters {
             .map(|manifest| Segment { places: places(manifest), master: nothing() })
             .collect();
         let (views, source, changed) = (RefCell::default(), Some(weights), None);
-        let (trainable, version) = (false, Cell::new(0));
-        Ok(Self { segments, views, source, changed, device, kind, trainable, version })
+        let (trainable, group, version) = (false, Group::alone(), Cell::new(0));
+        Ok(Self { segments, views, source, changed, device, kind, trainable, group, version })
     }
 
     /// Puts other values in place of some: now where they are held, else whenever they are read.
@@ -157,17 +165,23 @@ impl Parameters {
         Ok(())
     }
 
-    /// Lets gradients accumulate on every view.
+    /// Lets gradients accumulate on every view, and divides the masters among `group`.
     ///
     /// # Panics
     /// When they were not loaded as [`Storage::Trainable`].
-    pub(crate) fn train(&mut self) {
+    pub(crate) fn train(&mut self, group: &Group) {
         assert!(
             self.source.is_none() && self.masters().all(|m| m.kind() == Kind::Float),
             "parameters in f32 train"
         );
         self.trainable = true;
+        self.group = group.clone();
         self.make_views();
+        if group.world() > 1 {
+            for segment in &mut self.segments {
+                segment.master = division::own_part(group, &segment.master).copy();
+            }
+        }
     }
 
     /// The interpreter over parameters that are held.
@@ -239,11 +253,15 @@ impl Parameters {
         self.kind
     }
 
-    /// The gradients that have accumulated, a list a segment that covers it in order; they start anew.
+    /// The sum over ranks of the gradients that have accumulated, a list a segment that covers its master in
+    /// order; they start anew.
+    ///
+    /// # Errors
+    /// When the ranks cannot add them up.
     ///
     /// # Panics
     /// While an interpreter over these parameters is in use.
-    pub(crate) fn take_gradients(&self) -> Vec<Vec<Gradient>> {
+    pub(crate) fn take_gradients(&self) -> Result<Vec<Vec<Gradient>>> {
         let mut views = self.views.borrow_mut();
         let mut take = |place: &Place| {
             let view = views.get_mut(&place.name).expect("what trains is held");
@@ -257,23 +275,15 @@ impl Parameters {
             };
             Gradient { offset: place.offset, values }
         };
-        self.segments.iter().map(|segment| segment.places.iter().map(&mut take).collect()).collect()
-    }
-
-    /// Renews the views after the masters changed; nothing to do where they share storage.
-    pub(crate) fn refresh(&self) {
-        self.version.set(self.version.get() + 1);
-        if self.kind == Kind::Float || !self.trainable {
-            return;
-        }
-        let views = self.views.borrow();
-        no_grad(|| {
-            for segment in &self.segments {
-                for place in &segment.places {
-                    views[&place.name].shallow_clone().copy_(&segment.view(place));
-                }
+        let mut lists = Vec::with_capacity(self.segments.len());
+        for segment in &self.segments {
+            let mut list: Vec<Gradient> = segment.places.iter().map(&mut take).collect();
+            if self.group.world() > 1 && !list.is_empty() {
+                list = vec![self.summed(list)?];
             }
-        });
+            lists.push(list);
+        }
+        Ok(lists)
     }
 
     /// The parameter called `name`, if there is one and it is held.
@@ -309,15 +319,18 @@ impl Parameters {
         Ok(entries)
     }
 
-    /// Takes other values, one flat tensor a segment.
-    pub(crate) fn assign(&self, flats: &[Tensor]) {
+    /// Takes other values, one flat tensor a segment, like the masters.
+    ///
+    /// # Errors
+    /// As [`Parameters::refresh`].
+    pub(crate) fn assign(&self, flats: &[Tensor]) -> Result<()> {
         for (master, flat) in self.masters().zip(flats) {
             no_grad(|| master.shallow_clone().copy_(flat));
         }
-        self.refresh();
+        self.refresh()
     }
 
-    /// The masters of all segments.
+    /// The masters of all segments: this rank's part of each.
     pub(crate) fn masters(&self) -> impl Iterator<Item = &Tensor> {
         self.segments.iter().map(|segment| &segment.master)
     }
@@ -327,6 +340,7 @@ impl Parameters {
         for segment in &self.segments {
             for place in &segment.places {
                 let view = segment.view(place).detach().to_kind(self.kind);
+                let view = if self.group.world() > 1 { view.copy() } else { view };
                 let view = view.set_requires_grad(self.trainable);
                 views.insert(place.name.clone(), Rc::new(view));
             }
@@ -335,6 +349,11 @@ impl Parameters {
 }
 
 impl Segment {
+    /// Numbers of all its parameters.
+    fn len(&self) -> i64 {
+        self.places.last().map_or(0, |last| last.offset + last.len())
+    }
+
     fn view(&self, place: &Place) -> Tensor {
         place.narrow(&self.master).reshape(dims(&place.shape))
     }

@@ -1,0 +1,175 @@
+#!/usr/bin/env python3
+"""Long trials of runs shared by several processes: `make soak`.
+
+  equal    every algorithm, whole and LoRA, on 2 and 4 ranks against one process: gradient norm of the first
+           update, relative difference
+  killed   a random rank killed at a random time: the launcher ends with an error that names it
+  frozen   a random rank stopped: the others end when their time is over, naming it
+  resumed  20 iterations against 10 and 10 on 1 and 2 ranks: the same bytes of weights
+
+Prints a line a trial and n of n at the end; ends with 1 if any failed.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ALGORITHMS = sorted(path.stem for path in (ROOT / "trainer/algorithms").glob("*.toml"))
+SETTINGS = {
+    "model": "tests/fixtures/tiny-flux/pipeline",
+    "rewards": "[{name = 'jpeg', kind = 'jpeg', prefer = 'small', weight = 1.0}]",
+    "group_size": 4,
+    "prompts_per_iteration": 4,
+    "updates": 2,
+    "rollout.steps": 5,
+    "rollout.size": "[32, 32]",
+    "optimizer.learning_rate": 1e-3,
+    "ranks.step_seconds": 3,
+}
+
+
+def command(out, ranks, more=(), **settings):
+    line = [PROGRAM, "align", "--preset", "signs", "--device", "cpu", "--threads", "1", *more]
+    for key, value in {**SETTINGS, "output": out, **settings}.items():
+        line += ["--set", f"{key.replace('__', '.')}={value}"]
+    return line + (["--processes", str(ranks)] if ranks > 1 else [])
+
+
+def run(*args, **kwargs):
+    done = subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr.strip())
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out):
+    files = sorted((Path(out) / "aligned/transformer").glob("*.safetensors"))
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+
+
+def equal(home, _):
+    for algorithm in ALGORITHMS:
+        for lora in ({}, {"lora__rank": 4}):
+            for seed in range(5):
+                found = {}
+                for ranks in (1, 2, 4):
+                    out = home / f"{algorithm}-{len(lora)}-{ranks}-{seed}"
+                    run(out, ranks, algorithm=algorithm, iterations=1, updates=1, seed=seed, **lora)
+                    found[ranks] = metrics(out)[0]
+                # A pixel that a rounding moved is another reward: there is nothing to compare.
+                if all(found[n]["reward_std/jpeg"] == found[1]["reward_std/jpeg"] for n in (2, 4)):
+                    break
+            norms = {n: step["optimizer/grad_norm"] for n, step in found.items()}
+            off = max(abs(norms[n] / norms[1] - 1) for n in (2, 4))
+            yield off <= 1e-6, f"{algorithm}{' LoRA' if lora else ''}, seed {seed}: {off:.1e}"
+
+
+def ranks_of(launcher):
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    variables = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
+    rank = lambda pid: next(int(v[5:]) for v in variables[pid] if v.startswith(b"RANK="))
+    return [int(pid) for pid in sorted(children, key=rank)]
+
+
+def disturbed(home, trial, number, limit, expected):
+    out, n = home / f"run-{trial}", random.choice((2, 3))
+    line = command(out, n, iterations=10**6, save_every=3, prompts_per_iteration=6)
+    launcher = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not has_begun(out):
+        if launcher.poll() is not None:
+            return False, launcher.stderr.read()
+        time.sleep(0.02)
+    time.sleep(random.random() * 2)
+    pids, victim = ranks_of(launcher), random.randrange(n)
+    os.kill(pids[victim], number)
+    began = time.monotonic()
+    others = [pid for rank, pid in enumerate(pids) if rank != victim]
+    while any(alive(pid) for pid in others) and time.monotonic() - began < 60:
+        time.sleep(0.005)
+    took = time.monotonic() - began
+    if number == signal.SIGSTOP:
+        os.kill(pids[victim], signal.SIGKILL)
+    _, error = launcher.communicate()
+    shutil.rmtree(out, ignore_errors=True)
+    named = error.count(f"rank {victim} {expected}")
+    well = took <= limit and named >= n - 1 and launcher.returncode != 0
+    return well, f"rank {victim} of {n}: {took:.2f} s" + ("" if well else f"\n{error}")
+
+
+def has_begun(out):
+    path = out / "metrics.jsonl"
+    return path.exists() and path.stat().st_size > 0
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def killed(home, n):
+    for trial in range(n):
+        yield disturbed(home, trial, signal.SIGKILL, 1.0, "has ended")
+
+
+def frozen(home, n):
+    limit = 1.1 * SETTINGS["ranks.step_seconds"]
+    for trial in range(n):
+        yield disturbed(home, trial, signal.SIGSTOP, limit, "gave no sign of life")
+
+
+def resumed(home, _):
+    for ranks in (1, 2):
+        whole, parts = home / f"whole-{ranks}", home / f"parts-{ranks}"
+        run(whole, ranks, iterations=20)
+        run(parts, ranks, iterations=10)
+        shutil.rmtree(parts / "aligned")
+        run(parts, ranks, more=["--resume"], iterations=20)
+        yield weights(whole) == weights(parts), f"{ranks} ranks"
+
+
+PARTS = {"equal": equal, "killed": killed, "frozen": frozen, "resumed": resumed}
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    options.add_argument("--program", default=ROOT / "target/release/ng-train", help="ng-train")
+    options.add_argument("-n", type=int, default=100, help="trials of killed and frozen [100]")
+    options.add_argument("--seed", type=int, default=1)
+    chosen = options.parse_args()
+    global PROGRAM
+    PROGRAM = str(chosen.program)
+    random.seed(chosen.seed)
+    unknown = set(chosen.parts) - set(PARTS)
+    if unknown:
+        options.error(f"no part {', '.join(sorted(unknown))}: {', '.join(PARTS)} are there")
+    summary = []
+    for part in chosen.parts or PARTS:
+        with tempfile.TemporaryDirectory() as home:
+            outcomes = []
+            for well, text in PARTS[part](Path(home), chosen.n):
+                outcomes.append(well)
+                print(f"{part} {'ok' if well else 'FAILED'}: {text}", flush=True)
+        summary.append((part, sum(outcomes), len(outcomes)))
+    for part, well, n in summary:
+        print(f"{part}: {well} of {n}")
+    sys.exit(any(well < n for _, well, n in summary))
+
+
+if __name__ == "__main__":
+    main()

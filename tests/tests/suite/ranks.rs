@@ -1,0 +1,130 @@
+//! `ng-train align` shared by several processes: what they learn together is what one learns, a run goes on
+//! on another number of them, and one that ends takes the others along.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use flow::checkpoint::Weights;
+use rustix::process::{Pid, Signal, kill_process};
+use tests::program::Ended;
+
+use crate::align::{Run, WEIGHTS, same_tensors};
+
+/// A reward that costs nothing, and a rate at which one update can be seen.
+const CHEAP: [&str; 3] = [
+    "rewards=[{name = 'jpeg', kind = 'jpeg', prefer = 'small', weight = 1.0}]",
+    "judges=[]",
+    "optimizer.learning_rate=1e-4",
+];
+
+fn shared(run: &Run, n: usize, more: &[&str]) -> Command {
+    let mut command = run.command(&[&CHEAP[..], more].concat());
+    if n > 1 {
+        command.args(["--processes", &n.to_string()]);
+    }
+    command
+}
+
+/// Largest difference between the tensors of two files, relative to the largest number.
+fn distance(a: &Path, b: &Path) -> f64 {
+    let [a, b] = [a, b].map(|path| Weights::open_file(path).unwrap());
+    let (mut difference, mut largest) = (0.0f64, 0.0f64);
+    for name in a.names() {
+        for (x, y) in a.f32(name).unwrap().iter().zip(b.f32(name).unwrap()) {
+            difference = difference.max(f64::from((x - y).abs()));
+            largest = largest.max(f64::from(x.abs()));
+        }
+    }
+    difference / largest
+}
+
+#[test]
+fn two_ranks_learn_what_one_process_learns() {
+    let cases: [&[&str]; 3] = [
+        &["algorithm=neighbor"],
+        &["algorithm=dance-grpo", "lora.rank=4"],
+        &["algorithm=diffusion-nft", "optimizer.ema=0.5"],
+    ];
+    for case in cases {
+        let settings = [&["iterations=1", "updates=1"], case].concat();
+        let metrics = [1, 2].map(|n| {
+            let run = Run::new();
+            Ended::after(&mut shared(&run, n, &settings)).succeeded();
+            run.metrics().remove(0)
+        });
+        let [one, two] = &metrics;
+        assert_eq!(one.keys().collect::<Vec<_>>(), two.keys().collect::<Vec<_>>(), "{case:?}");
+        for name in ["optimizer/grad_norm", "reward/jpeg", "advantage/norm", "nfe/update"] {
+            let [one, two] = [one[name].unwrap(), two[name].unwrap()];
+            println!("{case:?}: {name} {one} {two}");
+            assert!((one - two).abs() <= 1e-6 * one.abs(), "{case:?}: {name} {one} {two}");
+        }
+    }
+}
+
+#[test]
+fn a_run_goes_on_on_as_many_ranks_to_the_bit_and_on_another_number() {
+    let (whole, parts) = (Run::new(), Run::new());
+    Ended::after(&mut shared(&whole, 2, &["iterations=4"])).succeeded();
+    Ended::after(&mut shared(&parts, 2, &["iterations=2"])).succeeded();
+    fs::remove_dir_all(parts.folder().join("aligned")).unwrap();
+    let of = |run: &Run| run.folder().join("aligned").join(WEIGHTS);
+    let alone = Run::new();
+    tests::fixture::copy_folder(&parts.folder(), &alone.folder());
+    for (run, n) in [(&parts, 2), (&alone, 1)] {
+        Ended::after(shared(run, n, &["iterations=4"]).arg("--resume")).succeeded();
+    }
+    assert!(same_tensors(&of(&whole), &of(&parts)), "two ranks went on elsewhere");
+    let distance = distance(&of(&whole), &of(&alone));
+    assert!(distance < 1e-5, "one process went on elsewhere: {distance:e}");
+}
+
+#[test]
+fn prompts_that_cannot_be_shared_are_refused() {
+    let run = Run::new();
+    let ended = Ended::after(&mut shared(&run, 2, &["prompts_per_iteration=3"]));
+    assert_eq!(ended.status.code(), Some(1));
+    let expected =
+        "prompts_per_iteration = 3: 2 ranks cannot share them evenly; the nearest is 2 or 4";
+    assert!(ended.stderr.contains(expected), "{}", ended.stderr);
+    assert!(!run.folder().exists());
+}
+
+/// Process numbers of the ranks that `launcher` has started, by rank.
+fn ranks_of(launcher: &Child) -> Vec<i32> {
+    let path = format!("/proc/{0}/task/{0}/children", launcher.id());
+    let children = fs::read_to_string(path).unwrap_or_default();
+    let mut ranks: Vec<(usize, i32)> = children
+        .split_whitespace()
+        .filter_map(|pid| {
+            let variables = fs::read_to_string(format!("/proc/{pid}/environ")).ok()?;
+            let rank = variables.split('\0').find_map(|variable| variable.strip_prefix("RANK="))?;
+            Some((rank.parse().ok()?, pid.parse().ok()?))
+        })
+        .collect();
+    ranks.sort_unstable();
+    ranks.into_iter().map(|(_, pid)| pid).collect()
+}
+
+#[test]
+fn a_killed_rank_ends_the_run_and_is_named() {
+    let run = Run::new();
+    let mut command = shared(&run, 2, &["iterations=1000000", "save_every=1000000"]);
+    let launcher = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let started = Instant::now();
+    let metrics = run.folder().join("metrics.jsonl");
+    while fs::read_to_string(&metrics).unwrap_or_default().is_empty() {
+        assert!(started.elapsed() < Duration::from_mins(2), "no iteration");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let ranks = ranks_of(&launcher);
+    assert_eq!(ranks.len(), 2);
+    kill_process(Pid::from_raw(ranks[1]).unwrap(), Signal::KILL).unwrap();
+    let ended = Ended::of(launcher);
+    assert_eq!(ended.status.code(), Some(137), "{}", ended.stderr);
+    for expected in ["on rank 0: rank 1 has ended", "error: rank 1 was killed by signal 9"] {
+        assert!(ended.stderr.contains(expected), "`{expected}` is not in: {}", ended.stderr);
+    }
+}

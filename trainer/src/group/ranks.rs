@@ -1,0 +1,70 @@
+//! What the ranks of a run tell each other, beside tensors.
+
+use std::ops::Range;
+
+use anyhow::{Context, Result, ensure};
+use cluster::Group;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// A number that arrives to the bit, whatever it is.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+pub(crate) struct Exact(u64);
+
+impl From<f64> for Exact {
+    fn from(number: f64) -> Self {
+        Self(number.to_bits())
+    }
+}
+
+impl From<Exact> for f64 {
+    fn from(exact: Exact) -> Self {
+        Self::from_bits(exact.0)
+    }
+}
+
+/// What every rank says, by rank.
+///
+/// # Errors
+/// When a rank cannot be reached.
+pub(crate) fn all<T: Serialize + DeserializeOwned>(ranks: &Group, own: &T) -> Result<Vec<T>> {
+    let texts = ranks.all_gather_bytes(&serde_json::to_vec(own)?)?;
+    let read = |text: &Vec<u8>| serde_json::from_slice(text).context("a rank of another version");
+    texts.iter().map(read).collect()
+}
+
+/// Which of `n` things are this rank's.
+///
+/// # Errors
+/// When they cannot be divided evenly; names the nearest numbers that can.
+pub(crate) fn own(ranks: &Group, n: usize) -> Result<Range<usize>> {
+    let (rank, world) = (ranks.rank(), ranks.world());
+    let below = n / world * world;
+    let near = if below == 0 { world.to_string() } else { format!("{below} or {}", below + world) };
+    ensure!(
+        n.is_multiple_of(world),
+        "prompts_per_iteration = {n}: {world} ranks cannot share them evenly; the nearest is {near}"
+    );
+    let each = n / world;
+    Ok(rank * each..(rank + 1) * each)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_arrive_to_the_bit() {
+        for number in [0.1, -0.0, f64::NAN, f64::INFINITY, f64::MIN_POSITIVE] {
+            let text = serde_json::to_string(&Exact::from(number)).unwrap();
+            let back: Exact = serde_json::from_str(&text).unwrap();
+            assert_eq!(f64::from(back).to_bits(), number.to_bits());
+        }
+    }
+
+    #[test]
+    fn a_process_that_is_alone_has_everything() {
+        assert_eq!(own(&Group::alone(), 5).unwrap(), 0..5);
+        assert_eq!(all(&Group::alone(), &"text".to_owned()).unwrap(), ["text"]);
+    }
+}
