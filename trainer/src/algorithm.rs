@@ -8,6 +8,8 @@ pub mod branch;
 #[cfg(test)]
 mod cases;
 mod copies;
+mod forward;
+pub mod matching;
 pub mod neighbor;
 pub mod nft;
 pub mod sde;
@@ -70,6 +72,8 @@ methods! {
     branch: branch::BranchConfig,
     /// The contrast of DiffusionNFT.
     nft: nft::NftConfig,
+    /// The matching of V-GRPO and AWM.
+    matching: matching::MatchingConfig,
 }
 
 /// Name and published settings of every algorithm.
@@ -294,9 +298,19 @@ pub(crate) trait Algorithm {
         let _ = trained;
     }
 
+    /// Goes on with a run whose weights are `trained` now.
+    fn resume(&mut self, trained: &Parameters) {
+        let _ = trained;
+    }
+
     /// What rolls out, where it is not the weights that train.
     fn behaviour(&self) -> Option<&Copies> {
         None
+    }
+
+    /// What a checkpoint holds beside the weights that train.
+    fn kept(&self) -> Option<&Copies> {
+        self.behaviour()
     }
 
     /// Ends an iteration, after which the optimiser has made `n_steps` in all.

@@ -4,6 +4,7 @@ use serde::Deserialize;
 use tch::{Kind, Tensor};
 
 use super::Objective;
+use super::matching::MatchingConfig;
 use super::nft::NftConfig;
 use super::sde::SdeConfig;
 use super::window::WindowConfig;
@@ -13,6 +14,7 @@ use super::window::WindowConfig;
 pub(crate) struct Cases {
     pub(crate) sde: Vec<SdeCase>,
     pub(crate) nft: Vec<NftCase>,
+    pub(crate) matching: Vec<MatchingCase>,
     pub(crate) windows: Vec<WindowCase>,
     pub(crate) tree: Vec<TreeCase>,
 }
@@ -44,6 +46,21 @@ pub(crate) struct NftCase {
     pub(crate) v_old: Vec<f64>,
     pub(crate) v_reference: Vec<f64>,
     pub(crate) advantages: Vec<f64>,
+    pub(crate) value: Vec<f64>,
+    pub(crate) gradient: Vec<f64>,
+}
+
+#[derive(Deserialize)]
+pub(crate) struct MatchingCase {
+    pub(crate) settings: MatchingConfig,
+    pub(crate) t: Vec<f64>,
+    pub(crate) target: Vec<f64>,
+    pub(crate) v: Vec<f64>,
+    pub(crate) v_old: Vec<f64>,
+    pub(crate) v_lag: Vec<f64>,
+    pub(crate) v_reference: Vec<f64>,
+    pub(crate) advantages: Vec<f64>,
+    pub(crate) log_ratio: Vec<f64>,
     pub(crate) value: Vec<f64>,
     pub(crate) gradient: Vec<f64>,
 }

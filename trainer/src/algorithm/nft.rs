@@ -16,13 +16,13 @@ use flow::schedule::Grid;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use super::forward::Noised;
 use super::{
     Algorithm, Batch, Copies, Item, Method, Objective, Published, Setting, drawn, numbers,
-    published, stack,
+    published,
 };
 use crate::group::experience::Experience;
 use crate::group::rollout::{Rollout, Start};
-use crate::group::seeds::{Use, family};
 use crate::network::condition::Condition;
 use crate::network::model::Model;
 use crate::tensor::parameters::Parameters;
@@ -131,22 +131,7 @@ impl Algorithm for Nft<'_> {
         items: &[Item],
         condition: &Condition,
     ) -> Batch<'b> {
-        let trajectory = &experience.trajectory;
-        let x0 = stack(items, |item| experience.row(&trajectory.x0, item.group, item.member));
-        let t = numbers(items, &x0, |item| trajectory.calls[item.call].step.t);
-        let noise = family(self.setting.group.seed, Use::Forward);
-        let eps: Vec<Vec<f32>> = items
-            .iter()
-            .map(|item| {
-                let n_calls = trajectory.calls.len() as u64;
-                let stream =
-                    experience.stream(item.group, item.member) * n_calls + item.call as u64;
-                noise.normal(stream, experience.size.len())
-            })
-            .collect();
-        let eps = model.pack(&eps, &experience.size);
-        let wide = t.reshape([-1, 1, 1]);
-        let x_t = &x0 * (1.0 - &wide) + eps * &wide;
+        let Noised { x0, x_t, t, .. } = Noised::new(&self.setting, model, experience, items, false);
         let velocity = |copies: &Copies| copies.velocity(model, &x_t, &t, condition);
         let contrast = Contrast {
             x0,

@@ -86,7 +86,8 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
     let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
     let mut start = 0;
     if let Some(position) = &found {
-        state::restore(position, config, &mut optimizer, &model, algorithm.behaviour())?;
+        state::restore(position, config, &mut optimizer, &model, algorithm.kept())?;
+        algorithm.resume(model.engine.trained());
         start = position.iteration;
         let total = config.iterations;
         ensure!(
@@ -240,7 +241,7 @@ impl Run<'_> {
 
     fn save(&mut self, done: usize) -> Result<()> {
         let config = self.config;
-        state::save(config, done, &self.model, &self.optimizer, self.algorithm.behaviour())
+        state::save(config, done, &self.model, &self.optimizer, self.algorithm.kept())
             .with_context(|| format!("cannot save after iteration {done}"))
     }
 

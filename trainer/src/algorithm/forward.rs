@@ -1,0 +1,48 @@
+//! Final images noised anew, which methods without a ratio of trajectories learn from.
+
+use tch::Tensor;
+
+use super::{Item, Setting, numbers, stack};
+use crate::group::experience::Experience;
+use crate::group::seeds::{Use, family};
+use crate::network::model::Model;
+
+/// M final images x0 with noise eps at times t: x_t = (1 − t)·x0 + t·eps, in f32.
+pub(super) struct Noised {
+    /// `[M, S, C]`.
+    pub(super) x0: Tensor,
+    /// `[M, S, C]`.
+    pub(super) x_t: Tensor,
+    /// Times `[M]`.
+    pub(super) t: Tensor,
+    /// The velocity that leads from x0 to eps, `[M, S, C]`.
+    pub(super) target: Tensor,
+}
+
+impl Noised {
+    /// Of each item the image of its member, at the time of its call; members of a group share their noise at
+    /// one time where it `is_shared`.
+    pub(super) fn new(
+        setting: &Setting<'_>,
+        model: &Model,
+        experience: &Experience,
+        items: &[Item],
+        is_shared: bool,
+    ) -> Self {
+        let trajectory = &experience.trajectory;
+        let x0 = stack(items, |item| experience.row(&trajectory.x0, item.group, item.member));
+        let t = numbers(items, &x0, |item| trajectory.calls[item.call].step.t);
+        let noise = family(setting.group.seed, Use::Forward);
+        let n_calls = trajectory.calls.len() as u64;
+        let of_item = |item: &Item| {
+            let member = if is_shared { 0 } else { item.member };
+            let stream = experience.stream(item.group, member) * n_calls + item.call as u64;
+            noise.normal(stream, experience.size.len())
+        };
+        let eps: Vec<Vec<f32>> = items.iter().map(of_item).collect();
+        let eps = model.pack(&eps, &experience.size);
+        let wide = t.reshape([-1, 1, 1]);
+        let x_t = &x0 * (1.0 - &wide) + &eps * &wide;
+        Self { target: eps - &x0, x0, x_t, t }
+    }
+}
