@@ -250,21 +250,54 @@ pub(crate) struct Objective {
 pub(crate) struct Ratio {
     /// log ρ, of any shape.
     pub(crate) log: Tensor,
-    /// Advantages, of the same shape.
+    /// Terms whose ratio has gone too far up, and too far down: their gradient is silenced.
+    pub(crate) silenced: [Tensor; 2],
+    /// Largest |log ρ| where nothing has changed since the rollout, up to rounding.
+    pub(crate) tolerance: f64,
+    /// Advantages, of the shape of `log`.
     pub(crate) advantages: Tensor,
-    /// Half-width ε of the clip.
-    pub(crate) clip: f64,
 }
 
 /// Limit of |log ρ| before it is exponentiated; it guards against overflow and nothing else.
 pub(crate) const MAX_LOG_RATIO: f64 = 10.0;
 
-impl Ratio {
-    /// `min(A·ρ, A·clip(ρ, 1 − ε, 1 + ε))`, element by element.
-    pub(crate) fn clipped(log_ratio: &Tensor, advantages: &Tensor, clip: f64) -> Tensor {
+/// How far a policy may go from the one that rolled out.
+pub(crate) enum Bound<'a> {
+    /// Half-width ε of the ratio's clip.
+    Clip(f64),
+    /// Largest divergence δ, and that of each term: beyond it only what leads back counts (Flow-DPPO).
+    Divergence(f64, &'a Tensor),
+}
+
+impl Bound<'_> {
+    /// A·ρ, element by element, its gradient silenced where ρ leads beyond the bound: under a clip,
+    /// `min(A·ρ, A·clip(ρ, 1 − ε, 1 + ε))`.
+    pub(crate) fn objective(&self, log_ratio: &Tensor, advantages: &Tensor) -> (Tensor, Ratio) {
         let ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp();
-        let clipped = ratio.clamp(1.0 - clip, 1.0 + clip);
-        (advantages * &ratio).minimum(&(advantages * clipped))
+        let (up, down) = match *self {
+            Bound::Clip(clip) => (ratio.gt(1.0 + clip), ratio.lt(1.0 - clip)),
+            Bound::Divergence(limit, divergence) => {
+                let is_far = divergence.gt(limit);
+                (ratio.gt(1.0).logical_and(&is_far), ratio.lt(1.0).logical_and(&is_far))
+            }
+        };
+        let silenced = [up.logical_and(&advantages.gt(0.0)), down.logical_and(&advantages.lt(0.0))];
+        let kept = match *self {
+            Bound::Clip(clip) => {
+                let clipped = ratio.clamp(1.0 - clip, 1.0 + clip);
+                (advantages * &ratio).minimum(&(advantages * clipped))
+            }
+            Bound::Divergence(..) => {
+                let is_silenced = silenced[0].logical_or(&silenced[1]);
+                advantages * ratio.detach().where_self(&is_silenced, &ratio)
+            }
+        };
+        let tolerance = match *self {
+            Bound::Clip(clip) => clip / 10.0,
+            Bound::Divergence(limit, _) => limit,
+        };
+        let advantages = advantages.shallow_clone();
+        (kept, Ratio { log: log_ratio.detach(), silenced, tolerance, advantages })
     }
 }
 

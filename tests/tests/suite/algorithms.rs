@@ -13,7 +13,7 @@ const CHEAP: [&str; 3] = [
     "judges=[]",
     "optimizer.learning_rate=1e-4",
 ];
-const ALGORITHMS: [&str; 12] = [
+const ALGORITHMS: [&str; 15] = [
     "neighbor",
     "neighbor-paper-literal",
     "neighbor-sde-matched",
@@ -26,6 +26,9 @@ const ALGORITHMS: [&str; 12] = [
     "mix-grpo-flash-star",
     "branch-grpo",
     "diffusion-nft",
+    "flow-dppo",
+    "v-grpo",
+    "awm",
 ];
 
 fn with<'a>(more: &[&'a str]) -> Vec<&'a str> {

@@ -23,7 +23,7 @@ use tch::{Kind, Tensor};
 
 use super::forward::Noised;
 use super::{
-    Algorithm, Batch, Copies, Item, Method, Objective, Published, Ratio, Setting, numbers, part,
+    Algorithm, Batch, Bound, Copies, Item, Method, Objective, Published, Setting, numbers, part,
     published,
 };
 use crate::group::experience::Experience;
@@ -322,7 +322,7 @@ impl MatchingConfig {
         let now = self.loss(images, &v);
         let old = images.v_old.as_ref().map_or_else(|| now.detach(), |v| self.loss(images, v));
         let log_ratio = old - &now;
-        let mut value = Ratio::clipped(&log_ratio, &images.advantages, self.clip);
+        let (mut value, ratio) = Bound::Clip(self.clip).objective(&log_ratio, &images.advantages);
         let scalar = |x: &Tensor| x.mean(Kind::Double).double_value(&[]);
         let mut means = vec![("policy/matching", scalar(&now.detach()))];
         for (name, weight, other) in [
@@ -335,9 +335,7 @@ impl MatchingConfig {
             value -= away * weight;
         }
         value.mean(Kind::Float).backward();
-        let advantages = images.advantages.shallow_clone();
-        let ratio = Some(Ratio { log: log_ratio.detach(), advantages, clip: self.clip });
-        Objective { value: value.detach(), gradient: v.grad(), ratio, means }
+        Objective { value: value.detach(), gradient: v.grad(), ratio: Some(ratio), means }
     }
 }
 

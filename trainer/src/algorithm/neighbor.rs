@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::{
-    Algorithm, Batch, Item, Method, Objective, Published, Ratio, Setting, numbers, part, published,
+    Algorithm, Batch, Bound, Item, Method, Objective, Published, Setting, numbers, part, published,
     stack,
 };
 use crate::group::experience::Experience;
@@ -280,17 +280,16 @@ impl NeighborConfig {
             .log_softmax(1, Kind::Float);
         let log_ratio = &tilt - (&log_policy + &tilt).logsumexp([1], true);
         let dims: &[i64] = &[1];
-        let value =
-            Ratio::clipped(&log_ratio, advantages, self.clip).mean_dim(dims, false, Kind::Float);
+        let (value, ratio) = Bound::Clip(self.clip).objective(&log_ratio, advantages);
+        let value = value.mean_dim(dims, false, Kind::Float);
         value.mean(Kind::Float).backward();
         let mean = |x: Tensor| x.to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
         let policy = log_policy.exp();
         let entropy = (&policy * &log_policy).sum_dim_intlist(dims, false, Kind::Double);
-        let (log, advantages) = (log_ratio.detach(), advantages.shallow_clone());
         Objective {
             value: value.detach(),
             gradient: v.grad(),
-            ratio: Some(Ratio { log, advantages, clip: self.clip }),
+            ratio: Some(ratio),
             means: vec![
                 // Staying on the anchor is what is most probable.
                 ("policy/p_anchor", mean(policy.amax(dims, false))),

@@ -12,7 +12,8 @@
 //! exactly 1 where the network repeats the rollout's velocity. g is the diffusion coefficient, std/√|dt|
 //! (std itself for Flow-CPS).
 //! GRPO-Guard (arXiv 2510.22319) takes `log ρ = ⟨e, D⟩/(N·std)` and J/|dt|, which removes the ratio's
-//! bias below 1 and evens out the steps.
+//! bias below 1 and evens out the steps. Flow-DPPO (arXiv 2606.11025) has no clip: where
+//! κ·‖D‖²/N > δ, terms with A > 0 and ρ > 1, or A < 0 and ρ < 1, are dropped, the others stay.
 
 use anyhow::{Result, ensure};
 use flow::schedule::{Grid, Schedule};
@@ -23,7 +24,7 @@ use tch::{Kind, Tensor};
 
 use super::window::WindowConfig;
 use super::{
-    Algorithm, Batch, Copies, Item, Method, Objective, Published, Ratio, Setting, drawn, numbers,
+    Algorithm, Batch, Bound, Copies, Item, Method, Objective, Published, Setting, drawn, numbers,
     published, stack,
 };
 use crate::group::experience::Experience;
@@ -48,6 +49,10 @@ pub struct SdeConfig {
     /// Half-width ε of the ratio clip.
     #[serde(default = "clip")]
     pub clip: f64,
+    /// Largest divergence δ from the policy that rolled out, in place of the clip: beyond it, only terms that
+    /// lead back to that policy count.
+    #[serde(default)]
+    pub divergence: Option<f64>,
     /// Weight β of the divergence from the weights that the run started from; above 0, it keeps them.
     #[serde(default)]
     pub kl: f64,
@@ -82,6 +87,7 @@ impl Default for SdeConfig {
             level: level(),
             same_start: false,
             clip: clip(),
+            divergence: None,
             kl: 0.0,
             guard: false,
             truncate: false,
@@ -96,6 +102,7 @@ impl SdeConfig {
         "dance-grpo",
         "flow-grpo",
         "flow-grpo-fast",
+        "flow-dppo",
         "mix-grpo",
         "mix-grpo-flash",
         "mix-grpo-flash-star"
@@ -109,6 +116,10 @@ impl Method for SdeConfig {
         ensure!(self.noise != Sde::Cps || level < 1.0, "sde.level = {level}: below 1 with cps");
         ensure!(clip > 0.0 && clip < 1.0, "sde.clip = {clip}: in (0, 1)");
         ensure!(kl >= 0.0, "sde.kl = {kl}: at least 0");
+        if let Some(limit) = self.divergence {
+            ensure!(limit > 0.0, "sde.divergence = {limit}: above 0");
+            ensure!(!self.guard, "sde.guard normalises a clipped ratio: not with sde.divergence");
+        }
         if let Some(share) = compress {
             ensure!(share > 0.0 && share <= 1.0, "sde.compress = {share}: in (0, 1]");
             ensure!(
@@ -286,7 +297,13 @@ impl SdeConfig {
         } else {
             mean((&drawn * 2.0 - &moved) * &moved) * column(&|step| self.noise.precision(step))
         };
-        let mut value = Ratio::clipped(&log_ratio, advantages, self.clip);
+        // The divergence of two Gaussians of one width, a number.
+        let divergence = mean(moved.detach().square()) * column(&|step| self.noise.precision(step));
+        let bound = match self.divergence {
+            Some(limit) => Bound::Divergence(limit, &divergence),
+            None => Bound::Clip(self.clip),
+        };
+        let (mut value, ratio) = bound.objective(&log_ratio, advantages);
         if self.guard {
             value /= column(&|step| step.t - step.t_next);
         }
@@ -302,10 +319,7 @@ impl SdeConfig {
             value -= divergence * self.kl;
         }
         value.mean(Kind::Float).backward();
-        let log = log_ratio.detach();
-        let advantages = advantages.shallow_clone();
-        let ratio = Some(Ratio { log, advantages, clip: self.clip });
-        Objective { value: value.detach(), gradient: v.grad(), ratio, means }
+        Objective { value: value.detach(), gradient: v.grad(), ratio: Some(ratio), means }
     }
 }
 

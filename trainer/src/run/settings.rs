@@ -19,7 +19,7 @@ macro_rules! presets {
 }
 
 /// Presets of `ng-train align`.
-pub const ALIGN_PRESETS: [(&str, &str); 25] = presets![
+pub const ALIGN_PRESETS: [(&str, &str); 31] = presets![
     "neighbor",
     "neighbor-paper-literal",
     "neighbor-sde-matched",
@@ -32,6 +32,9 @@ pub const ALIGN_PRESETS: [(&str, &str); 25] = presets![
     "mix-grpo-flash-star",
     "branch-grpo",
     "diffusion-nft",
+    "flow-dppo",
+    "v-grpo",
+    "awm",
     "signs",
     "signs-paper-literal",
     "signs-sde-matched",
@@ -44,6 +47,9 @@ pub const ALIGN_PRESETS: [(&str, &str); 25] = presets![
     "signs-mix-grpo-flash-star",
     "signs-branch-grpo",
     "signs-diffusion-nft",
+    "signs-flow-dppo",
+    "signs-v-grpo",
+    "signs-awm",
     "emoji",
 ];
 

@@ -111,7 +111,7 @@ fn totals(ranks: &Group, updates: &[Vec<Item>]) -> Result<Vec<usize>> {
 struct Statistics {
     means: BTreeMap<String, f64>,
     log_ratio_max: Option<f64>,
-    clip: f64,
+    tolerance: f64,
 }
 
 impl Statistics {
@@ -124,17 +124,13 @@ impl Statistics {
         for &(name, value) in &objective.means {
             put(name, value);
         }
-        let Some(Ratio { log, advantages, clip }) = &objective.ratio else { return };
-        // Those that the clip silences.
-        let ratio = log.exp();
-        let high = ratio.gt(1.0 + clip).logical_and(&advantages.gt(0.0));
-        let low = ratio.lt(1.0 - clip).logical_and(&advantages.lt(0.0));
-        for (name, silenced) in CLIPPED.into_iter().zip([high, low]) {
-            put(name, mean(&silenced));
+        let Some(Ratio { log, silenced, tolerance, .. }) = &objective.ratio else { return };
+        for (name, silenced) in CLIPPED.into_iter().zip(silenced) {
+            put(name, mean(silenced));
         }
         let largest = log.abs().max().double_value(&[]);
         self.log_ratio_max = Some(self.log_ratio_max.unwrap_or(0.0).max(largest));
-        self.clip = *clip;
+        self.tolerance = *tolerance;
     }
 
     /// Those of all ranks together.
@@ -169,7 +165,7 @@ impl Statistics {
 
     /// Before the first update nothing has changed since the rollout, and every ratio is 1.
     fn check_first(&self) -> Result<()> {
-        let (limit, largest) = (self.clip / 10.0, self.log_ratio_max.unwrap_or(0.0));
+        let (limit, largest) = (self.tolerance, self.log_ratio_max.unwrap_or(0.0));
         ensure!(
             largest <= limit,
             "|log ratio| is {largest:.1e} before the first update, above {limit:.0e}: the network does \
