@@ -87,8 +87,9 @@ fn an_unknown_algorithm_is_named_with_those_there_are() {
 /// started from, the position of a window.
 #[test]
 fn every_state_resumes_to_the_bit() {
-    let cases: [&[&str]; 4] = [
+    let cases: [&[&str]; 5] = [
         &["algorithm=diffusion-nft", "nft.decay_rate=0.05"],
+        &["algorithm=awm", "updates=2", "train_steps=2", "matching.lag_rate=0.1"],
         &[
             "algorithm=mix-grpo-flash",
             "rollout.steps=6",
