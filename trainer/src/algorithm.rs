@@ -254,8 +254,6 @@ pub(crate) struct Ratio {
     pub(crate) silenced: [Tensor; 2],
     /// Largest |log ρ| where nothing has changed since the rollout, up to rounding.
     pub(crate) tolerance: f64,
-    /// Advantages, of the shape of `log`.
-    pub(crate) advantages: Tensor,
 }
 
 /// Limit of |log ρ| before it is exponentiated; it guards against overflow and nothing else.
@@ -296,8 +294,7 @@ impl Bound<'_> {
             Bound::Clip(clip) => clip / 10.0,
             Bound::Divergence(limit, _) => limit,
         };
-        let advantages = advantages.shallow_clone();
-        (kept, Ratio { log: log_ratio.detach(), silenced, tolerance, advantages })
+        (kept, Ratio { log: log_ratio.detach(), silenced, tolerance })
     }
 }
 

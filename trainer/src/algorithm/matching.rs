@@ -17,7 +17,7 @@
 //! time has its own, as AWM has it: the same gradient at ρ = 1.
 
 use anyhow::{Result, ensure};
-use flow::schedule::Shift;
+use flow::schedule::Grid;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -146,8 +146,8 @@ impl Method for MatchingConfig {
         Ok(())
     }
 
-    fn open<'a>(&'a self, setting: Setting<'a>, shift: Shift) -> Box<dyn Algorithm + 'a> {
-        Box::new(Matching { setting, config: self, shift, old: None, lag: None, reference: None })
+    fn open<'a>(&'a self, setting: Setting<'a>, grid: Grid) -> Box<dyn Algorithm + 'a> {
+        Box::new(Matching { setting, config: self, grid, old: None, lag: None, reference: None })
     }
 }
 
@@ -155,7 +155,7 @@ impl Method for MatchingConfig {
 struct Matching<'a> {
     setting: Setting<'a>,
     config: &'a MatchingConfig,
-    shift: Shift,
+    grid: Grid,
     /// The weights that rolled out, where more than one update is made of an iteration.
     old: Option<Copies>,
     /// Weights that lag behind, and those that the run started from.
@@ -165,7 +165,7 @@ struct Matching<'a> {
 
 impl Algorithm for Matching<'_> {
     fn rollout(&self, _: usize) -> Result<Rollout> {
-        Ok(Rollout::apart(Start::Independent, self.setting.group.rollout.steps(self.shift)?))
+        Ok(Rollout::apart(Start::Independent, self.setting.group.rollout.steps(self.grid)?))
     }
 
     /// Times are stratified: one of each of K equal parts of the grid, the same for a whole group.

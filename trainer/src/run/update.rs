@@ -292,9 +292,11 @@ mod tests {
         let condition = experience.conditions(items.iter().map(|item| item.group));
         let batch = algorithm.batch(model, experience, items, &condition);
         let v = model.engine.velocity(&batch.x_in, &batch.t_in, &condition);
+        let is_advantages = |(name, _): &&(&str, Tensor)| *name == "advantages";
+        let advantages = batch.tensors.iter().find(is_advantages).map(|(_, values)| values);
         let objective = (batch.objective)(&v);
         let wanted = match objective.ratio {
-            Some(Ratio { log, advantages, .. }) => log * advantages,
+            Some(Ratio { log, .. }) => log * advantages.unwrap(),
             None => objective.value,
         };
         wanted.sum(Kind::Double).double_value(&[])
