@@ -50,6 +50,8 @@ pub(super) enum Meaning {
     Layer(Rc<Target>, String),
     /// A layer that FLUX has and this model lacks.
     Lacking,
+    /// A layer of CLIP that no prompt goes through.
+    Unused,
     Unknown,
 }
 
@@ -75,6 +77,8 @@ const PREFIXES: [&str; 19] = [
     "t5xxl_",
     "t5_",
 ];
+/// CLIP's last layer, which FLUX leaves out.
+const UNUSED: &str = "text_projection";
 /// What CLIP's layers are called with it and without.
 const CLIP: &str = "text_model.";
 
@@ -154,6 +158,9 @@ impl Layers {
             let rest = &flat_path[start..];
             if let Some(target) = self.by_name.get(rest) {
                 return Meaning::Layer(Rc::clone(target), path[start..].to_owned());
+            }
+            if rest == UNUSED {
+                return Meaning::Unused;
             }
             lacking |= self.lacking.contains(rest);
             let prefixes = PREFIXES.iter().filter(|prefix| rest.starts_with(**prefix));

@@ -57,7 +57,7 @@ pub(super) fn read(weights: &Weights, path: &Path, layers: &Layers) -> Result<Re
     if let Some(why) = is_unread {
         return Err(malformed(why));
     }
-    let groups = groups(paths, layers).map_err(malformed)?;
+    let groups = groups(paths, layers, &mut notices).map_err(malformed)?;
     let mut adapters = Vec::with_capacity(groups.len());
     let mut without_alpha = None;
     for group in &groups {
@@ -173,13 +173,21 @@ fn widened_input(
 }
 
 /// What the paths mean.
-fn groups(paths: BTreeMap<String, Slots>, layers: &Layers) -> Explained<Vec<Group>> {
+fn groups(
+    paths: BTreeMap<String, Slots>,
+    layers: &Layers,
+    notices: &mut Vec<String>,
+) -> Explained<Vec<Group>> {
     let n_paths = paths.len();
     let (mut groups, mut lacking, mut unknown) = (Vec::new(), Vec::new(), Vec::new());
     for (path, slots) in paths {
         match layers.find(&path) {
             Meaning::Layer(target, layer) => groups.push(Group { path, target, layer, slots }),
             Meaning::Lacking => lacking.push(path),
+            Meaning::Unused => {
+                notices
+                    .push(format!("{path} passed over: FLUX makes no use of that layer of CLIP"));
+            }
             Meaning::Unknown => unknown.push(path),
         }
     }
@@ -195,6 +203,9 @@ fn groups(paths: BTreeMap<String, Slots>, layers: &Layers) -> Explained<Vec<Grou
             "made for a model that embeds guidance, such as FLUX.1-dev: this one has no {}",
             and_more(first, lacking.len())
         ));
+    }
+    if groups.is_empty() {
+        return Err("nothing in it changes a layer that FLUX uses".into());
     }
     Ok(groups)
 }

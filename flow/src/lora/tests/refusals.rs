@@ -155,9 +155,19 @@ fn two_adapters_and_two_paths_of_one_layer_are_refused() {
 }
 
 #[test]
+fn a_layer_of_clip_without_use_is_passed_over_with_a_notice() {
+    let mut file = File::new(42);
+    file.tensor("text_encoders.clip_l.transformer.text_projection.diff", &[32, 32]);
+    assert!(file.refused().contains("FLUX uses"));
+    let delta = file.lora(Q, [D, D], 3, 1.0);
+    file.adds("transformer_blocks.0.attn.to_q.weight", &delta);
+    file.check();
+    assert!(file.open().lines()[1].contains("text_projection passed over"));
+}
+
+#[test]
 fn embeddings_of_words_are_passed_over_with_a_notice() {
     let mut file = lora();
-    file.adds("transformer_blocks.0.attn.to_k.weight", &[]);
     file.tensor("bundle_emb.token.clip_l", &[2, 32]);
     let said = file.open().lines().join("\n");
     assert!(said.contains("note: ") && said.contains("bundle_emb.token.clip_l"), "{said}");
