@@ -23,7 +23,8 @@ use crate::target::{Attention, Target};
 #[command(
     name = "ng-export",
     version,
-    after_help = "Exit codes: 0 exported, 1 failed and left nothing behind, 2 wrong usage."
+    after_help = "Other commands: ng-export verify, ng-export inspect, ng-export wrap (each with --help).\n\
+                  Exit codes: 0 exported, 1 failed and left nothing behind, 2 wrong usage."
 )]
 pub struct Args {
     /// The pipeline folder: model_index.json, transformer/, vae/, text_encoder/, ...
@@ -66,16 +67,73 @@ pub struct Args {
     /// are; by default in files of 1 GiB and more (Python's onnx refuses links, runtimes do not)
     #[arg(long, conflicts_with = "copy_weights")]
     link_weights: bool,
-    /// Run every graph in ONNX Runtime against CHECKPOINT/reference.safetensors (made by `ng-train
-    /// reference CHECKPOINT`) and fail when one differs by more than 1e-5 of its largest value
+    /// Run every block of every graph in ONNX Runtime and the checkpoint in plain Rust, write both's
+    /// differences into the folder, and fail when one is beyond its limit
     #[arg(long)]
     verify: bool,
+    /// Largest error, as a share of the largest value, that passes; by default f32 1e-5, f16 0.01, bf16
+    /// 0.04, int8 and fp8 0.1, int4 0.25
+    #[arg(long, value_name = "X", requires = "verify")]
+    max_error: Option<f32>,
     /// Replace an earlier export
     #[arg(long)]
     force: bool,
     /// Threads of ONNX Runtime under --verify; by default one a processor
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+}
+
+/// Compares an export with the checkpoint it was made from, block by block, and its files with SHA256SUMS.
+#[derive(Clone, Debug, Parser)]
+#[command(
+    name = "ng-export verify",
+    after_help = "Exit codes: 0 within its limits, 1 not, 2 wrong usage."
+)]
+pub struct Verify {
+    /// The export
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
+    /// The checkpoint
+    #[arg(long, value_name = "CHECKPOINT")]
+    pub checkpoint: PathBuf,
+    /// The adapters that were merged, as they were given to the export
+    #[arg(long = "lora", value_name = "FILE[:SCALE]", value_parser = flow::lora::scaled_path)]
+    pub loras: Vec<(PathBuf, f64)>,
+    /// Another limit than the export's own
+    #[arg(long, value_name = "X")]
+    pub max_error: Option<f32>,
+    /// Threads of ONNX Runtime
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: u16,
+}
+
+/// Says what a checkpoint or an export is and holds.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "ng-export inspect")]
+pub struct Inspect {
+    /// A pipeline folder
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
+}
+
+/// Makes an ONNX model of a TensorRT engine, which ONNX Runtime's TensorRT provider of the same TensorRT
+/// version runs.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "ng-export wrap")]
+pub struct Wrap {
+    /// The engine, as trtexec saves it
+    #[arg(value_name = "PLAN")]
+    pub plan: PathBuf,
+    /// The graph that it was built from
+    #[arg(long, value_name = "MODEL.onnx")]
+    pub graph: PathBuf,
+    /// Compute capability of the GPU that built it: 90 is Hopper
+    #[arg(long, value_name = "SM", value_parser = clap::value_parser!(u32).range(50..=200))]
+    pub architecture: u32,
+    /// The model to write, in the engine's folder or above it
+    #[arg(short, long, value_name = "FILE.onnx")]
+    pub out: PathBuf,
 }
 
 impl Args {
@@ -103,6 +161,7 @@ impl Args {
             },
             replace: self.force,
             verify: self.verify,
+            max_error: self.max_error,
             threads: self.threads.map_or_else(available, usize::from),
         }
     }

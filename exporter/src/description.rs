@@ -34,7 +34,7 @@ pub struct Description {
 }
 
 /// One graph.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Component {
     /// Version of the standard operators.
     pub opset: i64,
@@ -42,6 +42,8 @@ pub struct Component {
     pub ir: i64,
     /// Type that arithmetic is done in.
     pub arithmetic: String,
+    /// Largest relative error that passes verification.
+    pub max_error: f32,
     /// Elements of all weights.
     pub parameters: usize,
     /// How often each operator is used; those of ONNX Runtime with their domain.
@@ -69,12 +71,10 @@ pub struct Slots {
 impl Description {
     /// Of an export of `choice` with `loras` merged.
     pub fn new(choice: &Choice, loras: &[(PathBuf, f64)]) -> Self {
-        let name =
-            |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         Self {
             target: choice.target.name().into(),
             precision: choice.precision.name().into(),
-            merged: loras.iter().map(|(path, scale)| (name(path), *scale)).collect(),
+            merged: merged(loras),
             ..Self::default()
         }
     }
@@ -91,6 +91,7 @@ impl Description {
             opset: graph.dialect.table.opset,
             ir: graph.dialect.table.ir,
             arithmetic: graph.dialect.arithmetic.name().into(),
+            max_error: graph.dialect.max_error(),
             parameters: graph.n_parameters(),
             operators,
             ..Component::default()
@@ -132,6 +133,12 @@ impl Description {
     }
 }
 
+/// Adapters by file name and scale.
+pub fn merged(loras: &[(PathBuf, f64)]) -> Vec<(String, f64)> {
+    let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    loras.iter().map(|(path, scale)| (name(path), *scale)).collect()
+}
+
 /// What the graph of `part` carries in its file.
 ///
 /// # Errors
@@ -157,5 +164,5 @@ pub fn metadata(
     Ok(metadata)
 }
 
-/// Key of the values between blocks: `[[name, [value, …]], …]`.
+/// Key of the values between blocks: `[[name, [[value, type], …]], …]`.
 pub const SEAMS: &str = "seams";

@@ -19,9 +19,10 @@ use crate::external::{self, Placement, Written};
 use crate::graph::Graph;
 use crate::networks::record;
 use crate::part::Part;
-use crate::precision::Choice;
+use crate::precision::{Choice, Precision};
 use crate::publish::check_target;
-use crate::verify::{self, Difference};
+use crate::verify::report::{Found, Report};
+use crate::verify::{self, Difference, blocks};
 use crate::weights::Source;
 
 /// What to export, and how.
@@ -39,8 +40,10 @@ pub struct Request {
     pub placement: Placement,
     /// Whether an earlier export there is replaced.
     pub replace: bool,
-    /// Whether the graphs must reproduce the checkpoint's reference tensors.
+    /// Whether the graphs must compute what the checkpoint does.
     pub verify: bool,
+    /// Another limit of relative errors than the precision's.
+    pub max_error: Option<f32>,
     /// Threads of ONNX Runtime in verification.
     pub threads: usize,
 }
@@ -76,9 +79,7 @@ pub fn export(request: &Request, bar: &ProgressBar, stop: &AtomicBool) -> Result
     let dialects = Part::ALL.map(|part| Ok((part, request.choice.dialect(part)?)));
     let dialects = dialects.into_iter().collect::<Result<Vec<_>>>()?;
     let pipeline = Pipeline::open(&request.checkpoint)?;
-    let loras = open_loras(request, &pipeline, bar)?;
-    let reference =
-        if request.verify { Some(verify::reference(reference(request)?)?) } else { None };
+    let loras = open_loras(&request.loras, &pipeline, bar)?;
     check_apart(&request.checkpoint, &request.target)?;
     check_target(&request.target, request.replace)?;
     // What is copied is read once before the work: an export without tokenizers is of no use.
@@ -105,15 +106,9 @@ pub fn export(request: &Request, bar: &ProgressBar, stop: &AtomicBool) -> Result
     }
     copy_rest(&request.checkpoint, staged.path())?;
     description.write(staged.path())?;
-    if let Some(reference) = &reference {
-        for summary in &mut summaries {
-            bar.set_message(format!("verifying {}", summary.part.folder()));
-            let difference =
-                verify::compare(staged.path(), summary.part, reference, request.threads)?;
-            summary.difference = Some(difference);
-            check_stop(stop)?;
-        }
-        check_differences(&summaries, reference)?;
+    if request.verify {
+        let verifying = Verifying { pipeline: &pipeline, loras: &loras, request, stop };
+        verifying.run(staged.path(), &description, &mut summaries, bar)?;
     }
     check_target(&request.target, request.replace)?;
     staged.publish(request.replace)?;
@@ -154,26 +149,70 @@ impl Writing<'_> {
 }
 
 /// The adapters to merge; says what each is.
-fn open_loras(request: &Request, pipeline: &Pipeline, bar: &ProgressBar) -> Result<Vec<Lora>> {
+fn open_loras(
+    loras: &[(PathBuf, f64)],
+    pipeline: &Pipeline,
+    bar: &ProgressBar,
+) -> Result<Vec<Lora>> {
     let layers = Layers::of(pipeline);
     let open = |(path, scale): &(PathBuf, f64)| {
         let lora = Lora::open(path, *scale, &layers)?;
         bar.suspend(|| lora.lines().iter().for_each(|line| eprintln!("{line}")));
         Ok(lora)
     };
-    request.loras.iter().map(open).collect()
+    loras.iter().map(open).collect()
 }
 
-/// The folder whose reference tensors the export must reproduce: the checkpoint's, or that of the one
-/// LoRA merged as it was trained.
-fn reference(request: &Request) -> Result<&Path> {
-    match request.loras.as_slice() {
-        [] => Ok(&request.checkpoint),
-        [(path, 1.0)] if path.is_dir() => Ok(path),
-        _ => bail!(
-            "--verify with --lora: only for one LoRA folder at scale 1, as `ng-train align` writes it \
-             with its reference tensors"
-        ),
+/// A verification of what was written.
+struct Verifying<'a> {
+    pipeline: &'a Pipeline,
+    loras: &'a [Lora],
+    request: &'a Request,
+    stop: &'a AtomicBool,
+}
+
+impl Verifying<'_> {
+    /// Adds differences to `summaries` and the report to `folder`.
+    fn run(
+        &self,
+        folder: &Path,
+        description: &Description,
+        summaries: &mut [Summary],
+        bar: &ProgressBar,
+    ) -> Result<()> {
+        let (mut report, threads) = (Report::default(), self.request.threads);
+        for summary in &mut *summaries {
+            let part = summary.part;
+            bar.set_message(format!("verifying {}", part.folder()));
+            let stages = blocks::compare(folder, part, self.pipeline, self.loras, threads)?;
+            summary.difference = stages.last().map(|stage| stage.chained);
+            report.0.push(Found::new(part, stages, description, self.request.max_error));
+            check_stop(self.stop)?;
+        }
+        report.check().context("nothing was exported")?;
+        if let Some(reference) = self.reference()? {
+            let mut found = Vec::new();
+            for summary in &*summaries {
+                found.push((
+                    summary.part,
+                    verify::compare(folder, summary.part, &reference, threads)?,
+                ));
+            }
+            check_differences(&found, &reference)?;
+        }
+        report.write(folder)
+    }
+
+    /// What the trainer stored of the checkpoint, or of the one adapter merged as it was trained.
+    fn reference(&self) -> Result<Option<Weights>> {
+        if self.request.choice.precision != Precision::F32 {
+            return Ok(None);
+        }
+        match self.request.loras.as_slice() {
+            [] => verify::stored(&self.request.checkpoint),
+            [(path, 1.0)] if path.is_dir() => verify::stored(path),
+            _ => Ok(None),
+        }
     }
 }
 
@@ -182,13 +221,14 @@ fn check_stop(stop: &AtomicBool) -> Result<()> {
     Ok(())
 }
 
-fn check_differences(summaries: &[Summary], reference: &Weights) -> Result<()> {
+fn check_differences(found: &[(Part, Difference)], reference: &Weights) -> Result<()> {
     let limit = verify::limit(reference);
-    let failed: Vec<_> = summaries
+    let failed: Vec<_> = found
         .iter()
-        .filter_map(|summary| Some((summary.part.folder(), summary.difference?)))
         .filter(|(_, difference)| !difference.passes(limit))
-        .map(|(folder, d)| format!("{folder} by {:.1e} ({:.1e} relative)", d.absolute, d.relative))
+        .map(|(part, d)| {
+            format!("{} by {:.1e} ({:.1e} relative)", part.folder(), d.absolute, d.relative)
+        })
         .collect();
     if failed.is_empty() {
         return Ok(());

@@ -136,8 +136,8 @@ pub struct Slot {
     pub n_out: usize,
 }
 
-/// Where a network can be cut: a name, and the values that go on from there.
-pub type Seam = (String, Vec<String>);
+/// Where a network can be cut: a name, and the values that go on from there with their element types.
+pub type Seam = (String, Vec<(String, i32)>);
 
 /// A finished graph without its parameters' values.
 #[derive(Clone, Debug)]
@@ -209,7 +209,7 @@ impl Builder {
 
     /// Marks `values` as all that goes on from here, under `name`.
     pub fn seam(&self, name: String, values: &[&Value]) {
-        let values = values.iter().map(|&&value| self.straight(value).index).collect();
+        let values = values.iter().map(|&&value| self.straight(value)).collect();
         self.state.borrow_mut().seams.push((name, values));
     }
 
@@ -237,7 +237,8 @@ impl Builder {
         state.prune(outputs.iter().map(|(_, value, _)| value.index).collect());
         let names = &state.names;
         let nodes = state.nodes.iter().map(|node| node.to_proto(names)).collect();
-        let named = |values: &Vec<usize>| values.iter().map(|&v| names[v].clone()).collect();
+        let edge = |value: &Value| (names[value.index].clone(), value.kind.element());
+        let named = |values: &[Value]| values.iter().map(edge).collect();
         Graph {
             dialect: self.dialect,
             nodes,

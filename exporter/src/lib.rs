@@ -9,7 +9,8 @@
 //! - [`target`], [`precision`]: which operators, which types.
 //! - [`part`], [`networks`]: which graphs there are, their inputs, outputs and seams.
 //! - [`graph`], [`weights`], [`external`], [`proto`]: recording, encoding, writing, file format.
-//! - [`verify`]: the written graphs against reference tensors, in ONNX Runtime.
+//! - [`verify`]: the written graphs in ONNX Runtime against the checkpoint in plain Rust.
+//! - [`tensorrt`], [`inspect`]: engines; what a folder holds.
 //!
 //! Invariants: batch, tokens and image size stay open in every graph; a weight is read from its
 //! mapped file tensor by tensor, so memory does not grow with the model; ONNX Runtime is opened by
@@ -22,11 +23,13 @@ pub mod element;
 pub mod export;
 pub mod external;
 pub mod graph;
+pub mod inspect;
 pub mod networks;
 pub mod part;
 pub mod precision;
 pub mod proto;
 mod publish;
 pub mod target;
+pub mod tensorrt;
 pub mod verify;
 pub mod weights;

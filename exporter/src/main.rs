@@ -1,5 +1,6 @@
 //! `ng-export`: a FLUX checkpoint as ONNX.
 
+use std::ffi::OsString;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -7,20 +8,51 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use exporter::args::Args;
+use exporter::args::{Args, Inspect, Verify, Wrap};
 use exporter::export::{Table, export};
-use flow::panics;
+use exporter::target::Target;
+use exporter::{inspect, tensorrt, verify};
+use flow::pipeline::Pipeline;
 use indicatif::{ProgressBar, ProgressStyle};
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    let said = match panics::reported(|| run(args)) {
-        Ok(Ok(())) => return ExitCode::SUCCESS,
-        Ok(Err(error)) => format!("{error:#}"),
-        Err(panic) => panic,
+    let mut typed: Vec<OsString> = std::env::args_os().collect();
+    let command = typed.get(1).and_then(|word| word.to_str()).unwrap_or_default().to_owned();
+    if ["verify", "inspect", "wrap"].contains(&command.as_str()) {
+        typed.remove(1);
+    }
+    let done = match command.as_str() {
+        "verify" => compare(&Verify::parse_from(typed)),
+        "inspect" => inspect::inspect(&Inspect::parse_from(typed).folder).and_then(say),
+        "wrap" => {
+            let Wrap { plan, graph, architecture, out } = Wrap::parse_from(typed);
+            tensorrt::wrap(&plan, &graph, architecture, &out)
+        }
+        _ => run(Args::parse_from(typed)),
     };
-    eprintln!("error: {}", panics::without_frames(&said));
-    ExitCode::FAILURE
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn compare(typed: &Verify) -> Result<()> {
+    let Verify { folder, checkpoint, loras, max_error, threads } = typed;
+    let report = verify::again(folder, checkpoint, loras, *max_error, usize::from(*threads))?;
+    say(report.table())?;
+    report.check()
+}
+
+fn say(text: impl std::fmt::Display) -> Result<()> {
+    match write!(io::stdout(), "{text}") {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to standard output")
+        }
+        _ => Ok(()),
+    }
 }
 
 fn run(args: Args) -> Result<()> {
@@ -30,12 +62,15 @@ fn run(args: Args) -> Result<()> {
         .context("cannot listen for interrupts")?;
     let template = "{msg:<24} {wide_bar} {human_pos}/{human_len} weights {eta}";
     let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template(template)?);
-    let summaries = export(&args.request(), &bar, &stop);
+    let request = args.request();
+    let summaries = export(&request, &bar, &stop);
     bar.finish_and_clear();
-    match write!(io::stdout(), "{}", Table(&summaries?)) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(error).context("cannot write to standard output")
-        }
-        _ => Ok(()),
+    say(Table(&summaries?))?;
+    if request.choice.target == Target::TensorRt {
+        let pipeline = Pipeline::open(&request.checkpoint)?;
+        let side = pipeline.default_size();
+        let command = tensorrt::build_command(&request.target, &pipeline, side, 1);
+        say(format_args!("on the GPU that will run it: {command}\n"))?;
     }
+    Ok(())
 }

@@ -242,6 +242,18 @@ impl Dialect {
         }
     }
 
+    /// Largest error, as a share of the largest value, that passes verification: for f32 that of rounding over
+    /// a deep network, else about twice what random networks of small width show.
+    pub fn max_error(&self) -> f32 {
+        match self.body {
+            Storage::Plain(Float::F32) => 1e-5,
+            Storage::Plain(Float::F16) => 1e-2,
+            Storage::Plain(Float::Bf16) => 4e-2,
+            Storage::Coded { code: Code::Int8 | Code::E4m3, .. } => 0.1,
+            Storage::Coded { code: Code::Int4, .. } => 0.25,
+        }
+    }
+
     /// Type that the product at `path` is computed in. T5's second matrix of a block overflows f16
     /// (transformers keeps it in f32, too); what it adds to then is f32.
     pub fn product(&self, path: &str) -> Float {

@@ -1,18 +1,31 @@
-//! Written graphs against reference tensors.
+//! Written graphs against the checkpoint.
 //!
-//! `reference.safetensors` in a checkpoint folder holds, for each graph, inputs and the outputs that
-//! libtorch computed from them, named `<folder>.<input or output>`: `transformer.hidden_states`,
-//! `vae_decoder.sample`. The graphs run in ONNX Runtime on the CPU.
+//! [`blocks`] runs every stage of a graph in ONNX Runtime and the checkpoint itself in the interpreter of
+//! `host/`; neither libtorch nor anything stored is needed. Where a checkpoint has reference tensors of the
+//! trainer, `reference.safetensors`, whole graphs are compared with those as well ([`compare`]): for each
+//! graph, inputs and the outputs that libtorch computed from them, named `<folder>.<input or output>`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use flow::checkpoint::{Dtype, View, Weights};
+use flow::checksums::Checksums;
+use flow::lora::{Layers, Lora};
+use flow::pipeline::Pipeline;
 use flow::reference::{FILE, PRECISION};
 use onnx::{ElementType, Model, Options, Port, Tensor};
 
+use serde::{Deserialize, Serialize};
+
+use crate::description::{self, Description};
 use crate::external::MODEL_FILE;
 use crate::part::Part;
+use crate::verify::report::{Found, Report};
+
+pub mod blocks;
+pub mod cut;
+pub mod reference;
+pub mod report;
 
 /// Largest relative difference that passes: f32 rounding over a deep network.
 pub const MAX_RELATIVE: f32 = 1e-5;
@@ -25,7 +38,7 @@ pub fn limit(reference: &Weights) -> f32 {
 }
 
 /// How far a graph's outputs are from the reference: the worst of its outputs.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Difference {
     /// max |a − b|.
     pub absolute: f32,
@@ -52,7 +65,9 @@ impl Difference {
         self.relative <= limit
     }
 
-    fn worse(self, other: Self) -> Self {
+    /// The worse of both in each respect.
+    #[must_use]
+    pub fn worse(self, other: Self) -> Self {
         Self {
             absolute: self.absolute.max(other.absolute),
             relative: self.relative.max(other.relative),
@@ -60,19 +75,48 @@ impl Difference {
     }
 }
 
-/// The reference tensors of `checkpoint`.
+/// The reference tensors of `checkpoint`, if it has some.
 ///
 /// # Errors
-/// When the file is missing, with what makes it, or is not whole.
-pub fn reference(checkpoint: &Path) -> Result<Weights> {
+/// When the file is not whole.
+pub fn stored(checkpoint: &Path) -> Result<Option<Weights>> {
     let path = checkpoint.join(FILE);
+    Ok(if path.is_file() { Some(Weights::open_file(&path)?) } else { None })
+}
+
+/// What an earlier export in `folder` computes against `checkpoint` with `loras` merged, after its files were
+/// compared with their SHA-256.
+///
+/// # Errors
+/// When a file was changed, other adapters were merged, or nothing can be compared.
+pub fn again(
+    folder: &Path,
+    checkpoint: &Path,
+    loras: &[(PathBuf, f64)],
+    max_error: Option<f32>,
+    threads: usize,
+) -> Result<Report> {
+    let description = Description::read(folder)?;
+    if let Some(sums) = Checksums::open(folder)? {
+        sums.check_all()?;
+    }
+    let given = description::merged(loras);
     ensure!(
-        path.is_file(),
-        "{} is missing: make it with `ng-train reference {}`",
-        path.display(),
-        checkpoint.display()
+        given == description.merged,
+        "{} has {:?} merged, but --lora gives {given:?}",
+        folder.display(),
+        description.merged
     );
-    Ok(Weights::open_file(&path)?)
+    let pipeline = Pipeline::open(checkpoint)?;
+    let layers = Layers::of(&pipeline);
+    let open = |(path, scale): &(PathBuf, f64)| Ok(Lora::open(path, *scale, &layers)?);
+    let loras = loras.iter().map(open).collect::<Result<Vec<_>>>()?;
+    let mut report = Report::default();
+    for part in Part::ALL.into_iter().filter(|p| description.components.contains_key(p.folder())) {
+        let stages = blocks::compare(folder, part, &pipeline, &loras, threads)?;
+        report.0.push(Found::new(part, stages, &description, max_error));
+    }
+    Ok(report)
 }
 
 /// Runs the graph of `part` under `export` on the reference's inputs and compares every output.
@@ -148,12 +192,5 @@ mod tests {
             assert!(!Difference::between(&[a, 1.0], &[b, 1.0]).passes(MAX_RELATIVE), "{a} {b}");
         }
         assert!(!Difference::between(&[1e-9], &[0.0]).passes(MAX_RELATIVE));
-    }
-
-    #[test]
-    fn a_missing_reference_says_what_makes_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let message = reference(folder.path()).err().unwrap().to_string();
-        assert!(message.contains("ng-train reference"), "{message}");
     }
 }

@@ -6,8 +6,11 @@ use flow::checkpoint::write_tensors;
 use onnx::{Model, Options, Tensor};
 use tempfile::TempDir;
 
+use clap::ValueEnum;
+
 use super::*;
 use crate::external::MODEL_FILE;
+use crate::target::Target;
 use crate::verify::MAX_RELATIVE;
 
 /// Guided with transformers 5's tensor names, and unguided with those of FLUX.1's own files.
@@ -35,6 +38,7 @@ impl Scratch {
             placement: Placement::Auto,
             replace: false,
             verify: true,
+            max_error: None,
             threads: 1,
         };
         Self { home, request }
@@ -80,6 +84,40 @@ fn every_component_agrees_with_diffusers() {
     }
 }
 
+/// Figures of ONNX Runtime on the processor; bf16 is widened there.
+#[test]
+fn every_target_and_precision_computes_what_the_checkpoint_does() {
+    let mut scratch = Scratch::new("tiny-flux");
+    let mut n = 0;
+    for &target in Target::value_variants() {
+        for &precision in Precision::value_variants() {
+            scratch.request.choice = Choice { target, precision, ..Choice::default() };
+            scratch.request.replace = true;
+            match scratch.export() {
+                Ok(summaries) => println!("{target:?} {precision:?}\n{}", Table(&summaries)),
+                Err(error) => {
+                    let is_refused = target == Target::Cpu && precision == Precision::Fp8;
+                    assert!(is_refused, "{target:?} {precision:?}: {error:#}");
+                    n += 1;
+                }
+            }
+        }
+    }
+    assert_eq!(n, 1, "the processor has no fp8");
+    let report = fs::read_to_string(scratch.request.target.join("verification.md")).unwrap();
+    assert!(report.contains("| transformer | block 0 |"), "{report}");
+}
+
+#[test]
+fn what_is_beyond_its_limit_is_not_exported() {
+    let mut scratch = Scratch::new("tiny-schnell");
+    scratch.request.choice.precision = Precision::Int4;
+    scratch.request.max_error = Some(1e-3);
+    let message = format!("{:#}", scratch.export().unwrap_err());
+    assert!(message.contains("transformer at block 0") && message.contains("1e-3"), "{message}");
+    scratch.assert_nothing_left();
+}
+
 #[test]
 fn the_folder_is_optimums() {
     let scratch = Scratch::new("tiny-flux");
@@ -119,7 +157,7 @@ fn the_folder_is_optimums() {
 fn one_image_of_a_batch_is_that_image_alone() {
     let scratch = Scratch::new("tiny-schnell");
     scratch.export().unwrap();
-    let reference = verify::reference(&scratch.request.checkpoint).unwrap();
+    let reference = verify::stored(&scratch.request.checkpoint).unwrap().unwrap();
     let path = scratch.request.target.join("transformer").join(MODEL_FILE);
     let mut model = Model::open(path, &Options::default()).unwrap();
     let inputs: Vec<_> = model

@@ -23,7 +23,7 @@ pub(super) struct State {
     pub(super) split_from: HashMap<usize, Value>,
     pub(super) slots: Vec<Slot>,
     pub(super) slot_inputs: Vec<ValueInfoProto>,
-    pub(super) seams: Vec<(String, Vec<usize>)>,
+    pub(super) seams: Vec<(String, Vec<Value>)>,
 }
 
 pub(super) struct Node {

@@ -350,11 +350,6 @@ fn ng_export_refuses_with_one_line() {
             mistake("@/no-folder --out @/out", 1, &["@/no-folder/text_encoder_2"]),
             mistake("@/model --out @/file/out", 1, &["@/file"]),
             mistake("@/model --out @/missing", 1, &["@/missing", "--force"]),
-            mistake(
-                "@/model --out @/out --verify",
-                1,
-                &["reference.safetensors", "ng-train reference"],
-            ),
             mistake("@/model", 2, &["--out"]),
         ],
     );

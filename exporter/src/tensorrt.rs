@@ -1,0 +1,186 @@
+//! TensorRT as it is: what builds engines of a graph, and an engine as an ONNX file.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use flow::pipeline::Pipeline;
+use prost::Message;
+
+use crate::external::{MODEL_FILE, write_model};
+use crate::graph::EXTENSIONS;
+use crate::part::Part;
+use crate::proto::{
+    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, ValueInfoProto,
+};
+
+/// How engines of TensorRT for RTX begin.
+const RTX_MAGIC: &[u8] = b"vtrt";
+/// The provider of ONNX Runtime that reads wrapped engines; any other source is skipped by it.
+const SOURCE: &str = "TensorrtExecutionProvider";
+/// Side in pixels of the smallest image of a profile.
+const SMALLEST: usize = 256;
+/// Text tokens of every profile.
+const TEXT: usize = 512;
+
+/// The command that builds an engine of the transformer in `folder` on the machine that will run it: images
+/// from [`SMALLEST`] pixels to `side`, `batch` at most at once.
+pub fn build_command(folder: &Path, pipeline: &Pipeline, side: usize, batch: usize) -> String {
+    let config = &pipeline.transformer;
+    let tokens = |side: usize| (side / (2 * pipeline.vae.factor()).max(1)).pow(2).max(1);
+    let shapes = |batch: usize, side: usize| {
+        let s = tokens(side);
+        let mut shapes = vec![
+            format!("hidden_states:{batch}x{s}x{}", config.in_channels),
+            format!("encoder_hidden_states:{batch}x{TEXT}x{}", config.joint_attention_dim),
+            format!("pooled_projections:{batch}x{}", config.pooled_projection_dim),
+            format!("timestep:{batch}"),
+            format!("txt_ids:{TEXT}x3"),
+            format!("img_ids:{s}x3"),
+        ];
+        if config.guidance_embeds {
+            shapes.push(format!("guidance:{batch}"));
+        }
+        shapes.join(",")
+    };
+    let graph = folder.join(Part::Transformer.folder()).join(MODEL_FILE);
+    format!(
+        "trtexec --onnx={} --stronglyTyped --minShapes={} --optShapes={} --maxShapes={} --saveEngine={}",
+        graph.display(),
+        shapes(1, SMALLEST.min(side)),
+        shapes(1, side),
+        shapes(batch, side),
+        graph.with_extension("plan").display()
+    )
+}
+
+/// Writes `target`, an ONNX model that is the engine `plan`: inputs and outputs of `graph`, from which it
+/// was built for GPUs of compute capability `architecture` (90 is Hopper).
+///
+/// # Errors
+/// When the plan does not lie beside or below the target, is of TensorRT for RTX, or a file cannot be read
+/// or written.
+pub fn wrap(plan: &Path, graph: &Path, architecture: u32, target: &Path) -> Result<()> {
+    let read = |path: &Path| format!("cannot read {}", path.display());
+    let start = {
+        use std::io::Read;
+        let mut start = Vec::new();
+        let file = fs::File::open(plan).with_context(|| read(plan))?;
+        file.take(RTX_MAGIC.len() as u64).read_to_end(&mut start).with_context(|| read(plan))?;
+        start
+    };
+    ensure!(
+        start != RTX_MAGIC,
+        "{} is an engine of TensorRT for RTX: it runs in that library on consumer GPUs, never on H100, \
+         H800 or H200, and needs no wrapping",
+        plan.display()
+    );
+    let home = target.parent().filter(|home| !home.as_os_str().is_empty());
+    let home = home.unwrap_or(Path::new(".")).canonicalize().with_context(|| read(target))?;
+    let whole = plan.canonicalize().with_context(|| read(plan))?;
+    let Ok(relative) = whole.strip_prefix(&home) else {
+        bail!(
+            "{} does not lie beside or below {}: the model names it by a path that may not leave its folder",
+            plan.display(),
+            target.display()
+        );
+    };
+    ensure!(!target.exists(), "{} exists: choose another --out", target.display());
+    let bytes = fs::read(graph).with_context(|| read(graph))?;
+    let model = ModelProto::decode(bytes.as_slice()).with_context(|| read(graph))?;
+    let built = model.graph.with_context(|| format!("{} holds no graph", graph.display()))?;
+    let is_weight = |port: &ValueInfoProto| built.initializer.iter().any(|t| t.name == port.name);
+    let input: Vec<_> = built.input.iter().filter(|port| !is_weight(port)).cloned().collect();
+    let names = |ports: &[ValueInfoProto]| ports.iter().filter_map(|p| p.name.clone()).collect();
+    let node = NodeProto {
+        input: names(&input),
+        output: names(&built.output),
+        name: Some("engine".into()),
+        op_type: Some("EPContext".into()),
+        attribute: vec![
+            AttributeProto::int("main_context", 1),
+            AttributeProto::int("embed_mode", 0),
+            AttributeProto::text("ep_cache_context", &relative.to_string_lossy()),
+            AttributeProto::text("hardware_architecture", &architecture.to_string()),
+            AttributeProto::text("source", SOURCE),
+        ],
+        domain: Some(EXTENSIONS.into()),
+    };
+    let wrapped = ModelProto {
+        graph: Some(GraphProto {
+            node: vec![node],
+            name: built.name,
+            initializer: Vec::new(),
+            input,
+            output: built.output,
+        }),
+        opset_import: vec![OperatorSetIdProto::new("", 23), OperatorSetIdProto::new(EXTENSIONS, 1)],
+        functions: Vec::new(),
+        ..model
+    };
+    write_model(target, &wrapped)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::TensorProto;
+
+    fn port(name: &str) -> ValueInfoProto {
+        ValueInfoProto { name: Some(name.into()), ..ValueInfoProto::default() }
+    }
+
+    #[test]
+    fn an_engine_becomes_one_node() {
+        let home = tempfile::tempdir().unwrap();
+        let at = |name: &str| home.path().join(name);
+        let graph = GraphProto {
+            initializer: vec![TensorProto { name: Some("w".into()), ..TensorProto::default() }],
+            input: vec![port("x"), port("w")],
+            output: vec![port("y")],
+            ..GraphProto::default()
+        };
+        write_model(&at("model.onnx"), &ModelProto { graph: Some(graph), ..Default::default() })
+            .unwrap();
+        fs::create_dir(at("engines")).unwrap();
+        fs::write(at("engines/a.plan"), b"ftrt and the rest").unwrap();
+        let wrapped = at("model_ctx.onnx");
+        wrap(&at("engines/a.plan"), &at("model.onnx"), 90, &wrapped).unwrap();
+        let model = ModelProto::decode(fs::read(&wrapped).unwrap().as_slice()).unwrap();
+        let node = model.graph.unwrap().node.remove(0);
+        assert_eq!((node.input, node.output), (vec!["x".into()], vec!["y".to_owned()]));
+        let text = |name: &str| {
+            let found = node.attribute.iter().find(|a| a.name.as_deref() == Some(name));
+            String::from_utf8(found.unwrap().s.clone().unwrap()).unwrap()
+        };
+        assert_eq!(text("ep_cache_context"), "engines/a.plan");
+        assert_eq!(text("hardware_architecture"), "90");
+
+        let again = wrap(&at("engines/a.plan"), &at("model.onnx"), 90, &wrapped);
+        assert!(again.unwrap_err().to_string().contains("exists"));
+        let outside = wrap(&at("engines/a.plan"), &at("model.onnx"), 90, &at("engines/b/c.onnx"));
+        assert!(outside.is_err());
+        fs::create_dir(at("engines/b")).unwrap();
+        let outside = wrap(&at("engines/a.plan"), &at("model.onnx"), 90, &at("engines/b/c.onnx"));
+        assert!(outside.unwrap_err().to_string().contains("beside or below"));
+        fs::write(at("rtx.plan"), b"vtrt and the rest").unwrap();
+        let rtx = wrap(&at("rtx.plan"), &at("model.onnx"), 89, &at("rtx.onnx")).unwrap_err();
+        assert!(rtx.to_string().contains("TensorRT for RTX"), "{rtx}");
+    }
+
+    #[test]
+    fn profiles_hold_every_input() {
+        let pipeline = Pipeline::known("flux.1-dev").unwrap();
+        let line = build_command(Path::new("onnx"), &pipeline, 1024, 2);
+        for part in [
+            "--minShapes=hidden_states:1x256x64,",
+            "--optShapes=hidden_states:1x4096x64,encoder_hidden_states:1x512x4096,",
+            "--maxShapes=hidden_states:2x4096x64,",
+            "img_ids:4096x3,guidance:2",
+            "--stronglyTyped",
+        ] {
+            assert!(line.contains(part), "{part}: {line}");
+        }
+    }
+}
