@@ -81,15 +81,12 @@ fn transformer(pipeline: &Pipeline, graph: Builder) -> Graph {
     let mut state = config.prologue(&graph, &inputs);
     for index in 0..config.n_blocks() {
         let rope = [&state.rope.cos, &state.rope.sin];
-        // Text tokens go on by themselves until the first single-stream block joins both, and the last
-        // asks how many there are.
-        let is_double = index < config.num_layers;
-        let needs_text = index <= config.num_layers || index + 1 == config.n_blocks();
-        let tokens: &[&Value] = if needs_text { &[&state.x, &state.c] } else { &[&state.x] };
-        graph.seam(format!("block {index}"), &[tokens, &[&state.temb], &rope].concat());
+        // The last block still asks how many text tokens there were.
+        let tokens = [&state.x, &state.c, &state.temb];
+        graph.seam(format!("block {index}"), &[&tokens[..], &rope].concat());
         state = config.block(&graph, index, &state);
         state.x = graph.limited(&state.x);
-        if is_double {
+        if index < config.num_layers {
             state.c = graph.limited(&state.c);
         }
     }

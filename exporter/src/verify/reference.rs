@@ -126,13 +126,9 @@ fn transformer(pipeline: &Pipeline, source: Source<'_>, visit: Visitor<'_>) -> R
         if index == n {
             return vec![state.x.clone(), state.temb.clone()];
         }
-        let mut edges = vec![state.x.clone()];
-        if index <= config.num_layers || index + 1 == n {
-            edges.push(state.c.clone());
-        }
         let Rope { cos, sin } = &state.rope;
-        edges.extend([state.temb.clone(), repeated(cos), repeated(sin)]);
-        edges
+        let tokens = [&state.x, &state.c, &state.temb].map(Tensor::clone);
+        tokens.into_iter().chain([repeated(cos), repeated(sin)]).collect()
     };
     let mut before = edges(&state, 0);
     visit("prologue", &inputs, &before)?;
