@@ -8,7 +8,7 @@ use flow::models::transformer::Inputs;
 use flow::pipeline::Pipeline;
 
 use crate::element::Float;
-use crate::graph::{Builder, Graph, Kind, Size, Value};
+use crate::graph::{Builder, Graph, Kind, Size};
 use crate::part::Part;
 use crate::precision::Dialect;
 
