@@ -23,7 +23,10 @@ mod write;
 
 use shard::Shard;
 pub use shard::is_pickle;
-pub use write::{Entry, MAX_SHARD_BYTES, Values, write_atomically, write_sharded, write_tensors};
+pub use write::{
+    Entry, MAX_SHARD_BYTES, Values, is_finite, write_atomically, write_sharded, write_tensors,
+    write_weights,
+};
 
 /// What can be wrong with weights.
 #[derive(Debug, thiserror::Error)]

@@ -13,7 +13,8 @@ use sha2::{Digest, Sha256};
 use crate::checkpoint::{CheckpointError, read_bounded, write_atomically};
 
 type Result<T> = std::result::Result<T, CheckpointError>;
-type Sum = [u8; 32];
+/// SHA-256 of a file.
+pub(crate) type Sum = [u8; 32];
 
 /// Name of the list in its folder; `sha256sum -c` reads it, too.
 pub const FILE: &str = "SHA256SUMS";

@@ -11,6 +11,7 @@
 
 pub mod checkpoint;
 pub mod checksums;
+pub mod contents;
 mod disk;
 pub mod known;
 pub mod latents;

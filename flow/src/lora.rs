@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
-use crate::checkpoint::{CheckpointError, Entry, Weights, write_tensors};
+use crate::checkpoint::{CheckpointError, Entry, Weights, write_weights};
 use crate::pipeline::Component;
 
 mod adapter;
@@ -243,7 +243,7 @@ pub fn write(folder: &Path, mut entries: Vec<Entry<'_>>) -> Result<()> {
     for entry in &mut entries {
         entry.name.insert_str(0, COMPONENT);
     }
-    write_tensors(&folder.join(FILE), &entries, &[])
+    write_weights(&folder.join(FILE), &entries, &[])
 }
 
 #[cfg(test)]

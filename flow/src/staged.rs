@@ -4,7 +4,7 @@
 //! listed in it, all of it is brought to disk, it is renamed, and the new name is brought to disk. Dropped
 //! before that, it removes itself; what a killed process left is removed by the next that makes it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use tempfile::TempDir;
 
 use crate::checkpoint::CheckpointError;
-use crate::checksums::Checksums;
+use crate::checksums::{Checksums, Sum};
 use crate::disk;
 
 type Result<T> = std::result::Result<T, CheckpointError>;
@@ -24,6 +24,8 @@ pub struct Staged {
     /// Says, as long as it is open, that somebody writes.
     _lock: File,
     target: PathBuf,
+    /// Sums of files that were carried over from finished folders.
+    known: BTreeMap<String, Sum>,
 }
 
 impl Staged {
@@ -39,12 +41,37 @@ impl Staged {
         let home = homes.find(|folder| folder.exists()).ok_or_else(no_parent)?;
         disk::remove_leftovers(home, &disk::hidden(name)).map_err(CheckpointError::io(home))?;
         let (work, lock) = disk::begin_folder(home, name).map_err(CheckpointError::io(home))?;
-        Ok(Self { work, _lock: lock, target })
+        Ok(Self { work, _lock: lock, target, known: BTreeMap::new() })
     }
 
     /// Where to put the contents.
     pub fn path(&self) -> &Path {
         self.work.path()
+    }
+
+    /// Puts the files `picked` of the finished folder `other` here as well: as other names of the same
+    /// files where the file system can, else as copies. Their sums are taken over with them, so that
+    /// damage they take there shows here. Returns which they were; none where `other` lists no sums.
+    ///
+    /// # Errors
+    /// When the list of sums cannot be read, or a file not be copied.
+    pub fn carry(
+        &mut self,
+        other: &Path,
+        picked: impl Fn(&str) -> bool,
+    ) -> Result<BTreeSet<String>> {
+        let Some(list) = Checksums::open(other)? else { return Ok(BTreeSet::new()) };
+        let files = list.files().filter(|file| picked(file));
+        for (file, sum) in files.filter_map(|file| Some((file, list.sum(file)?))) {
+            let (from, to) = (other.join(file), self.path().join(file));
+            let carry = || {
+                fs::create_dir_all(disk::parent(&to))?;
+                fs::hard_link(&from, &to).or_else(|_| fs::copy(&from, &to).map(drop))
+            };
+            carry().map_err(CheckpointError::io(&from))?;
+            self.known.insert(file.to_owned(), sum);
+        }
+        Ok(self.known.keys().cloned().collect())
     }
 
     /// Gives the folder its name; with `replace`, in place of a folder of that name.
@@ -53,7 +80,7 @@ impl Staged {
     /// When the name is taken, or the file system refuses; nothing changes then.
     pub fn publish(self, replace: bool) -> Result<()> {
         let refused = |reason| CheckpointError::Io { path: self.target.clone(), reason };
-        Checksums::write(self.work.path(), &BTreeMap::new())?;
+        Checksums::write(self.work.path(), &self.known)?;
         disk::sync_tree(self.work.path()).map_err(refused)?;
         let parent = disk::parent(&self.target);
         if replace && self.target.is_dir() {
@@ -169,6 +196,33 @@ mod tests {
         let list = Checksums::open(&target).unwrap().unwrap();
         assert_eq!(list.files().collect::<Vec<_>>(), ["file"]);
         list.check_all().unwrap();
+    }
+
+    #[test]
+    fn what_did_not_change_is_one_file() {
+        use std::os::unix::fs::MetadataExt;
+        let home = tempfile::tempdir().unwrap();
+        let (old, new) = (home.path().join("old"), home.path().join("new"));
+        staged(&old, "weights").publish(false).unwrap();
+        let mut next = Staged::begin(&new).unwrap();
+        let carried = next.carry(&old, |file| file == "file").unwrap();
+        assert_eq!(carried.len(), 1);
+        fs::write(next.path().join("own"), "other").unwrap();
+        next.publish(false).unwrap();
+        let inode = |folder: &Path| fs::metadata(folder.join("file")).unwrap().ino();
+        assert_eq!(inode(&old), inode(&new));
+        let list = Checksums::open(&new).unwrap().unwrap();
+        list.check_all().unwrap();
+        // Damage before a file is carried is not listed as if it were right.
+        fs::write(old.join("file"), "WEIGHTS").unwrap();
+        assert!(list.check_all().is_err());
+        let mut third = Staged::begin(&home.path().join("third")).unwrap();
+        third.carry(&new, |_| true).unwrap();
+        third.publish(false).unwrap();
+        let list = Checksums::open(&home.path().join("third")).unwrap().unwrap();
+        assert!(list.check_all().is_err());
+        remove(&old).unwrap();
+        assert!(new.join("file").is_file());
     }
 
     #[test]

@@ -67,6 +67,17 @@ impl<'a> Entry<'a> {
         Self::raw(name, shape, Dtype::I64, bytes)
     }
 
+    /// A tensor of `dtype` whose bytes `make` gives when they are written.
+    pub fn made(
+        name: impl Into<String>,
+        shape: &[usize],
+        dtype: Dtype,
+        make: impl Fn() -> io::Result<Vec<u8>> + 'a,
+    ) -> Self {
+        let (name, shape, values) = (name.into(), shape.to_vec(), Values::Made(Box::new(make)));
+        Self { name, shape, dtype, values }
+    }
+
     /// A bf16 tensor whose values `make` gives when they are written.
     pub fn bf16_made(
         name: impl Into<String>,
@@ -91,13 +102,17 @@ impl<'a> Entry<'a> {
         self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
     }
 
-    /// `bytes`, if they are as many as type and shape say.
-    fn whole<'b>(&self, bytes: &'b [u8]) -> io::Result<&'b [u8]> {
+    /// `bytes`, if they are as many as type and shape say, and finite where they are weights.
+    fn whole<'b>(&self, bytes: &'b [u8], are_weights: bool) -> io::Result<&'b [u8]> {
         let expected = self.n_bytes();
-        if bytes.len() == expected {
+        let name = &self.name;
+        let why = if bytes.len() != expected {
+            format!("{name} has {} bytes instead of {expected}", bytes.len())
+        } else if are_weights && !is_finite(self.dtype, bytes) {
+            format!("{name} holds a NaN or an infinity: such weights are not written")
+        } else {
             return Ok(bytes);
-        }
-        let why = format!("{} has {} bytes instead of {expected}", self.name, bytes.len());
+        };
         Err(io::Error::new(io::ErrorKind::InvalidData, why))
     }
 }
@@ -125,6 +140,27 @@ pub fn write_tensors<'a>(
     entries: impl IntoIterator<Item = &'a Entry<'a>>,
     metadata: &[(&str, String)],
 ) -> Result<()> {
+    write_file(path, entries, metadata, false)
+}
+
+/// [`write_tensors`] for weights, which are finite.
+///
+/// # Errors
+/// As that, and with the first tensor that holds a NaN or an infinity.
+pub fn write_weights<'a>(
+    path: &Path,
+    entries: impl IntoIterator<Item = &'a Entry<'a>>,
+    metadata: &[(&str, String)],
+) -> Result<()> {
+    write_file(path, entries, metadata, true)
+}
+
+fn write_file<'a>(
+    path: &Path,
+    entries: impl IntoIterator<Item = &'a Entry<'a>>,
+    metadata: &[(&str, String)],
+    are_weights: bool,
+) -> Result<()> {
     let mut entries: Vec<&Entry<'_>> = entries.into_iter().collect();
     // Wide types first, so that all are aligned.
     entries.sort_by(|a, b| (b.dtype, &a.name).cmp(&(a.dtype, &b.name)));
@@ -133,7 +169,8 @@ pub fn write_tensors<'a>(
         .map_err(|why| CheckpointError::malformed(path, why))?;
     header.resize(header.len().next_multiple_of(8), b' ');
     let mut beside = Beside::begin(path)?;
-    write_parts(beside.file.as_file_mut(), &header, &entries).map_err(CheckpointError::io(path))?;
+    write_parts(beside.file.as_file_mut(), &header, &entries, are_weights)
+        .map_err(CheckpointError::io(path))?;
     beside.finish()
 }
 
@@ -165,14 +202,34 @@ fn header(
     Ok(header)
 }
 
-fn write_parts(file: &mut File, header: &[u8], entries: &[&Entry<'_>]) -> io::Result<()> {
+/// Whether no float among `bytes` has all bits of its exponent set.
+pub fn is_finite(dtype: Dtype, bytes: &[u8]) -> bool {
+    let all_of_two = |exponent: u16| {
+        bytes.chunks_exact(2).all(|b| u16::from_le_bytes([b[0], b[1]]) & exponent != exponent)
+    };
+    match dtype {
+        Dtype::F32 => bytes
+            .chunks_exact(4)
+            .all(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) & 0x7f80_0000 != 0x7f80_0000),
+        Dtype::BF16 => all_of_two(0x7f80),
+        Dtype::F16 => all_of_two(0x7c00),
+        _ => true,
+    }
+}
+
+fn write_parts(
+    file: &mut File,
+    header: &[u8],
+    entries: &[&Entry<'_>],
+    are_weights: bool,
+) -> io::Result<()> {
     let mut writer = BufWriter::with_capacity(1 << 20, file);
     writer.write_all(&(header.len() as u64).to_le_bytes())?;
     writer.write_all(header)?;
     for entry in entries {
         match &entry.values {
-            Values::Held(bytes) => writer.write_all(entry.whole(bytes)?)?,
-            Values::Made(make) => writer.write_all(entry.whole(&make()?)?)?,
+            Values::Held(bytes) => writer.write_all(entry.whole(bytes, are_weights)?)?,
+            Values::Made(make) => writer.write_all(entry.whole(&make()?, are_weights)?)?,
             Values::Zero => {
                 writer.seek(SeekFrom::Current(entry.n_bytes() as i64))?;
             }
@@ -212,12 +269,12 @@ pub fn write_sharded(
         room = room.saturating_sub(n);
     }
     if let [whole] = shards.as_slice() {
-        return write_tensors(&dir.join(format!("{stem}.safetensors")), whole.iter().copied(), &[]);
+        return write_weights(&dir.join(format!("{stem}.safetensors")), whole.iter().copied(), &[]);
     }
     let mut weight_map = BTreeMap::new();
     for (index, shard) in shards.iter().enumerate() {
         let file = format!("{stem}-{:05}-of-{:05}.safetensors", index + 1, shards.len());
-        write_tensors(&dir.join(&file), shard.iter().copied(), &[])?;
+        write_weights(&dir.join(&file), shard.iter().copied(), &[])?;
         weight_map.extend(shard.iter().map(|entry| (entry.name.clone(), file.clone())));
     }
     let total: usize = entries.iter().map(Entry::n_bytes).sum();
@@ -339,6 +396,26 @@ mod tests {
             let message = write_tensors(&path, &entries, &[]).unwrap_err().to_string();
             assert!(message.contains(part), "{message}");
             assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        }
+    }
+
+    #[test]
+    fn weights_that_are_not_finite_are_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut values = [-1e-40, 0.0, bad];
+            let half = Entry::bf16_made("b", &[1], move || vec![bad]);
+            let f16 = half::f16::from_f32(bad).to_le_bytes();
+            let f16 = Entry::raw("c", &[1], Dtype::F16, f16.to_vec());
+            for entry in [Entry::f32("a", &[3], &values), half, f16] {
+                let name = entry.name.clone();
+                let entries = [Entry::f32("fine", &[1], &[f32::MAX]), entry];
+                let said =
+                    write_sharded(dir.path(), "w", &entries, 1 << 20).unwrap_err().to_string();
+                assert!(said.contains(&format!("{name} holds a NaN or an infinity")), "{said}");
+            }
+            values[2] = f32::MIN;
+            write_sharded(dir.path(), "w", &[Entry::f32("a", &[3], &values)], 1 << 20).unwrap();
         }
     }
 
