@@ -13,7 +13,7 @@ OUT     := out
 test parity: export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help runtime parity-runtime build demo signs emoji test parity soak page bench gpu dist lint clean-runtime
+.PHONY: help runtime parity-runtime build demo signs emoji test parity soak page bench gpu dist lint deny clean-runtime
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,7 @@ parity-runtime: $(PARITY) ## Add the Python references: diffusers and all of tor
 
 build: $(LIGHT) ## Build the programs into target/release
 	$(CARGO) build --release --workspace --locked
+	python3 setup/notices.py $(NG)/THIRD-PARTY.txt
 
 demo: build ## Align the embedded model, export it, sample it (out/demo)
 	OUT=$(OUT)/demo ./setup/demo.sh
@@ -63,6 +64,9 @@ dist: build ## Pack archives that run on a bare Debian (out/dist)
 lint: $(LIGHT) ## Check format and lints
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets --locked -- -D warnings
+
+deny: $(LIGHT) ## Check licences, sources and versions of every crate (cargo-deny)
+	./setup/deny.sh $(RUNTIME)
 
 clean-runtime: ## Remove .runtime
 	rm -rf $(RUNTIME)

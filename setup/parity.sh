@@ -12,7 +12,8 @@ flock 9
 "$runtime/venv/bin/python" -m pip install --disable-pip-version-check --quiet \
   --only-binary :all: --requirement "$here/requirements-parity.txt"
 while IFS= read -r line; do
-  case $line in '#'* | '') continue ;; esac
+  case $line in '#'* | ' '* | '') continue ;; esac
+  line=${line%% *}
   found=$("$runtime/venv/bin/python" -c \
     'import sys, importlib.metadata as m; print(m.version(sys.argv[1]))' "${line%%==*}")
   [ "$found" = "${line##*==}" ] || {
