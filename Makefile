@@ -8,12 +8,13 @@ PARITY  := $(RUNTIME)/parity.stamp
 CARGO   := cargo
 NG      := target/release
 OUT     := out
+FUZZ    := 600
 # Threads that wait for each other by spinning are fastest alone, and several times slower where tests
 # run side by side.
 test parity: export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help runtime parity-runtime build demo signs emoji test parity soak page bench gpu dist lint deny clean-runtime
+.PHONY: help runtime parity-runtime build demo signs emoji test parity soak page bench gpu dist lint deny fuzz clean-runtime
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -43,11 +44,12 @@ parity: build $(PARITY) ## Compare our programs live with diffusers and onnxrunt
 	HF_HUB_OFFLINE=1 $(PYTHON) -B tests/parity/run.py --programs $(NG) --out $(OUT)/parity \
 	  tests/fixtures/tiny-flux/pipeline tests/fixtures/tiny-schnell/pipeline assets/signs
 
-soak: build ## Load and abuse the server, kill and freeze ranks of shared runs, for long (out/soak)
+soak: build ## Load the server, kill ranks, kill runs, cut the power, damage and crowd folders, for long (out/soak)
 	rm -rf $(OUT)/soak && mkdir -p $(OUT)/soak
 	$(NG)/ng-export assets/signs --out $(OUT)/soak/signs
 	python3 -B tests/soak/soak.py $(OUT)/soak/signs --program $(NG)/ng-sample
 	python3 -B tests/soak/ranks.py --program $(NG)/ng-train
+	python3 -B tests/soak/attacks.py --programs $(NG) --out $(OUT)/soak/attacks
 
 page: build ## Use the server's page in headless Chromium as a person does (out/page)
 	OUT=$(OUT)/page ./setup/page.sh $(RUNTIME) $(NG)
@@ -64,6 +66,11 @@ dist: build ## Pack archives that run on a bare Debian (out/dist)
 lint: $(LIGHT) ## Check format and lints
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets --locked -- -D warnings
+
+fuzz: ## Fuzz what is read from files, FUZZ seconds each (needs nightly Rust and cargo-fuzz)
+	cd fuzz && for target in $$(ls fuzz_targets); do \
+	  $(CARGO) +nightly fuzz run $${target%.rs} -- -max_total_time=$(FUZZ) -rss_limit_mb=2048 || exit 1; \
+	done
 
 deny: $(LIGHT) ## Check licences, sources and versions of every crate (cargo-deny)
 	./setup/deny.sh $(RUNTIME)

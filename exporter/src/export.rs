@@ -1,6 +1,5 @@
 //! A checkpoint folder as an ONNX folder.
 
-use std::ffi::OsStr;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use flow::checkpoint::Weights;
+use flow::contents::{self, Belonging};
 use flow::lora::{Layers, Lora};
 use flow::pipeline::Pipeline;
 use flow::staged::Staged;
@@ -84,6 +84,8 @@ pub fn export(request: &Request, bar: &ProgressBar, stop: &AtomicBool) -> Result
     check_target(&request.target, request.replace)?;
     // What is copied is read once before the work: an export without tokenizers is of no use.
     Tokenizers::open(&request.checkpoint, None)?;
+    let rest = rest(&request.checkpoint)?;
+    COPIED.iter().try_for_each(|folder| pipeline.check_folder(folder))?;
     let staged = Staged::begin(&request.target)?;
     let graphs: Vec<_> =
         dialects.into_iter().map(|(part, d)| (part, record(&pipeline, part, d))).collect();
@@ -104,7 +106,9 @@ pub fn export(request: &Request, bar: &ProgressBar, stop: &AtomicBool) -> Result
         description.written(part, summary.written);
         summaries.push(summary);
     }
-    copy_rest(&request.checkpoint, staged.path())?;
+    for file in &rest {
+        copy(&file.source, &staged.path().join(&file.path))?;
+    }
     description.write(staged.path())?;
     if request.verify {
         let verifying = Verifying { pipeline: &pipeline, loras: &loras, request, stop };
@@ -255,40 +259,14 @@ fn check_apart(checkpoint: &Path, target: &Path) -> Result<()> {
 }
 
 /// Tokenizers, schedule, pipeline index and licences.
-fn copy_rest(checkpoint: &Path, target: &Path) -> Result<()> {
-    copy(&checkpoint.join("model_index.json"), &target.join("model_index.json"))?;
-    for folder in COPIED {
-        copy_folder(&checkpoint.join(folder), &target.join(folder))?;
-    }
-    for path in list(checkpoint)? {
-        let name = path.file_name().unwrap_or_default();
-        if path.is_file() && name.to_string_lossy().starts_with("LICENSE") {
-            copy(&path, &target.join(name))?;
-        }
-    }
-    Ok(())
-}
-
-fn copy_folder(from: &Path, to: &Path) -> Result<()> {
-    fs::create_dir(to).with_context(|| format!("cannot create {}", to.display()))?;
-    for path in list(from)? {
-        let hidden =
-            path.file_name().map(OsStr::to_string_lossy).is_none_or(|n| n.starts_with('.'));
-        if path.is_file() && !hidden {
-            copy(&path, &to.join(path.file_name().unwrap_or_default()))?;
-        }
-    }
-    Ok(())
-}
-
-fn list(folder: &Path) -> Result<Vec<PathBuf>> {
-    let entries = fs::read_dir(folder).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
-    let entries = entries.with_context(|| format!("cannot read {}", folder.display()))?;
-    Ok(entries.into_iter().map(|entry| entry.path()).collect())
+fn rest(checkpoint: &Path) -> Result<Vec<Belonging>> {
+    let mut files = contents::of(checkpoint)?;
+    files.retain(|file| file.component().is_none_or(|folder| COPIED.contains(&folder)));
+    Ok(files)
 }
 
 fn copy(from: &Path, to: &Path) -> Result<()> {
-    let copied = fs::copy(from, to);
+    let copied = to.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::copy(from, to));
     copied.with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
     Ok(())
 }

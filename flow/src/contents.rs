@@ -16,10 +16,10 @@ type Result<T> = std::result::Result<T, CheckpointError>;
 
 /// Names that licences begin with.
 const LICENCES: [&str; 2] = ["LICENSE", "NOTICE"];
-/// What configs, tokenizers and weights end in.
-const ENDINGS: [&str; 5] = [".json", ".txt", ".model", ".jinja", TENSORS];
-/// Ending of files that are read as tensors and nothing else.
-const TENSORS: &str = ".safetensors";
+/// What configs and tokenizers end in.
+const TEXTS: [&str; 4] = [".json", ".txt", ".model", ".jinja"];
+/// What files end in that are read as tensors and nothing else.
+const TENSORS: [&str; 3] = [".safetensors", ".sft", ".gguf"];
 /// The pipeline's own file.
 const INDEX: &str = "model_index.json";
 
@@ -35,8 +35,7 @@ pub struct Belonging {
 impl Belonging {
     /// Whether it holds weights or says in which files they are.
     pub fn is_weights(&self) -> bool {
-        let name = self.path.to_string_lossy();
-        name.ends_with(TENSORS) || name.ends_with(".safetensors.index.json")
+        is_tensors(&self.path) || self.path.to_string_lossy().contains(".safetensors.index.")
     }
 
     /// The component it is of; nothing for those of the whole pipeline.
@@ -66,7 +65,7 @@ pub fn of(dir: &Path) -> Result<Vec<Belonging>> {
             continue;
         }
         for name in names(&folder)? {
-            let belongs = ENDINGS.iter().any(|ending| name.ends_with(ending))
+            let belongs = TEXTS.iter().chain(&TENSORS).any(|ending| name.ends_with(ending))
                 || LICENCES.iter().any(|licence| name.starts_with(licence));
             if belongs && !name.starts_with('.') && folder.join(&name).is_file() {
                 found.push(borders.belonging(&Path::new(component).join(name))?);
@@ -99,6 +98,11 @@ fn names(folder: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
+fn is_tensors(path: &Path) -> bool {
+    let name = path.to_string_lossy();
+    TENSORS.iter().any(|ending| name.ends_with(ending))
+}
+
 /// What a file may lie in.
 struct Borders {
     dir: PathBuf,
@@ -121,8 +125,7 @@ impl Borders {
         let belonging = Belonging { path: path.to_owned(), source };
         let is_inside = self.folders.iter().any(|folder| whole.starts_with(folder));
         // Weights may be kept elsewhere, if they are weights.
-        let is_tensors = || path.to_string_lossy().ends_with(TENSORS);
-        if is_inside || is_tensors() && Weights::open_file(&whole).is_ok() {
+        if is_inside || is_tensors(path) && Weights::open_file(&whole).is_ok() {
             return Ok(belonging);
         }
         let why = format!(

@@ -93,7 +93,12 @@ pub struct Pipeline {
     pub scheduler: SchedulerConfig,
     /// What its files were when it was finished, where it says so.
     checksums: Option<Checksums>,
+    /// The folder itself, whatever its name will stand for later.
+    identity: Option<Identity>,
 }
+
+/// Device and inode.
+type Identity = (u64, u64);
 
 impl Pipeline {
     /// Reads the configs of a checkpoint folder or of an export made from one.
@@ -108,13 +113,17 @@ impl Pipeline {
             .into_iter()
             .find(|file| dir.join(file).is_file())
             .unwrap_or("vae/config.json");
+        let identity = identity(dir);
         let checksums = Checksums::open(dir)?;
         let read = |file: &str| {
             let bytes = read_bounded(&dir.join(file))?;
             checksums.iter().try_for_each(|list| list.check_bytes(file, &bytes))?;
             Ok(Cow::Owned(bytes))
         };
-        Ok(Self { checksums: checksums.clone(), ..Self::from_configs(dir, vae, &read)? })
+        let pipeline =
+            Self { checksums: checksums.clone(), identity, ..Self::from_configs(dir, vae, &read)? };
+        pipeline.check_unreplaced()?;
+        Ok(pipeline)
     }
 
     /// The configs of a published model, one of [`known::MODELS`]; its `dir` is the name and no folder.
@@ -149,10 +158,23 @@ impl Pipeline {
             scheduler: source
                 .config("scheduler/scheduler_config.json", SchedulerConfig::validate)?,
             checksums: None,
+            identity: None,
         };
         pipeline.check_seams()?;
         pipeline.check_scheduler(&index)?;
         Ok(pipeline)
+    }
+
+    /// Makes sure that the folder is still the one that was opened, so that nothing is a mixture of two.
+    ///
+    /// # Errors
+    /// When another folder has its name, or none.
+    pub fn check_unreplaced(&self) -> Result<()> {
+        if self.identity.is_none() || identity(&self.dir) == self.identity {
+            return Ok(());
+        }
+        let why = "was replaced while it was read: start again";
+        Err(CheckpointError::malformed(&self.dir, why))
     }
 
     /// Libraries make the scheduler of the class in the index, so that both must say the same.
@@ -310,6 +332,12 @@ impl Pipeline {
     }
 }
 
+fn identity(dir: &Path) -> Option<Identity> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = std::fs::metadata(dir).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
 /// Reads a JSON file.
 ///
 /// # Errors
@@ -377,5 +405,53 @@ mod tests {
         Pipeline::known("flux.1-dev").unwrap().dry_velocity(&shapes, 1, 4096, 512);
         let tera = shapes.flops() / 1e12;
         assert!((70.0..78.0).contains(&tera), "{tera} TFLOP");
+    }
+
+    /// The repository's model, with its files listed.
+    fn listed(home: &Path) -> PathBuf {
+        let (model, copy) = (Path::new("../assets/signs"), home.join("model"));
+        let mut staged = crate::staged::Staged::begin(&copy).unwrap();
+        for file in crate::contents::of(model).unwrap() {
+            let to = staged.path().join(&file.path);
+            std::fs::create_dir_all(to.parent().unwrap()).unwrap();
+            std::fs::copy(file.source, to).unwrap();
+        }
+        assert!(staged.carry(model, |_| true).unwrap().is_empty(), "it lists nothing");
+        staged.publish(true).unwrap();
+        copy
+    }
+
+    #[test]
+    fn a_folder_that_is_replaced_meanwhile_is_said() {
+        let home = tempfile::tempdir().unwrap();
+        let pipeline = Pipeline::open(&listed(home.path())).unwrap();
+        pipeline.check_unreplaced().unwrap();
+        listed(home.path());
+        let said = pipeline.check_unreplaced().unwrap_err().to_string();
+        assert!(said.contains("replaced while it was read: start again"), "{said}");
+        Pipeline::known("flux.1-dev").unwrap().check_unreplaced().unwrap();
+    }
+
+    #[test]
+    fn damage_is_seen_where_it_is_read() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = listed(home.path());
+        let pipeline = Pipeline::open(&dir).unwrap();
+        pipeline.weights(Component::Vae).unwrap();
+        let weights = dir.join("vae/diffusion_pytorch_model.safetensors");
+        let mut bytes = std::fs::read(&weights).unwrap();
+        let last = bytes.len() - 1;
+        bytes[last] ^= 1;
+        // Weights are replaced by rename, never written in place.
+        std::fs::remove_file(&weights).unwrap();
+        std::fs::write(&weights, bytes).unwrap();
+        pipeline.weights(Component::TextEncoder).unwrap();
+        let said = pipeline.weights(Component::Vae).err().unwrap().to_string();
+        assert!(said.contains("diffusion_pytorch_model.safetensors: damaged"), "{said}");
+        let config = dir.join("transformer/config.json");
+        let text = std::fs::read_to_string(&config).unwrap();
+        std::fs::write(&config, text + " ").unwrap();
+        let said = Pipeline::open(&dir).err().unwrap().to_string();
+        assert!(said.contains("transformer/config.json: damaged"), "{said}");
     }
 }

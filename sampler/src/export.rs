@@ -51,6 +51,9 @@ impl Export {
         let pipeline = Pipeline::open(folder)?;
         networks::check_files(folder)?;
         let tokenizers = Tokenizers::open(folder, text_tokens)?;
+        pipeline.check_folder("tokenizer")?;
+        pipeline.check_folder("tokenizer_2")?;
+        pipeline.check_unreplaced()?;
         let n_positions = pipeline.text_encoder.max_position_embeddings;
         ensure!(
             tokenizers.clip_tokens() <= n_positions,

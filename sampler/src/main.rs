@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::Result;
 use clap::Parser;
-use flow::usage::Usage;
+use flow::{panics, usage::Usage};
 use sampler::{
     args::{Cli, Command},
     generate, inspect,
@@ -16,15 +16,15 @@ use sampler::{
 };
 
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let line = format!("{error:#}").replace('\n', " ");
-            // There is nowhere left to tell that stderr is closed.
-            let _ = writeln!(std::io::stderr(), "error: {line}");
-            ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
-        }
-    }
+    let cli = Cli::parse();
+    let (code, said) = match panics::reported(|| run(cli)) {
+        Ok(Ok(())) => return ExitCode::SUCCESS,
+        Ok(Err(error)) => (if error.is::<Usage>() { 2 } else { 1 }, format!("{error:#}")),
+        Err(panic) => (1, panic),
+    };
+    // There is nowhere left to tell that stderr is closed.
+    let _ = writeln!(std::io::stderr(), "error: {}", panics::without_frames(&said));
+    ExitCode::from(code)
 }
 
 fn run(cli: Cli) -> Result<()> {

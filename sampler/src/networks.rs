@@ -6,6 +6,7 @@
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
+    thread,
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -305,7 +306,16 @@ fn side_by_side<const N: usize>(
 
 fn open(pipeline: &Pipeline, component: &str, options: &Options) -> Result<Model> {
     let profile = options.provider.builds_engines().then(|| options.profile.clone()).flatten();
-    Model::open(graph_file(&pipeline.dir, component), &Options { profile, ..options.clone() })
+    let options = Options { profile, ..options.clone() };
+    // Its files are read once for ONNX Runtime and once for their sums, at the same time.
+    let (opened, checked) = thread::scope(|scope| {
+        let check = scope.spawn(|| pipeline.check_folder(component));
+        let opened = Model::open(graph_file(&pipeline.dir, component), &options);
+        (opened, check.join().expect("hashing does not panic"))
+    });
+    pipeline.check_unreplaced()?;
+    checked?;
+    opened
 }
 
 /// One output of one run, checked to be finite.

@@ -4,6 +4,8 @@ use std::{fs::File, io::BufReader, path::Path};
 
 use anyhow::{Context, Result, ensure};
 
+/// Most bytes of a text chunk once it is decompressed.
+const MAX_TEXT: usize = 1 << 20;
 /// Keyword of the text chunk.
 const KEYWORD: &str = "parameters";
 
@@ -92,6 +94,9 @@ pub fn read_parameters(path: &Path) -> Result<Option<String>> {
     let info = reader.info();
     let wide = info.utf8_text.iter().find(|chunk| chunk.keyword == KEYWORD);
     if let Some(chunk) = wide {
+        // A megabyte of zeros is a kilobyte once compressed.
+        let mut chunk = chunk.clone();
+        chunk.decompress_text_with_limit(MAX_TEXT).with_context(named)?;
         return Ok(Some(chunk.get_text().with_context(named)?));
     }
     let narrow = info.uncompressed_latin1_text.iter().find(|chunk| chunk.keyword == KEYWORD);
@@ -135,6 +140,25 @@ mod tests {
             let message = read_parameters(&path).unwrap_err().to_string();
             assert!(message.contains("p.png as PNG"), "{message}");
         }
+        Ok(())
+    }
+
+    /// Four megabytes of text that take four kilobytes in the file.
+    #[test]
+    fn text_that_grows_is_refused() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("p.png");
+        let mut file = Vec::new();
+        let mut writer = png::Encoder::new(&mut file, 1, 1).write_header()?;
+        let mut chunk = png::text_metadata::ITXtChunk::new(KEYWORD, "a".repeat(4 << 20));
+        chunk.compressed = true;
+        writer.write_text_chunk(&chunk)?;
+        writer.write_image_data(&[0])?;
+        writer.finish()?;
+        assert!(file.len() < 1 << 16);
+        std::fs::write(&path, file)?;
+        let message = format!("{:#}", read_parameters(&path).unwrap_err());
+        assert!(message.contains("p.png as PNG"), "{message}");
         Ok(())
     }
 

@@ -47,7 +47,16 @@ pub fn run(cli: &Cli) -> Result<()> {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     let device = ranks::device(&cli.device, place.as_ref());
     let compute = device::compute(&device, &cli.precision)?;
-    interrupt::listen()?;
+    let is_patient = matches!(
+        cli.command,
+        Command::Align { .. }
+            | Command::Pretrain { .. }
+            | Command::Eval { .. }
+            | Command::Compare { .. }
+            | Command::Embed { .. }
+            | Command::Init { .. }
+    );
+    interrupt::listen(is_patient)?;
     match &cli.command {
         Command::Align { source, resume, record_update, .. } => {
             let config = settings::read(&of(source), &settings::ALIGN_PRESETS, &source.settings)?;

@@ -37,6 +37,12 @@ pub struct GroupConfig {
     pub rewards: Vec<RewardConfig>,
 }
 
+/// Largest values that are no slip of the hand.
+const MAX_PROMPTS: usize = 100_000;
+const MAX_GROUP: usize = 10_000;
+const MAX_STEPS: usize = 10_000;
+const MAX_SIDE: usize = 16_384;
+
 fn group_size() -> usize {
     12
 }
@@ -46,9 +52,23 @@ fn sigma() -> f64 {
 
 impl GroupConfig {
     pub(crate) fn validate(&self) -> Result<()> {
-        ensure!(self.prompts_per_iteration > 0, "prompts_per_iteration must be at least 1");
-        ensure!(self.group_size >= 2, "group_size = {}: at least 2", self.group_size);
-        ensure!(self.rollout.steps >= 2, "rollout.steps = {}: at least 2", self.rollout.steps);
+        let (n_prompts, group_size) = (self.prompts_per_iteration, self.group_size);
+        ensure!(
+            (1..=MAX_PROMPTS).contains(&n_prompts),
+            "prompts_per_iteration = {n_prompts}: from 1 to {MAX_PROMPTS}"
+        );
+        ensure!(
+            (2..=MAX_GROUP).contains(&group_size),
+            "group_size = {group_size}: from 2 to {MAX_GROUP}"
+        );
+        let steps = self.rollout.steps;
+        ensure!((2..=MAX_STEPS).contains(&steps), "rollout.steps = {steps}: from 2 to {MAX_STEPS}");
+        let guidance = self.rollout.guidance;
+        ensure!(guidance.is_finite(), "rollout.guidance = {guidance}: a finite number");
+        if let Some(size) = self.rollout.size {
+            let fits = size.iter().all(|side| (1..=MAX_SIDE).contains(side));
+            ensure!(fits, "rollout.size = {size:?}: sides from 1 to {MAX_SIDE} pixels");
+        }
         ensure!(self.rollout.batch > 0, "rollout.batch must be at least 1");
         let p = self.advantage.quasi_norm;
         ensure!(p > 0.0 && p <= 2.0, "advantage.quasi_norm = {p}: in (0, 2]");

@@ -243,3 +243,7 @@ fn the_checkpoint_is_never_the_target() {
     }
     scratch.assert_nothing_left();
 }
+
+fn list(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
+    fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect()
+}

@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 use tempfile::TempDir;
 
 use super::*;
-use crate::checkpoint::Dtype;
+use crate::checkpoint::{Dtype, write_tensors};
 use crate::noise::Noise;
 use crate::pipeline::Pipeline;
 

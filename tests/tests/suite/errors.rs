@@ -197,11 +197,10 @@ fn ng_train_says_what_to_do_without_libtorch() {
     assert_eq!(ended.status.code(), Some(1), "{}", ended.stderr);
     let is_one_line = ended.stderr.starts_with("error: ") && ended.stderr.lines().count() == 1;
     assert!(is_one_line, "{}", ended.stderr);
-    assert!(
-        ended.stderr.contains("libtorch_cpX.so not found: run `make runtime`"),
-        "{}",
-        ended.stderr
-    );
+    // The copy lies where no libtorch is, so that it misses the others, too.
+    for part in ["libtorch_cpX.so", "not found: run `make runtime`"] {
+        assert!(ended.stderr.contains(part), "{}", ended.stderr);
+    }
     let version = Program::Train.run(["--version"]).succeeded();
     assert!(version.starts_with("ng-train "), "{version}");
 }
@@ -296,11 +295,6 @@ fn ng_train_align_refuses_with_one_line() {
                 "align --preset signs --set model=@/model --set output=@/file/run",
                 1,
                 &["@/file/run"],
-            ),
-            mistake(
-                "align --preset signs --set output=@/run --resume",
-                1,
-                &["no checkpoint in @/run"],
             ),
             Mistake { without_runtime: true, ..mistake(SIGNS, 1, &["\"ocr\"", "ORT_DYLIB_PATH"]) },
         ],

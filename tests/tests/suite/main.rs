@@ -15,3 +15,4 @@ mod serve;
 mod server;
 mod tidy;
 mod tokens;
+mod trust;

@@ -2,11 +2,12 @@
 
 use anyhow::Result;
 use flow::checkpoint::{Entry, Weights};
-use tch::{Device, Tensor, no_grad};
+use flow::panics::caught;
+use tch::{Tensor, no_grad};
 
 use crate::network::condition::Condition;
 use crate::network::model::Model;
-use crate::tensor::parameters::Parameters;
+use crate::tensor::parameters::{Parameters, later};
 
 pub(crate) struct Copies {
     /// In f32, like the masters: this rank's part of each segment.
@@ -40,9 +41,10 @@ impl Copies {
         condition: &Condition,
     ) -> Tensor {
         self.exchange(model.engine.trained());
-        let v = model.engine.velocity(x_t, t, condition);
+        // Whatever happens, the weights in use come back.
+        let v = caught(|| model.engine.velocity(x_t, t, condition));
         self.exchange(model.engine.trained());
-        v
+        v.unwrap_or_else(|panic| panic!("{panic}"))
     }
 
     /// Moves each value to `decay` of itself and the rest of the weight in use.
@@ -71,11 +73,9 @@ impl Copies {
 
     /// What [`Copies::restore`] needs; nothing on other ranks than the first.
     pub(crate) fn entries(&self, trained: &Parameters) -> Result<Vec<Entry<'static>>> {
-        let entry = |(index, values): (usize, &Tensor)| {
-            let values = Vec::<f32>::try_from(&values.to_device(Device::Cpu))?;
-            Ok(Entry::f32(format!("behaviour.{index}"), &[values.len()], &values))
-        };
-        trained.wholes(self.parts.iter())?.iter().enumerate().map(entry).collect()
+        let wholes = trained.wholes(self.parts.iter())?;
+        let entry = |(index, values)| later(format!("behaviour.{index}"), values);
+        Ok(wholes.iter().enumerate().map(entry).collect())
     }
 
     /// Takes back what [`Copies::entries`] gave.

@@ -67,7 +67,7 @@ pub fn run(options: &Options<'_>) -> Result<()> {
     let out = options.out;
     ensure!(!out.exists(), "{} exists: remove it or choose another --out", out.display());
     let pipeline = published::open(options.like)?;
-    let staged = Staged::begin(out)?;
+    let mut staged = Staged::begin(out)?;
     match known::files(options.like) {
         Some(files) => {
             for (file, text) in files.iter().chain(&STAND_IN) {
@@ -81,7 +81,7 @@ pub fn run(options: &Options<'_>) -> Result<()> {
                 save::edit_config(&path, &[("model_max_length", length.into())])?;
             }
         }
-        None => save::carry_over(&pipeline.dir, staged.path(), &Component::ALL)?,
+        None => save::carry_over(&pipeline.dir, &mut staged, &Component::ALL, None)?,
     }
     let manifests = Component::ALL.map(|component| (component, pipeline.manifest(component)));
     let n_tensors = manifests.iter().map(|(_, manifest)| manifest.entries().count()).sum();

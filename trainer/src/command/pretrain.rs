@@ -17,7 +17,7 @@ use crate::data::captioned::read_captioned;
 use crate::group::seeds::{Use, family};
 use crate::network::model::{Loading, Missing, Model, pixels_of};
 use crate::network::optimizer::{AdamW, OptimizerConfig};
-use crate::network::save::{self, Saved};
+use crate::network::save::{self, Saved, Target};
 use crate::run::interrupt;
 use crate::run::progress::Progress;
 use crate::tensor::device::Compute;
@@ -283,7 +283,8 @@ fn write(model: &Model, config: &PretrainConfig, averaged: Option<&[Tensor]>) ->
         part(Component::TextEncoder2, t5, of_t5),
         part(Component::Vae, &model.vae, None),
     ];
-    save::pipeline(model, &config.output, &saved, MAX_SHARD_BYTES, |folder| {
+    let target = Target { dir: &config.output, max_shard_bytes: MAX_SHARD_BYTES, before: None };
+    save::pipeline(model, target, &saved, |folder| {
         let vae = &model.pipeline.vae;
         let values =
             [("scaling_factor", vae.scaling_factor.into()), ("shift_factor", vae.shift().into())];

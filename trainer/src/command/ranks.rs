@@ -62,7 +62,7 @@ pub(super) fn place(processes: Option<usize>) -> Result<Place> {
             (node, n)
         }
     };
-    interrupt::listen()?;
+    interrupt::listen(true)?;
     let ranks = Ranks::start(&node, n, &arguments())?;
     match ranks.wait(interrupt::asked) {
         None => Ok(Place::Started),

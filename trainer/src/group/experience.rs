@@ -102,6 +102,40 @@ pub(crate) struct Sources<'a> {
     pub(crate) model: &'a Model,
     pub(crate) rewards: &'a Rewards,
     pub(crate) size: LatentSize,
+    pub(crate) watch: &'a dyn Watch,
+}
+
+/// Who looks on while groups are gathered, and may end it.
+pub(crate) trait Watch {
+    /// The next stage begins.
+    ///
+    /// # Errors
+    /// When there should be none.
+    fn enter(&self, stage: Stage) -> Result<()>;
+
+    /// Whether what is gathered will not be used.
+    fn is_stopped(&self) -> bool;
+}
+
+/// Nobody.
+#[cfg(test)]
+impl Watch for () {
+    fn enter(&self, _stage: Stage) -> Result<()> {
+        Ok(())
+    }
+
+    fn is_stopped(&self) -> bool {
+        false
+    }
+}
+
+/// What takes time in an iteration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    Rollout,
+    Decoding,
+    Rewards,
+    Update,
 }
 
 /// Rolls out a group for each prompt, decodes and scores it; each rank its own.
@@ -111,7 +145,8 @@ pub(crate) fn gather(
     prompts: &[&Prompt],
     iteration: usize,
 ) -> Result<Experience> {
-    let Sources { config, model, rewards, size } = sources;
+    let Sources { config, model, rewards, size, watch } = sources;
+    watch.enter(Stage::Rollout)?;
     let started = Instant::now();
     let ranks = model.engine.trained().group();
     let first_group = (iteration * prompts.len()) as u64;
@@ -121,15 +156,18 @@ pub(crate) fn gather(
     let condition = model.encode(&texts, config.rollout.guidance, size)?;
     let trajectory = roll_out(sources, &rollout, &condition, first_group + own.start as u64);
     let rolled = started.elapsed().as_secs_f64();
+    watch.enter(Stage::Decoding)?;
     ensure!(
         trajectory.x0.isfinite().all().int64_value(&[]) == 1,
         "the rollout is not finite: the model has diverged"
     );
     let images = model.decode(&trajectory.x0, size)?;
     let decoded = started.elapsed().as_secs_f64();
+    watch.enter(Stage::Rewards)?;
     let groups = images.chunks(config.group_size).zip(prompts);
     let scores = groups
         .map(|(images, prompt)| {
+            ensure!(!watch.is_stopped(), "stopped between two groups");
             let images: Vec<&RgbImage> = images.iter().collect();
             rewards.score(&vec![*prompt; images.len()], &images)
         })
@@ -197,7 +235,7 @@ fn roll_out(
     condition: &Condition,
     first_group: u64,
 ) -> Trajectory {
-    let Sources { config, model, size, .. } = sources;
+    let Sources { config, model, size, watch, .. } = sources;
     let (group_size, widths) = (config.group_size, rollout.widths(config.group_size));
     let groups = || (first_group..).take(condition.pooled.size()[0] as usize);
     let start = family(config.seed, Use::Neighbourhood);
@@ -224,7 +262,9 @@ fn roll_out(
         x + model.pack(&rows, size) * (step.noise * scale)
     };
     let mut network = Batched::new(model, condition, config.rollout.batch);
-    let velocity = |x_t: &Tensor, t: f64| network.velocity(x_t, rollout.time(t));
+    let velocity = |x_t: &Tensor, t: f64| {
+        if watch.is_stopped() { x_t.zeros_like() } else { network.velocity(x_t, rollout.time(t)) }
+    };
     rollout::solve(&rollout.steps, model.pack(&eps, size), velocity, disturb)
 }
 

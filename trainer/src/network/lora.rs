@@ -37,6 +37,8 @@ const TARGETS: [&str; 12] = [
 
 /// Rank r unless told otherwise.
 pub(crate) const RANK: usize = 64;
+/// Largest rank: FLUX's width and more.
+const MAX_RANK: usize = 8192;
 
 /// Settings of adapters that train.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -115,6 +117,14 @@ impl LoraConfig {
         Ok(())
     }
 
+    /// Refuses what no adapter can have.
+    pub(crate) fn validate(&self) -> Result<()> {
+        let Self { rank, alpha, .. } = self;
+        ensure!((1..=MAX_RANK).contains(rank), "lora.rank = {rank}: from 1 to {MAX_RANK}");
+        ensure!(alpha.is_finite() && *alpha > 0.0, "lora.alpha = {alpha}: above 0");
+        Ok(())
+    }
+
     /// Names and shapes of A and B on the layers of `manifest` that the targets name.
     pub(crate) fn manifest(&self, manifest: &Manifest) -> Manifest {
         let layers = manifest.entries().filter_map(|(name, shape)| {
@@ -150,7 +160,7 @@ impl Adapters {
         noise: Noise,
         compute: Compute,
     ) -> Result<Self> {
-        ensure!(config.rank > 0, "lora.rank = 0: at least 1");
+        config.validate()?;
         let manifests: Vec<Manifest> = segments.iter().map(|s| config.manifest(s)).collect();
         ensure!(
             manifests.iter().any(|manifest| manifest.n_elements() > 0),

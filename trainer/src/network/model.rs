@@ -301,6 +301,11 @@ impl Model {
             } else {
                 self.decode_tiled(&chunk, size)?
             };
+            ensure!(
+                pixels.isfinite().all().int64_value(&[]) == 1,
+                "the decoded pixels are not finite: {} or the latents hold a NaN",
+                self.pipeline.dir.join("vae").display()
+            );
             images.extend(images_of(&pixels)?);
         }
         Ok(images)

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::tensor::parameters::{Gradient, Parameters, numbers_of};
+use crate::tensor::parameters::{Gradient, Parameters, later, numbers_of};
 
 /// Settings of the optimiser.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -77,6 +77,24 @@ pub(crate) struct AdamW {
     m: Vec<Tensor>,
     v: Vec<Tensor>,
     ema: Option<Vec<Tensor>>,
+}
+
+impl OptimizerConfig {
+    pub(crate) fn validate(&self) -> Result<()> {
+        let Self { learning_rate, beta1, beta2, eps, weight_decay, max_grad_norm, ema, .. } = *self;
+        let within = |name: &str, value: f64, is_within: bool, range: &str| {
+            ensure!(value.is_finite() && is_within, "optimizer.{name} = {value}: {range}");
+            Ok(())
+        };
+        let is_rate = learning_rate > 0.0 && learning_rate <= 1.0;
+        within("learning_rate", learning_rate, is_rate, "above 0, at most 1")?;
+        for (name, decay) in [("beta1", beta1), ("beta2", beta2), ("ema", ema)] {
+            within(name, decay, (0.0..1.0).contains(&decay), "from 0, below 1")?;
+        }
+        within("eps", eps, eps > 0.0 && eps <= 1.0, "above 0, at most 1")?;
+        within("weight_decay", weight_decay, (0.0..=1.0).contains(&weight_decay), "from 0 to 1")?;
+        within("max_grad_norm", max_grad_norm, max_grad_norm > 0.0, "above 0")
+    }
 }
 
 impl AdamW {
@@ -199,10 +217,9 @@ impl AdamW {
     pub(crate) fn entries(&self, parameters: &Parameters) -> Result<(Vec<Entry<'static>>, i64)> {
         let mut entries = Vec::new();
         for (kind, tensors) in self.states() {
-            for (index, tensor) in parameters.wholes(tensors.iter())?.iter().enumerate() {
-                let values = Vec::<f32>::try_from(&tensor.to_device(Device::Cpu))?;
-                entries.push(Entry::f32(format!("{kind}.{index}"), &[values.len()], &values));
-            }
+            let wholes = parameters.wholes(tensors.iter())?;
+            let wholes = wholes.iter().enumerate();
+            entries.extend(wholes.map(|(index, whole)| later(format!("{kind}.{index}"), whole)));
         }
         Ok((entries, self.step))
     }
@@ -240,9 +257,13 @@ impl AdamW {
 }
 
 /// Moves weights and moments in one pass over memory, a part a thread.
+#[expect(unsafe_code, reason = "libtorch's bindings only copy")]
 fn on_processor(step: &host::AdamW, mut moved: [Tensor; 3], mut g: Tensor) {
-    let [w, m, v] = moved.each_mut().map(|flat| numbers_of(flat).par_chunks_mut(PART));
-    let g = numbers_of(&mut g).par_chunks(PART);
+    // SAFETY: weights, moments and the gradient share no storage with each other, and nobody else computes
+    // with them while the optimiser, which is borrowed, steps.
+    let numbers = |flat| unsafe { numbers_of(flat) };
+    let [w, m, v] = moved.each_mut().map(|flat| numbers(flat).par_chunks_mut(PART));
+    let g = numbers(&mut g).par_chunks(PART);
     w.zip(m).zip(v).zip(g).for_each(|(((w, m), v), g)| step.step([w, m, v], g));
 }
 
@@ -257,9 +278,12 @@ fn on_device(step: &host::AdamW, [mut w, mut m, mut v]: [Tensor; 3], g: &Tensor)
     let _ = w.g_mul_scalar_(keep).addcdiv_(&m, &root);
 }
 
+#[expect(unsafe_code, reason = "libtorch's bindings only copy")]
 fn sum_of_squares(values: &mut Tensor) -> f64 {
+    // SAFETY: a gradient is read here and by nobody else.
+    let numbers = unsafe { numbers_of(values) };
     // In order, so that threads change nothing.
-    let parts: Vec<f64> = numbers_of(values).par_chunks(PART).map(host::sum_of_squares).collect();
+    let parts: Vec<f64> = numbers.par_chunks(PART).map(host::sum_of_squares).collect();
     parts.iter().sum()
 }
 
@@ -341,6 +365,27 @@ mod tests {
     }
 
     #[test]
+    fn every_setting_has_a_range() {
+        let fine = config();
+        fine.validate().unwrap();
+        for (name, bad) in [
+            ("ema", OptimizerConfig { ema: 1.0, ..fine.clone() }),
+            ("ema", OptimizerConfig { ema: -1.0, ..fine.clone() }),
+            ("ema", OptimizerConfig { ema: f64::NAN, ..fine.clone() }),
+            ("learning_rate", OptimizerConfig { learning_rate: -1.0, ..fine.clone() }),
+            ("learning_rate", OptimizerConfig { learning_rate: f64::NAN, ..fine.clone() }),
+            ("beta1", OptimizerConfig { beta1: 1.0, ..fine.clone() }),
+            ("beta2", OptimizerConfig { beta2: 2.0, ..fine.clone() }),
+            ("eps", OptimizerConfig { eps: 0.0, ..fine.clone() }),
+            ("weight_decay", OptimizerConfig { weight_decay: f64::INFINITY, ..fine.clone() }),
+            ("max_grad_norm", OptimizerConfig { max_grad_norm: 0.0, ..fine.clone() }),
+        ] {
+            let said = bad.validate().unwrap_err().to_string();
+            assert!(said.contains(&format!("optimizer.{name} = ")), "{said}");
+        }
+    }
+
+    #[test]
     fn gradients_are_clipped_by_their_global_norm() {
         let parameters = one_segment();
         let clipped = OptimizerConfig { max_grad_norm: 1.0, ..config() };
@@ -362,6 +407,7 @@ mod tests {
         of_a.step(&[&a], 1.0).unwrap();
         let (entries, step) = of_a.entries(&a).unwrap();
         flow::checkpoint::write_tensors(&file, &entries, &[]).unwrap();
+        drop(entries);
         let mut of_b = AdamW::new(config(), &[&b]);
         of_b.restore(&b, &Weights::open_file(&file).unwrap(), step).unwrap();
         no_grad(|| {

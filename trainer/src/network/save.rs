@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use flow::checkpoint::{Dtype, write_atomically, write_sharded};
+use flow::contents::{self, Belonging};
 use flow::pipeline::Component;
 use flow::staged::Staged;
 use serde_json::Value;
@@ -25,41 +26,47 @@ pub(crate) struct Saved<'a> {
 
 /// A run's state in its checkpoint.
 pub(crate) const STATE: &str = "training_state.safetensors";
-/// Files of a checkpoint that are made anew or not at all.
-const OWN_FILES: [&str; 3] = [flow::reference::FILE, STATE, "README.md"];
 
-/// Writes `model` as a pipeline folder at `dir`, replacing what is there: `saved` components anew in
-/// files of at most `max_shard_bytes`, the rest copied. `finish` may add files before the folder gets its
-/// name.
+/// Where a folder is written, and how.
+#[derive(Clone, Copy)]
+pub(crate) struct Target<'a> {
+    /// What is there is replaced.
+    pub(crate) dir: &'a Path,
+    /// Most bytes of weights in one file.
+    pub(crate) max_shard_bytes: usize,
+    /// A folder written before from the same model: weights that do not change become other names of its.
+    pub(crate) before: Option<&'a Path>,
+}
+
+/// Writes `model` as a pipeline folder: `saved` components anew, the rest as it is. `finish` may add files
+/// before the folder gets its name.
 pub(crate) fn pipeline(
     model: &Model,
-    dir: &Path,
+    target: Target<'_>,
     saved: &[Saved<'_>],
-    max_shard_bytes: usize,
     finish: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<()> {
-    let staged = Staged::begin(dir)?;
+    let mut staged = Staged::begin(target.dir)?;
     let anew: Vec<Component> = saved.iter().map(|part| part.component).collect();
-    carry_over(&model.pipeline.dir, staged.path(), &anew)?;
+    carry_over(&model.pipeline.dir, &mut staged, &anew, target.before)?;
     for part in saved {
         let folder = staged.path().join(part.component.folder());
         let entries = match part.averaged {
             Some(averaged) => part.parameters.entries(averaged.iter(), part.dtype),
             None => part.parameters.entries(part.parameters.masters(), part.dtype),
         }?;
-        write_sharded(&folder, part.component.stem(), &entries, max_shard_bytes)?;
+        write_sharded(&folder, part.component.stem(), &entries, target.max_shard_bytes)?;
     }
     finish(staged.path())?;
     Ok(staged.publish(true)?)
 }
 
-/// Writes what a run trained to `dir`, replacing what is there: a pipeline folder, or the adapters alone. All
-/// ranks call it; the first one writes.
+/// Writes what a run trained: a pipeline folder, or the adapters alone. All ranks call it; the first one
+/// writes.
 pub(crate) fn trained(
     model: &Model,
     averaged: Option<&[Tensor]>,
-    dir: &Path,
-    max_shard_bytes: usize,
+    target: Target<'_>,
     finish: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<()> {
     let parameters = model.engine.trained();
@@ -74,46 +81,57 @@ pub(crate) fn trained(
     let Some(adapters) = model.engine.adapters() else {
         let component = Component::Transformer;
         let saved = Saved { component, parameters, averaged, dtype: Dtype::F32 };
-        return pipeline(model, dir, &[saved], max_shard_bytes, finish);
+        return pipeline(model, target, &[saved], finish);
     };
-    let staged = Staged::begin(dir)?;
+    let staged = Staged::begin(target.dir)?;
     adapters.save(staged.path(), averaged)?;
     finish(staged.path())?;
     Ok(staged.publish(true)?)
 }
 
-/// Copies a pipeline folder without the weights of the components `anew`.
-pub(crate) fn carry_over(source: &Path, target: &Path, anew: &[Component]) -> Result<()> {
-    let listed = || format!("cannot read {}", source.display());
-    for entry in fs::read_dir(source).with_context(listed)? {
-        let name = entry.with_context(listed)?.file_name();
-        let text = name.to_string_lossy();
-        if OWN_FILES.contains(&&*text) || text.starts_with('.') {
-            continue;
-        }
-        let is_anew = anew.iter().any(|component| component.folder() == text);
-        copy(&source.join(&name), &target.join(&name), is_anew)?;
+/// Copies what belongs to the pipeline folder `source`, without the weights of the components `anew`;
+/// other weights are taken from `before` where they are there.
+pub(crate) fn carry_over(
+    source: &Path,
+    staged: &mut Staged,
+    anew: &[Component],
+    before: Option<&Path>,
+) -> Result<()> {
+    let is_anew = |file: &Belonging| {
+        file.is_weights() && anew.iter().any(|c| Some(c.folder()) == file.component())
+    };
+    let mut files = contents::of(source)?;
+    files.retain(|file| !is_anew(file));
+    if let Some(before) = before {
+        let kept = |name: &str| {
+            files.iter().any(|file| {
+                file.is_weights()
+                    && file.path == Path::new(name)
+                    && is_alike(&file.source, &before.join(name))
+            })
+        };
+        let carried = staged.carry(before, kept)?;
+        files.retain(|file| !carried.contains(&*file.path.to_string_lossy()));
+    }
+    for component in anew {
+        fs::create_dir_all(staged.path().join(component.folder()))?;
+    }
+    for file in files {
+        let to = staged.path().join(&file.path);
+        let copy = || {
+            fs::create_dir_all(to.parent().unwrap_or(staged.path()))?;
+            fs::copy(&file.source, &to)
+        };
+        copy().with_context(|| format!("cannot copy {}", file.source.display()))?;
     }
     Ok(())
 }
 
-/// Copies a file, or the files of a folder; weights are left out where new ones follow.
-fn copy(from: &Path, to: &Path, without_weights: bool) -> Result<()> {
-    let failed = || format!("cannot copy {}", from.display());
-    if from.is_file() {
-        fs::copy(from, to).with_context(failed)?;
-        return Ok(());
-    }
-    fs::create_dir_all(to).with_context(failed)?;
-    for entry in fs::read_dir(from).with_context(failed)? {
-        let path = entry.with_context(failed)?.path();
-        let name = path.file_name().context("a folder entry has a name")?;
-        let is_weights = name.to_string_lossy().contains(".safetensors");
-        if path.is_file() && !(without_weights && is_weights) {
-            fs::copy(&path, to.join(name)).with_context(failed)?;
-        }
-    }
-    Ok(())
+/// Whether two files are of one length: the later was made from the earlier by this run or the one it goes on
+/// with.
+fn is_alike(a: &Path, b: &Path) -> bool {
+    let length = |path: &Path| fs::metadata(path).map(|metadata| metadata.len());
+    length(a).is_ok_and(|a| length(b).is_ok_and(|b| a == b))
 }
 
 /// Changes values of a JSON config in place.

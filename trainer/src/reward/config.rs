@@ -49,6 +49,11 @@ pub struct RewardConfig {
 }
 
 impl RewardConfig {
+    /// Refuses settings out of their range.
+    pub(crate) fn validate_all(rewards: &[Self]) -> Result<()> {
+        rewards.iter().try_for_each(Self::validate)
+    }
+
     /// Refuses what every kind of reward must not have.
     pub(super) fn validate(&self) -> Result<()> {
         let Self { name, weight, std_floor, retries, patience, .. } = self;

@@ -1,27 +1,33 @@
 //! Aligning a model: roll out, reward, advantage, update, log, save.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use cluster::{Group, Reduce};
+use flow::checksums::Checksums;
+use flow::contents;
 use flow::latents::LatentSize;
+use flow::panics::caught;
 use flow::prompts::Prompt;
 
 use super::config::AlignConfig;
+use super::lock::Lock;
 use super::progress::Progress;
 use super::report::Report;
+use super::starvation::Starvation;
 use super::update::{self, Recorder};
 use super::{agreement, interrupt, state};
 use crate::algorithm::Algorithm;
 use crate::data::prompts;
-use crate::group::experience::{self, Experience, Sources};
+use crate::group::experience::{self, Experience, Sources, Stage, Watch};
 use crate::group::order::Order;
 use crate::group::ranks;
 use crate::network::model::Model;
 use crate::network::optimizer::AdamW;
-use crate::network::{reference, save};
+use crate::network::reference;
+use crate::network::save::{self, Target};
 use crate::reward::Rewards;
 use crate::tensor::device::Compute;
 use tch::Tensor;
@@ -61,17 +67,26 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
     let ranks = &options.ranks;
     ranks::own(ranks, config.group.prompts_per_iteration)?;
     let aligned = config.output.join(ALIGNED);
-    let found = state::newest(&config.output)?;
+    // The others write nothing but their logs.
+    let _lock = ranks.is_first().then(|| Lock::hold(&config.output)).transpose()?;
     ensure!(
-        options.resume || (found.is_none() && !aligned.exists()),
+        options.resume || !(state::is_begun(&config.output)? || aligned.exists()),
         "{} holds a run already: continue it with --resume, or choose another output",
         config.output.display()
     );
-    ensure!(
-        !options.resume || found.is_some(),
-        "--resume: no checkpoint in {}",
-        config.output.display()
-    );
+    if ranks.is_first() {
+        state::remove_leftovers(&config.output)?;
+    }
+    let found = state::newest(&config.output, ranks.is_first())?;
+    let is_done = found.as_ref().is_some_and(|position| position.iteration >= config.iterations);
+    if is_done && is_whole(&aligned) {
+        if ranks.is_first() {
+            println!("{}", aligned.display());
+            eprintln!("all {} iterations are done: raise iterations to go on", config.iterations);
+        }
+        return Ok(());
+    }
+    contents::of(&config.model)?;
     let train_prompts = prompts::read(&config.prompts)?;
     let mut rewards =
         Rewards::open(&config.group.rewards, options.threads, options.compute.device)?;
@@ -89,11 +104,6 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
         state::restore(position, config, &mut optimizer, &model, algorithm.kept())?;
         algorithm.resume(model.engine.trained());
         start = position.iteration;
-        let total = config.iterations;
-        ensure!(
-            start < total || !aligned.exists(),
-            "all {total} iterations are done: raise iterations to go on"
-        );
     }
     agreement::check(config, &train_prompts, start, &model)?;
     if let Some(warning) = setting.warning().filter(|_| ranks.is_first()) {
@@ -112,6 +122,10 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
         model,
         optimizer,
         size,
+        saved: start,
+        newest: found.map(|position| position.folder),
+        seconds: [None; 4],
+        starvation: Starvation::default(),
     };
     run.iterate(start)
 }
@@ -128,6 +142,44 @@ struct Run<'a> {
     size: LatentSize,
     /// The first rank's.
     report: Option<Report>,
+    /// Iterations of the newest checkpoint, and its folder.
+    saved: usize,
+    newest: Option<PathBuf>,
+    /// What each stage took in the last iteration.
+    seconds: [Option<f64>; 4],
+    starvation: Starvation,
+}
+
+/// Whether the finished model in `folder` is what it was when it was finished.
+fn is_whole(folder: &Path) -> bool {
+    Checksums::open(folder).is_ok_and(|list| list.is_some_and(|list| list.check_all().is_ok()))
+}
+
+/// What an iteration is told of signals.
+struct Watching {
+    iteration: usize,
+    seconds: [Option<f64>; 4],
+    /// Several processes must stop at the same place, which is the end of an iteration.
+    is_alone: bool,
+}
+
+impl Watch for Watching {
+    fn enter(&self, stage: Stage) -> Result<()> {
+        ensure!(!self.is_stopped(), "stopped before the next stage");
+        let name = match stage {
+            Stage::Rollout => "rollout",
+            Stage::Decoding => "decoding",
+            Stage::Rewards => "rewards",
+            Stage::Update => "update",
+        };
+        let name = format!("the {name} of iteration {}", self.iteration + 1);
+        interrupt::enter(name, self.seconds[stage as usize]);
+        Ok(())
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.is_alone && interrupt::asked()
+    }
 }
 
 /// Folder of the logs of the other ranks in the output folder.
@@ -138,7 +190,11 @@ impl Run<'_> {
         let total = self.config.iterations;
         let progress = self.progress(start)?;
         for iteration in start..total {
-            let line = self.once(iteration, iteration == start, &progress)?;
+            let steps = self.optimizer.n_steps();
+            let line = match self.once(iteration, iteration == start, &progress) {
+                Ok(line) => line,
+                Err(error) => return Err(self.end(iteration, steps, error, &progress)),
+            };
             progress.advance(&line);
             let done = iteration + 1;
             let [is_late, is_asked] = self.ends()?;
@@ -146,7 +202,7 @@ impl Run<'_> {
             let stop = is_asked && !is_last;
             if stop || is_last || done.is_multiple_of(self.config.save_every) {
                 self.save(done)?;
-                if let Some(report) = &mut self.report {
+                if let Some(report) = self.report.as_mut().filter(|_| !stop) {
                     report.draw(done, &self.model)?;
                 }
             }
@@ -154,13 +210,49 @@ impl Run<'_> {
                 break;
             }
             if stop {
-                progress.say(&format!(
-                    "stopped after iteration {done} of {total}: the same command with --resume continues"
-                ));
+                self.say_stopped(&progress);
                 bail!(Stopped);
             }
         }
         self.publish()
+    }
+
+    /// After an iteration that failed or was stopped: saves what was whole before it.
+    fn end(
+        &mut self,
+        done: usize,
+        steps: i64,
+        error: anyhow::Error,
+        progress: &Progress,
+    ) -> anyhow::Error {
+        // Where several processes share a run, only together can they save.
+        let is_whole = self.optimizer.n_steps() == steps && self.options.ranks.world() == 1;
+        if is_whole
+            && done > self.saved
+            && let Err(second) = self.save(done)
+        {
+            return anyhow!("{error:#}; and then {second:#}");
+        }
+        if interrupt::asked() && self.options.ranks.world() == 1 {
+            self.say_stopped(progress);
+            return Stopped.into();
+        }
+        match self.saved {
+            0 => error,
+            saved => {
+                anyhow!("{error:#}; saved after iteration {saved}: --resume goes on from there")
+            }
+        }
+    }
+
+    fn say_stopped(&self, progress: &Progress) {
+        let total = self.config.iterations;
+        progress.say(&match self.saved {
+            0 => "stopped before an iteration was whole: nothing is saved".to_owned(),
+            saved => format!(
+                "stopped after iteration {saved} of {total}: the same command with --resume continues"
+            ),
+        });
     }
 
     fn progress(&self, start: usize) -> Result<Progress> {
@@ -188,27 +280,35 @@ impl Run<'_> {
     fn once(&mut self, iteration: usize, is_first: bool, progress: &Progress) -> Result<String> {
         let started = Instant::now();
         let numbered = || format!("iteration {}", iteration + 1);
-        let experience = self.gather(iteration).with_context(numbered)?;
+        let is_alone = self.options.ranks.world() == 1;
+        let watch = Watching { iteration, seconds: self.seconds, is_alone };
+        let experience = self.gather(iteration, &watch).with_context(numbered)?;
         let faults =
             if self.report.is_some() { experience.faults(&self.config.group) } else { vec![] };
         for fault in faults {
             progress.say(&format!("warning: {}: {fault}", numbered()));
         }
+        self.starvation.see(&self.config.group, &experience.scores).with_context(numbered)?;
+        watch.enter(Stage::Update).with_context(numbered)?;
         let mut recorder = self
             .options
             .record_update
             .as_deref()
             .filter(|_| is_first && self.report.is_some())
             .map(|path| Recorder::new(path, self.config));
-        let outcome = update::run(
-            self.config,
-            &*self.algorithm,
-            &self.model,
-            &mut self.optimizer,
-            &experience,
-            recorder.as_mut(),
-        )
-        .with_context(numbered)?;
+        let outcome = caught(|| {
+            update::run(
+                self.config,
+                &*self.algorithm,
+                &self.model,
+                &mut self.optimizer,
+                &experience,
+                recorder.as_mut(),
+            )
+        });
+        let outcome = outcome.map_err(Error::msg).flatten().with_context(numbered)?;
+        let [rollout, decode, reward] = experience.seconds;
+        self.seconds = [rollout, decode, reward, outcome.seconds].map(Some);
         self.algorithm.finish(self.model.engine.trained(), self.optimizer.n_steps())?;
         if let Some(recorder) = recorder {
             recorder.write()?;
@@ -220,40 +320,46 @@ impl Run<'_> {
         }
     }
 
-    fn gather(&mut self, iteration: usize) -> Result<Experience> {
+    fn gather(&mut self, iteration: usize, watch: &Watching) -> Result<Experience> {
         let n = self.config.group.prompts_per_iteration;
         let first = (iteration * n) as u64;
         let picked: Vec<&Prompt> =
             (0..n as u64).map(|i| &self.prompts[self.order.at(first + i)]).collect();
         let Self { config, model, rewards, size, .. } = self;
-        let sources = Sources { config: &config.group, model, rewards, size: *size };
+        let sources = Sources { config: &config.group, model, rewards, size: *size, watch };
         let rollout = self.algorithm.rollout(iteration)?;
         let (behaviour, trained) = (self.algorithm.behaviour(), model.engine.trained());
         if let Some(copies) = behaviour {
             copies.exchange(trained);
         }
-        let experience = experience::gather(&sources, rollout, &picked, iteration);
+        let experience = caught(|| experience::gather(&sources, rollout, &picked, iteration));
         if let Some(copies) = behaviour {
             copies.exchange(trained);
         }
-        experience
+        experience.map_err(Error::msg).flatten()
     }
 
     fn save(&mut self, done: usize) -> Result<()> {
         let config = self.config;
-        state::save(config, done, &self.model, &self.optimizer, self.algorithm.kept())
-            .with_context(|| format!("cannot save after iteration {done}"))
+        self.report.iter().try_for_each(Report::sync)?;
+        interrupt::enter(format!("saving iteration {done}"), None);
+        let (kept, before) = (self.algorithm.kept(), self.newest.as_deref());
+        let folder = state::save(config, done, &self.model, &self.optimizer, kept, before)
+            .with_context(|| format!("cannot save after iteration {done}"))?;
+        (self.saved, self.newest) = (done, Some(folder));
+        Ok(())
     }
 
     /// Puts the finished model where people look for it.
     fn publish(&self) -> Result<()> {
         let folder = self.config.output.join(ALIGNED);
+        interrupt::enter("writing the finished model".to_owned(), None);
         if let Some(averaged) = self.optimizer.averaged() {
             self.model.engine.trained().assign(averaged)?;
         }
-        save::trained(&self.model, None, &folder, self.config.max_shard_bytes(), |folder| {
-            reference::write(&self.model, folder)
-        })?;
+        let (max_shard_bytes, before) = (self.config.max_shard_bytes(), self.newest.as_deref());
+        let target = Target { dir: &folder, max_shard_bytes, before };
+        save::trained(&self.model, None, target, |folder| reference::write(&self.model, folder))?;
         if self.report.is_some() {
             println!("{}", folder.display());
         }

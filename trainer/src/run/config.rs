@@ -63,6 +63,9 @@ pub struct AlignConfig {
     /// A checkpoint, a sheet and a curve every so many iterations.
     #[serde(default = "save_every")]
     pub save_every: usize,
+    /// Checkpoints that stay, the newest.
+    #[serde(default = "keep")]
+    pub keep: usize,
     /// Most GB (10⁹ bytes) of weights in one file.
     #[serde(default = "shard_gb")]
     pub shard_gb: f64,
@@ -102,6 +105,9 @@ impl Default for RanksConfig {
 
 fn save_every() -> usize {
     50
+}
+fn keep() -> usize {
+    2
 }
 fn shard_gb() -> f64 {
     MAX_SHARD_BYTES as f64 / 1e9
@@ -151,8 +157,12 @@ impl AlignConfig {
         ensure!(self.iterations > 0, "iterations = 0: nothing to do");
         self.group.validate()?;
         let minutes = self.minutes.unwrap_or(1.0);
-        ensure!(minutes > 0.0, "minutes = {minutes}: above 0");
-        ensure!(self.shard_gb > 0.0, "shard_gb = {}: above 0", self.shard_gb);
+        ensure!(minutes > 0.0 && minutes.is_finite(), "minutes = {minutes}: above 0");
+        ensure!(
+            self.shard_gb > 0.0 && self.shard_gb.is_finite(),
+            "shard_gb = {}: above 0",
+            self.shard_gb
+        );
         ensure!(self.save_every > 0, "save_every must be at least 1");
         for (name, seconds) in
             [("join_seconds", self.ranks.join_seconds), ("step_seconds", self.ranks.step_seconds)]
@@ -160,6 +170,12 @@ impl AlignConfig {
             let is_possible = seconds > 0.0 && seconds < 1e6;
             ensure!(is_possible, "ranks.{name} = {seconds}: above 0, below 1e6");
         }
+        ensure!(self.keep > 0, "keep must be at least 1");
+        ensure!(!self.output.as_os_str().is_empty(), "output is empty: name a folder");
+        self.optimizer.validate()?;
+        self.lora.iter().try_for_each(LoraConfig::validate)?;
+        RewardConfig::validate_all(&self.group.rewards)?;
+        RewardConfig::validate_all(&self.judges)?;
         self.setting()?.validate()
     }
 }

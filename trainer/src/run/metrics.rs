@@ -53,19 +53,28 @@ impl Metrics {
 
     /// Continues the metrics of a run whose last kept step is `step`.
     ///
-    /// What later steps had written is dropped, also a line that a crash cut short.
+    /// What later steps had written is dropped, also a line that a crash cut short. Lines that are damaged
+    /// or missing are said and gone: a run never depends on what it only shows.
     pub fn resume(dir: &Path, step: u64) -> Result<Self> {
         let path = dir.join(FILE);
-        let content = read_text(&path)?;
+        let bytes = fs::read(&path).unwrap_or_default();
+        let content = String::from_utf8_lossy(&bytes);
         let whole = content.rfind('\n').map_or("", |end| &content[..=end]);
-        let mut kept = String::new();
-        let mut wall_before = 0.0;
-        for (line, record) in records(&path, whole)? {
+        let (mut kept, mut n_kept, mut wall_before) = (String::new(), 0, 0.0);
+        for line in whole.lines() {
+            let Ok(record) = serde_json::from_str::<Record>(line) else { continue };
             if record.step <= step {
                 kept += line;
                 kept.push('\n');
-                wall_before = record.wall;
+                (n_kept, wall_before) = (n_kept + 1, record.wall);
             }
+        }
+        if n_kept < step {
+            eprintln!(
+                "warning: {}: {} of the first {step} iterations are missing; it goes on without them",
+                path.display(),
+                step - n_kept
+            );
         }
         write_atomically(&path, kept.as_bytes())?;
         Self::open(dir, step + 1, wall_before)
@@ -93,8 +102,17 @@ impl Metrics {
         let mut line = Vec::new();
         serde_json::Serializer::new(&mut line).collect_map(head.into_iter().chain(fields))?;
         line.push(b'\n');
+        if !self.path.exists() {
+            eprintln!("warning: {} is gone: it begins anew", self.path.display());
+            self.lines = lines(&self.path)?;
+        }
         self.lines.write_all(&line).with_context(|| format!("writing {}", self.path.display()))?;
         self.events.scalars(step, values)
+    }
+
+    /// Brings what was written to disk.
+    pub fn sync(&self) -> Result<()> {
+        self.lines.sync_data().with_context(|| format!("writing {}", self.path.display()))
     }
 
     /// Shows a picture in `TensorBoard`.
@@ -104,13 +122,15 @@ impl Metrics {
 
     fn open(dir: &Path, first_step: u64, wall_before: f64) -> Result<Self> {
         let path = dir.join(FILE);
-        let lines = OpenOptions::new()
-            .append(true)
-            .open(&path)
-            .with_context(|| format!("opening {}", path.display()))?;
+        let lines = lines(&path)?;
         let events = Events::create(dir, first_step)?;
         Ok(Self { lines, path, events, start: Instant::now(), wall_before })
     }
+}
+
+fn lines(path: &Path) -> Result<File> {
+    let file = OpenOptions::new().append(true).create(true).open(path);
+    file.with_context(|| format!("opening {}", path.display()))
 }
 
 /// The records of a metrics file, in order.
@@ -179,18 +199,32 @@ mod tests {
     }
 
     #[test]
+    fn a_run_goes_on_without_metrics_that_are_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE);
+        let damaged =
+            b"{\"step\":1,\"wall\":1.0,\"a\":1.0}\n{\"step\":2,\xff\n{\"step\":3,\"wall\":3.0}\n";
+        fs::write(&path, damaged).unwrap();
+        let mut metrics = Metrics::resume(dir.path(), 3).unwrap();
+        assert_eq!(read_jsonl(&path).unwrap().len(), 2);
+        fs::remove_file(&path).unwrap();
+        metrics.write(4, &[("a", 4.0)]).unwrap();
+        assert_eq!(series(&read_jsonl(&path).unwrap(), "a"), [(4.0, 4.0)]);
+        fs::remove_file(&path).unwrap();
+        Metrics::resume(dir.path(), 4).unwrap().write(5, &[("a", 5.0)]).unwrap();
+        assert_eq!(series(&read_jsonl(&path).unwrap(), "a"), [(5.0, 5.0)]);
+    }
+
+    #[test]
     fn a_damaged_line_and_bad_names_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(FILE);
         fs::write(&path, "{\"step\":1,\"wall\":1}\n{\"step\":\n{\"step\":2,\"wall\":1}\n").unwrap();
-        for error in [read_jsonl(&path).unwrap_err(), Metrics::resume(dir.path(), 2).unwrap_err()] {
-            assert!(error.to_string().contains("line 2"), "{error}");
-        }
+        let error = read_jsonl(&path).unwrap_err();
+        assert!(error.to_string().contains("line 2"), "{error}");
         let mut metrics = Metrics::create(dir.path()).unwrap();
         assert!(metrics.write(1, &[("step", 1.0)]).is_err());
         assert!(metrics.write(1, &[("a", 1.0), ("a", 2.0)]).is_err());
         assert_eq!(fs::read_to_string(&path).unwrap(), "");
-        let error = Metrics::resume(&dir.path().join("none"), 1).unwrap_err().to_string();
-        assert!(error.contains("none"), "{error}");
     }
 }

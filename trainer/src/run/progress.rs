@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::interrupt::say;
+
 /// Without a terminal, a line this often.
 const PLAIN_EVERY: Duration = Duration::from_secs(10);
 
@@ -72,9 +74,9 @@ impl Progress {
             // A line that cannot be written down is worth no run.
             _ = writeln!(log.borrow_mut(), "{text}");
         } else if self.is_plain {
-            eprintln!("{text}");
+            say(text);
         } else {
-            self.bar.suspend(|| eprintln!("{text}"));
+            self.bar.suspend(|| say(text));
         }
     }
 }

@@ -69,6 +69,11 @@ impl Report {
         Ok(report)
     }
 
+    /// Brings what was said so far to disk.
+    pub(crate) fn sync(&self) -> Result<()> {
+        self.metrics.sync()
+    }
+
     /// Seconds of the run so far.
     pub(crate) fn wall(&self) -> f64 {
         self.metrics.wall()
@@ -134,7 +139,7 @@ impl Report {
         let grid = sheet::grid(&cells, SHEET_COLUMNS, scale);
         picture::save(&self.folder.join(format!("samples/iteration-{done:06}.png")), &grid)?;
         self.metrics.image(done as u64, "samples", &grid)?;
-        let records = metrics::read_jsonl(&self.folder.join(metrics::FILE))?;
+        let records = metrics::read_jsonl(&self.folder.join(metrics::FILE)).unwrap_or_default();
         let names: Vec<&String> = records.first().map_or_else(Vec::new, |record| {
             record.values.keys().filter(|name| name.starts_with("reward/")).collect()
         });

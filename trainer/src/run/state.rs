@@ -4,21 +4,21 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use flow::checkpoint::{Entry, Weights, write_tensors};
+use flow::checkpoint::{Weights, write_tensors};
+use flow::checksums::Checksums;
+use flow::staged;
 
 use crate::algorithm::Copies;
 use crate::network::model::Model;
 use crate::network::optimizer::AdamW;
-use crate::network::save;
+use crate::network::save::{self, Target};
 use crate::run::config::AlignConfig;
+use crate::tensor::parameters::later;
 
 /// Folder of checkpoints in the output folder.
 const CHECKPOINTS: &str = "checkpoints";
 /// Optimiser, weights in full precision and position.
 const FILE: &str = save::STATE;
-/// Checkpoints kept.
-const KEPT: usize = 2;
-
 /// A checkpoint found.
 pub(crate) struct Position {
     pub(crate) folder: PathBuf,
@@ -26,9 +26,70 @@ pub(crate) struct Position {
     pub(crate) iteration: usize,
 }
 
-/// The checkpoint of `output` with the most iterations; folders without a whole state do not count.
-pub(crate) fn newest(output: &Path) -> Result<Option<Position>> {
-    Ok(all(output)?.pop())
+impl Position {
+    /// Reads all of it: every file is what it was when it was finished, and the state is of this iteration.
+    fn check(&self) -> Result<()> {
+        let state = self.folder.join(FILE);
+        if let Some(list) = Checksums::open(&self.folder)? {
+            list.check_all()?;
+        }
+        let weights = Weights::open_file(&state)?;
+        let iteration = weights.metadata("iteration").unwrap_or("unknown");
+        ensure!(
+            iteration == self.iteration.to_string(),
+            "{}: is the state of iteration {iteration}, not of {}",
+            state.display(),
+            self.iteration
+        );
+        Ok(())
+    }
+}
+
+/// The checkpoint of `output` with the most iterations that is whole; where it `says` so, which were not.
+///
+/// # Errors
+/// When there are some, and none is whole.
+pub(crate) fn newest(output: &Path, says: bool) -> Result<Option<Position>> {
+    let mut damage = Vec::new();
+    for position in all(output)?.into_iter().rev() {
+        match position.check() {
+            Err(error) => damage.push(format!("{error:#}")),
+            Ok(()) if damage.is_empty() => return Ok(Some(position)),
+            Ok(()) => {
+                let (damage, folder) = (damage.join("; "), position.folder.display());
+                if says {
+                    eprintln!(
+                        "warning: {damage}; going on from {folder}, the newest that is whole"
+                    );
+                }
+                return Ok(Some(position));
+            }
+        }
+    }
+    ensure!(
+        damage.is_empty(),
+        "{}; no checkpoint is whole: remove {} to begin anew",
+        damage.join("; "),
+        output.join(CHECKPOINTS).display()
+    );
+    Ok(None)
+}
+
+/// Whether `output` holds a checkpoint, whole or not.
+pub(crate) fn is_begun(output: &Path) -> Result<bool> {
+    Ok(!all(output)?.is_empty())
+}
+
+/// Removes what killed runs left half-written, and says so.
+pub(crate) fn remove_leftovers(output: &Path) -> Result<()> {
+    let mut n_removed = 0;
+    for folder in [output.to_owned(), output.join(CHECKPOINTS), output.join("samples")] {
+        n_removed += staged::remove_leftovers(&folder)?;
+    }
+    if n_removed > 0 {
+        eprintln!("removed {n_removed} unfinished files and folders of an earlier run");
+    }
+    Ok(())
 }
 
 fn all(output: &Path) -> Result<Vec<Position>> {
@@ -43,34 +104,33 @@ fn all(output: &Path) -> Result<Vec<Position>> {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let iteration = name.strip_prefix("iteration-").and_then(|n| n.parse().ok());
-        if let Some(iteration) = iteration.filter(|_| path.join(FILE).is_file()) {
-            found.push(Position { folder: path, iteration });
-        }
+        found.extend(iteration.map(|iteration| Position { folder: path, iteration }));
     }
     found.sort_by_key(|position| position.iteration);
     Ok(found)
 }
 
-/// Writes the checkpoint of iteration `done` and removes all but the newest few. `behaviour` is what rolls
-/// out, where that is not what trains.
+/// Writes the checkpoint of iteration `done` and removes all but the newest. `behaviour` is what rolls out,
+/// where that is not what trains; `before` is the checkpoint before. Returns its folder.
 pub(crate) fn save(
     config: &AlignConfig,
     done: usize,
     model: &Model,
     optimizer: &AdamW,
     behaviour: Option<&Copies>,
-) -> Result<()> {
-    let folder = config.output.join(CHECKPOINTS).join(format!("iteration-{done:06}"));
+    before: Option<&Path>,
+) -> Result<PathBuf> {
+    let dir = config.output.join(CHECKPOINTS).join(format!("iteration-{done:06}"));
     let trained = model.engine.trained();
     let (mut entries, step) = optimizer.entries(trained)?;
-    for (index, master) in trained.wholes(trained.masters())?.iter().enumerate() {
-        let values = Vec::<f32>::try_from(&master.to_device(tch::Device::Cpu))?;
-        entries.push(Entry::f32(format!("master.{index}"), &[values.len()], &values));
-    }
+    let masters = trained.wholes(trained.masters())?;
+    let masters = masters.iter().enumerate();
+    entries.extend(masters.map(|(index, master)| later(format!("master.{index}"), master)));
     if let Some(copies) = behaviour {
         entries.extend(copies.entries(trained)?);
     }
-    save::trained(model, optimizer.averaged(), &folder, config.max_shard_bytes(), |folder| {
+    let target = Target { dir: &dir, max_shard_bytes: config.max_shard_bytes(), before };
+    save::trained(model, optimizer.averaged(), target, |folder| {
         let metadata = [
             ("iteration", done.to_string()),
             ("optimizer_step", step.to_string()),
@@ -79,15 +139,15 @@ pub(crate) fn save(
         Ok(write_tensors(&folder.join(FILE), &entries, &metadata)?)
     })?;
     if !trained.group().is_first() {
-        return Ok(());
+        return Ok(dir);
     }
     let mut older = all(&config.output)?;
-    older.truncate(older.len().saturating_sub(KEPT));
+    older.retain(|position| position.iteration != done);
+    older.truncate((older.len() + 1).saturating_sub(config.keep));
     for position in older {
-        fs::remove_dir_all(&position.folder)
-            .with_context(|| format!("cannot remove {}", position.folder.display()))?;
+        staged::remove(&position.folder)?;
     }
-    Ok(())
+    Ok(dir)
 }
 
 /// Takes weights, optimiser and `behaviour` back to `position`.

@@ -327,17 +327,19 @@ mod tests {
             let mut algorithm = config.setting().unwrap().open(grid);
             algorithm.begin(model.engine.trained());
             let rewards = Rewards::open(&config.group.rewards, 1, tch::Device::Cpu).unwrap();
-            let sources = Sources { config: &config.group, model: &model, rewards: &rewards, size };
+            let (model, watch) = (&model, &());
+            let (group, rewards) = (&config.group, &rewards);
+            let sources = Sources { config: group, model, rewards, size, watch };
             let rollout = algorithm.rollout(0).unwrap();
             let n_trained = algorithm.n_trained(&rollout);
             let experience = gather(&sources, rollout, &[&prompt], 0).unwrap();
             let items = algorithm.updates(&experience).concat();
             assert_eq!(items.len(), n_trained, "{settings:?}");
             let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
-            let before = progress(&*algorithm, &model, &experience, &items);
+            let before = progress(&*algorithm, model, &experience, &items);
             let outcome =
-                run(&config, &*algorithm, &model, &mut optimizer, &experience, None).unwrap();
-            let after = progress(&*algorithm, &model, &experience, &items);
+                run(&config, &*algorithm, model, &mut optimizer, &experience, None).unwrap();
+            let after = progress(&*algorithm, model, &experience, &items);
             let made = (outcome.n_updates, outcome.n_passes);
             assert_eq!(made, (config.training.updates.unwrap(), items.len()), "{settings:?}");
             assert!(after > before, "{settings:?}: {before:e} {after:e}");

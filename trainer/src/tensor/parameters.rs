@@ -293,26 +293,28 @@ impl Parameters {
 
     /// The values of `flats` (the masters, or an average of them) as safetensors entries of `dtype`.
     pub(crate) fn entries<'a>(
-        &self,
+        &'a self,
         flats: impl Iterator<Item = &'a Tensor>,
         dtype: Dtype,
-    ) -> Result<Vec<Entry<'static>>> {
+    ) -> Result<Vec<Entry<'a>>> {
         self.scaled_entries(flats, dtype, |_| 1.0)
     }
 
     /// [`Parameters::entries`] times a factor a name.
     pub(crate) fn scaled_entries<'a>(
-        &self,
+        &'a self,
         flats: impl Iterator<Item = &'a Tensor>,
         dtype: Dtype,
         factor: impl Fn(&str) -> f64,
-    ) -> Result<Vec<Entry<'static>>> {
+    ) -> Result<Vec<Entry<'a>>> {
         let kind = kind_of(dtype)?;
         let mut entries = Vec::new();
         for (segment, flat) in self.segments.iter().zip(flats) {
             for place in &segment.places {
-                let values = (place.narrow(flat) * factor(&place.name)).to_kind(kind);
-                entries.push(entry(&place.name, &values.reshape(dims(&place.shape)))?);
+                let factor = factor(&place.name);
+                entries.push(Entry::made(&place.name, &place.shape, dtype, move || {
+                    Ok(bytes_of(&(place.narrow(flat) * factor).to_kind(kind)))
+                }));
             }
         }
         entries.sort_by(|a, b| a.name.cmp(&b.name));
@@ -369,12 +371,15 @@ fn places(manifest: &Manifest) -> Vec<Place> {
     manifest.entries().map(place).collect()
 }
 
-/// The numbers of a tensor; others that share its storage must not be in use meanwhile.
+/// The numbers of a tensor.
 ///
 /// # Panics
 /// When it is not contiguous, of f32 and on the processor.
+///
+/// # Safety
+/// Others that share its storage must not be in use meanwhile.
 #[expect(unsafe_code, reason = "libtorch's bindings only copy")]
-pub(crate) fn numbers_of(tensor: &mut Tensor) -> &mut [f32] {
+pub(crate) unsafe fn numbers_of(tensor: &mut Tensor) -> &mut [f32] {
     let is_plain = tensor.kind() == Kind::Float && tensor.device() == Device::Cpu;
     assert!(is_plain && tensor.is_contiguous(), "{tensor:?} is not plain memory");
     match tensor.numel() {
@@ -416,10 +421,21 @@ pub(crate) fn entry(name: &str, tensor: &Tensor) -> Result<Entry<'static>> {
         Kind::BFloat16 => Dtype::BF16,
         other => bail!("{name}: {other:?} is not written"),
     };
+    Ok(Entry::raw(name, &shape, dtype, bytes_of(tensor)))
+}
+
+/// The f32 numbers of `tensor`, fetched from its device when they are written.
+pub(crate) fn later(name: String, tensor: &Tensor) -> Entry<'static> {
+    let (tensor, n) = (tensor.shallow_clone(), tensor.numel());
+    Entry::made(name, &[n], Dtype::F32, move || Ok(bytes_of(&tensor.to_kind(Kind::Float))))
+}
+
+/// The numbers of a tensor as they lie in memory.
+fn bytes_of(tensor: &Tensor) -> Vec<u8> {
     let flat = tensor.to_device(Device::Cpu).contiguous();
     let mut bytes = vec![0; flat.numel() * flat.kind().elt_size_in_bytes()];
     flat.copy_data_u8(&mut bytes, flat.numel());
-    Ok(Entry::raw(name, &shape, dtype, bytes))
+    bytes
 }
 
 #[cfg(test)]
