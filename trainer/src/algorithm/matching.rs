@@ -260,13 +260,15 @@ impl Algorithm for Matching<'_> {
         self.lag.as_ref()
     }
 
-    fn finish(&self, trained: &Parameters, n_steps: i64) {
+    fn finish(&self, trained: &Parameters, n_steps: i64) -> Result<()> {
         if let Some(old) = &self.old {
-            old.follow(trained, 0.0);
+            old.follow(trained, 0.0)?;
         }
         if let Some(lag) = &self.lag {
-            lag.follow(trained, (self.config.lag_rate * n_steps as f64).min(self.config.lag_max));
+            let decay = (self.config.lag_rate * n_steps as f64).min(self.config.lag_max);
+            lag.follow(trained, decay)?;
         }
+        Ok(())
     }
 }
 

@@ -143,11 +143,11 @@ impl Statistics {
         let own = serde_json::to_value((
             own,
             self.log_ratio_max.map(Exact::from),
-            Exact::from(self.clip),
+            Exact::from(self.tolerance),
         ))?;
         let mut sum = Self::default();
         for told in ranks::all(ranks, &own)? {
-            let (means, log_ratio_max, clip): (Vec<(String, Exact)>, Option<Exact>, Exact) =
+            let (means, log_ratio_max, tolerance): (Vec<(String, Exact)>, Option<Exact>, Exact) =
                 serde_json::from_value(told)?;
             for (name, value) in means {
                 *sum.means.entry(name).or_default() += f64::from(value);
@@ -158,7 +158,7 @@ impl Statistics {
                 let largest = if largest.is_nan() { largest } else { largest.max(before) };
                 sum.log_ratio_max = Some(largest);
             }
-            sum.clip = sum.clip.max(f64::from(clip));
+            sum.tolerance = sum.tolerance.max(f64::from(tolerance));
         }
         Ok(sum)
     }
