@@ -21,6 +21,7 @@ mod shard;
 mod stored;
 mod write;
 
+pub(crate) use folder::is_weights;
 use shard::Shard;
 pub use shard::is_pickle;
 pub use write::{

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 
-use crate::checkpoint::{CheckpointError, Weights, read_bounded};
+use crate::checkpoint::{CheckpointError, Weights, is_weights, read_bounded};
 use crate::checksums::Checksums;
 use crate::known;
 use crate::latents::{LatentSize, PATCH, SizeError};
@@ -316,7 +316,7 @@ impl Pipeline {
     /// Whether anything in the folder of `component` may be its weights.
     pub fn has_weights(&self, component: Component) -> bool {
         let entries = std::fs::read_dir(self.dir.join(component.folder())).into_iter().flatten();
-        entries.flatten().any(|entry| place::is_single(Path::new(&entry.file_name())))
+        entries.flatten().any(|entry| is_weights(Path::new(&entry.file_name())))
     }
 
     fn check_guidance(&self, weights: &Weights) -> Result<()> {

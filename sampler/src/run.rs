@@ -178,12 +178,13 @@ fn prompts(args: &Generate) -> Result<(Vec<Prompt>, Vec<String>)> {
     match (&args.prompt, &args.prompts) {
         (Some(prompt), _) => Ok((vec![Prompt::new(prompt)], Vec::new())),
         (None, Some(file)) => {
-            let prompts = prompts::read(file)?;
-            let unused = settings::unused(&prompts);
-            let notice = (!unused.is_empty()).then(|| {
-                format!("{}: {} are no settings of an image", file.display(), unused.join(", "))
-            });
-            Ok((prompts, notice.into_iter().collect()))
+            let read = prompts::read(file)?;
+            let unused = settings::unused(&read.prompts);
+            let unused = (!unused.is_empty())
+                .then(|| format!("{} are no settings of an image", unused.join(", ")));
+            let notices = read.notices().into_iter().chain(unused);
+            let notices = notices.map(|notice| format!("{}: {notice}", file.display())).collect();
+            Ok((read.prompts, notices))
         }
         (None, None) => bail!(usage("a prompt is missing: give --prompt or --prompts")),
     }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use flow::checksums::Checksums;
 
 use self::args::{Cli, Command, SampleArgs, SourceArgs};
-use crate::data::{pickle, signs};
+use crate::data::signs;
 use crate::group::rollout::RolloutConfig;
 use crate::network::{model, reference};
 use crate::run::settings::{self, Source};
@@ -16,6 +16,7 @@ use crate::tensor::device;
 pub mod args;
 pub mod bench;
 pub mod compare;
+mod convert;
 pub mod embed;
 pub mod eval;
 pub mod init;
@@ -154,11 +155,7 @@ fn measure(command: &Command, compute: device::Compute) -> Result<()> {
 /// Files for other commands.
 fn make(command: &Command) -> Result<()> {
     match command {
-        Command::Convert { from, to } => {
-            pickle::convert(from, to)?;
-            println!("{}", to.display());
-            Ok(())
-        }
+        Command::Convert { from, to, like } => convert::run(from, to, like.as_deref()),
         Command::Init { like, out, seed, zero, shard_gb } => init::run(&init::Options {
             like,
             out,

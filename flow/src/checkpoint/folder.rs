@@ -153,6 +153,19 @@ pub(super) fn find(dir: &Path, stem: &str) -> Result<Found> {
     malformed(format!("no {stem}.{END} and no {stem}.{END}.index.json in it{pickle}"))
 }
 
+/// Whether `file` is named as weights or their index are, under any name that is read.
+pub(crate) fn is_weights(file: &Path) -> bool {
+    let is_index = || {
+        let stem = file.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+        stem.contains(&format!(".{END}.index")) || stem.ends_with(".bin.index")
+    };
+    match file.extension().and_then(|extension| extension.to_str()) {
+        Some("json") => is_index(),
+        Some(extension) => ALONE.contains(&extension) || is_pickle(file),
+        None => false,
+    }
+}
+
 impl Found {
     fn alone(dir: &Path, file: &str) -> Self {
         Self { files: vec![dir.join(file)], index: None, notices: Vec::new() }

@@ -49,8 +49,7 @@ fn single_files(dir: &Path) -> Vec<String> {
     names
 }
 
-/// Whether a file is named as weights that are read.
-pub(super) fn is_single(file: &Path) -> bool {
+fn is_single(file: &Path) -> bool {
     file.extension().is_some_and(|extension| SINGLE.iter().any(|known| extension == *known))
 }
 

@@ -141,12 +141,20 @@ pub enum Command {
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
     },
-    /// Make safetensors of a .pt, .pth, .bin or .ckpt file, without running what is in it
+    /// Make a checkpoint of one kind from one of another
+    ///
+    /// FROM a file that PyTorch pickled (.pt, .pth, .bin, .ckpt), without running what is in it: TO is a
+    /// safetensors file. FROM a checkpoint in one file, as ComfyUI and BFL have it, or a GGUF file: TO is a
+    /// pipeline folder, with what the file lacks taken from --like. FROM a pipeline folder: TO is its
+    /// transformer as one safetensors file in BFL's names, which ComfyUI opens.
     Convert {
-        /// A file that PyTorch pickled
+        /// File or pipeline folder
         from: PathBuf,
-        /// Safetensors file to write
+        /// What to write
         to: PathBuf,
+        /// Pipeline folder with the tokenizers, the configs and whatever networks FROM lacks
+        #[arg(long, value_name = "DIR")]
+        like: Option<PathBuf>,
     },
     /// Say what a run will cost: parameters, network passes, memory a rank, seconds
     Plan {

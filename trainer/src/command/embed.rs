@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use flow::checkpoint::View;
 use flow::pipeline::{Component, read_json};
+use flow::prompts::one_line;
 use serde::Deserialize;
 use tch::{Kind, Tensor};
 
@@ -88,19 +89,23 @@ pub fn import(list: &Path, out: &Path) -> Result<()> {
     let folder = list.parent().unwrap_or(Path::new("."));
     let known = Embeddings::open(out)?;
     let mut seen = HashSet::new();
-    let missing: Vec<&Imported> = items
+    let mut is_new = |text: &String| !known.has(text) && seen.insert(text.clone());
+    let missing: Vec<(&Imported, String)> = items
         .iter()
-        .filter(|item| !known.has(&item.caption) && seen.insert(&item.caption))
+        .map(|item| (item, one_line(&item.caption)))
+        .filter(|(_, text)| !text.is_empty() && is_new(text))
         .collect();
+    let n_known = items.len() - missing.len();
+    eprintln!("{} captions, {n_known} of them empty, known or alike", items.len());
     let progress = Progress::new("import", missing.len(), 0);
     for items in missing.chunks(PROMPTS_A_FILE) {
         interrupt::check()?;
         let mut rows = Vec::with_capacity(items.len());
-        for item in items {
+        for (item, prompt) in items {
             let text = bare(&folder.join("prompt_embed"), &item.prompt_embed_path, 2)?;
             let pooled =
                 bare(&folder.join("pooled_prompt_embeds"), &item.pooled_prompt_embeds_path, 1)?;
-            rows.push(Row { prompt: &item.caption, tensors: [text, pooled] });
+            rows.push(Row { prompt, tensors: [text, pooled] });
             progress.advance("");
         }
         store(out, &rows)?;
@@ -159,6 +164,36 @@ mod tests {
         let expected = Tensor::arange(24, (Kind::Float, tch::Device::Cpu)) / 8.0;
         assert_eq!(text.reshape([-1]), expected);
         assert_eq!(pooled.double_value(&[1, 4]), -9.0);
+    }
+
+    /// Captions of DanceGRPO are lines as they stood, prompts are read without what surrounds them.
+    #[test]
+    fn spaces_around_a_caption_do_not_hide_it() {
+        let home = tempfile::tempdir().unwrap();
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("src/command/embed/fixtures/dance-grpo/videos2caption.json");
+        let source = home.path().join("source");
+        for folder in ["prompt_embed", "pooled_prompt_embeds"] {
+            std::fs::create_dir_all(source.join(folder)).unwrap();
+            for file in std::fs::read_dir(fixture.with_file_name(folder)).unwrap() {
+                let file = file.unwrap().path();
+                std::fs::copy(&file, source.join(folder).join(file.file_name().unwrap())).unwrap();
+            }
+        }
+        let list = std::fs::read_to_string(&fixture).unwrap();
+        let list = list.replace("a fox", "\\ta fox ").replace("a hen", "a fox");
+        std::fs::write(source.join("list.json"), list).unwrap();
+        let cache = home.path().join("cache");
+        import(&source.join("list.json"), &cache).unwrap();
+        let cache = Embeddings::open(&cache).unwrap();
+        cache.check(["a fox", " a fox\n"]).unwrap();
+        assert!(cache.check(["a hen"]).is_err());
+
+        // A cache whose keys are those of captions as they stood.
+        let tensors = [cache.rows(&["a fox"]).unwrap()[0].get(0), Tensor::from_slice(&[1.0f32])];
+        let old = home.path().join("old");
+        store(&old, &[Row { prompt: "a hen ", tensors }]).unwrap();
+        Embeddings::open(&old).unwrap().rows(&["a hen"]).unwrap();
     }
 
     #[test]

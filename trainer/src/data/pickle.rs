@@ -7,19 +7,23 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use flow::checkpoint::{Dtype, Entry, Values, Weights, is_pickle, write_tensors};
 use pytorch_reader::{DType, PytorchError, PytorchReader, Tensor};
 use tempfile::{NamedTempFile, TempPath};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
+mod script;
+
 /// Keys under which checkpoints keep their weights beside other things.
 const WRAPPERS: [&str; 4] = ["state_dict", "model_state_dict", "module", "model"];
 /// Name given to the tensor of a file that holds nothing else.
 pub(crate) const BARE: &str = "tensor";
-/// Longest pickle of a file with one tensor.
-const MAX_BARE_PICKLE: u64 = 1 << 20;
+/// What wrappers of PyTorch and Lightning put before every name.
+const PREFIXES: [&str; 3] = ["module.", "_orig_mod.", "model."];
+/// Longest pickle that is rewritten.
+const MAX_PICKLE: u64 = 16 << 20;
 
 /// Writes the tensors of the pickled file `from` to the safetensors file `to`.
 ///
@@ -42,11 +46,22 @@ pub fn convert(from: &Path, to: &Path) -> Result<()> {
     Ok(write_tensors(to, &entries, &[])?)
 }
 
-/// The tensors of a safetensors or pickled file.
+/// The tensors of a safetensors or pickled file, without what wrappers put before all of their names.
 ///
 /// # Errors
 /// When it is neither, or broken.
 pub(crate) fn weights(path: &Path) -> Result<Weights> {
+    let mut weights = stored(path)?;
+    let of_all = |weights: &Weights, prefix: &str| {
+        weights.names().next().is_some() && weights.names().all(|name| name.starts_with(prefix))
+    };
+    while let Some(prefix) = PREFIXES.iter().find(|prefix| of_all(&weights, prefix)) {
+        weights = weights.renamed(|name| name.strip_prefix(prefix).map(str::to_owned));
+    }
+    Ok(weights)
+}
+
+fn stored(path: &Path) -> Result<Weights> {
     if !is_pickle(path) {
         return Ok(Weights::open_file(path)?);
     }
@@ -67,6 +82,12 @@ struct Opened {
 /// The weights in a file: under a key that is known to hold them, or all tensors there are.
 fn open(path: &Path) -> Result<Opened> {
     let of = |reader: PytorchReader| reader.into_tensors().into_values().collect();
+    if let Some(pickle) = pickled(path).filter(|pickle| script::is_script(pickle)) {
+        let plain = script::as_dictionaries(&pickle).context("a TorchScript archive")?;
+        let rewritten = rewritten(path, &plain)?;
+        let reader = PytorchReader::new(&rewritten).context("a TorchScript archive")?;
+        return Ok(Opened { tensors: of(reader), _rewritten: Some(rewritten) });
+    }
     if let Some(reader) =
         WRAPPERS.iter().find_map(|key| PytorchReader::with_top_level_key(path, key).ok())
     {
@@ -75,7 +96,10 @@ fn open(path: &Path) -> Result<Opened> {
     match PytorchReader::new(path) {
         Ok(reader) => Ok(Opened { tensors: of(reader), _rewritten: None }),
         Err(error @ PytorchError::InvalidFormat(_)) => {
-            let Ok(rewritten) = in_dictionary(path) else { return Err(error.into()) };
+            let dictionary = pickled(path).and_then(|pickle| in_dictionary(&pickle));
+            let Some(Ok(rewritten)) = dictionary.map(|pickle| rewritten(path, &pickle)) else {
+                return Err(error.into());
+            };
             let reader = PytorchReader::new(&rewritten).map_err(|_| error)?;
             Ok(Opened { tensors: of(reader), _rewritten: Some(rewritten) })
         }
@@ -83,42 +107,65 @@ fn open(path: &Path) -> Result<Opened> {
     }
 }
 
-/// The same archive with its root as the only value of a dictionary, which the reader wants.
-fn in_dictionary(path: &Path) -> Result<TempPath> {
+/// The pickle of an archive, if `path` is one and it is not long.
+fn pickled(path: &Path) -> Option<Vec<u8>> {
+    let mut archive = ZipArchive::new(File::open(path).ok()?).ok()?;
+    let mut pickle = Vec::new();
+    let is_pickle = |archive: &mut ZipArchive<File>, at: usize| {
+        let file = archive.by_index_raw(at).ok()?;
+        is_pickle_entry(&file.name().ok()?).then_some(at)
+    };
+    let at = (0..archive.len()).find_map(|at| is_pickle(&mut archive, at))?;
+    let file = archive.by_index(at).ok()?;
+    file.take(MAX_PICKLE + 1).read_to_end(&mut pickle).ok()?;
+    (pickle.len() as u64 <= MAX_PICKLE).then_some(pickle)
+}
+
+fn is_pickle_entry(name: &str) -> bool {
+    name.ends_with("/data.pkl")
+}
+
+/// A pickle with its root as the only value of a dictionary, which the reader wants.
+fn in_dictionary(pickle: &[u8]) -> Option<Vec<u8>> {
+    // PROTO 2, then EMPTY_DICT and the key; at the end SETITEM before STOP.
+    let (protocol @ [0x80, _], rest) = pickle.split_at_checked(2)? else { return None };
+    let (b'.', root) = rest.split_last()? else { return None };
+    let key = [b"X".as_slice(), &(BARE.len() as u32).to_le_bytes(), BARE.as_bytes()].concat();
+    Some([protocol, b"}", &key, root, b"s."].concat())
+}
+
+/// The same archive with another pickle, without code.
+fn rewritten(path: &Path, pickle: &[u8]) -> Result<TempPath> {
     let mut archive = ZipArchive::new(File::open(path)?)?;
     let mut writer = ZipWriter::new(NamedTempFile::new()?);
     for index in 0..archive.len() {
-        let mut file = archive.by_index_raw(index)?;
+        let file = archive.by_index_raw(index)?;
         let name = file.name()?.into_owned();
-        if !name.ends_with("/data.pkl") {
+        if is_pickle_entry(&name) {
+            let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
+            writer.start_file(name, stored)?;
+            writer.write_all(pickle)?;
+        } else if !is_code(&name) {
             writer.raw_copy_file(file)?;
-            continue;
         }
-        let mut pickle = Vec::new();
-        file.by_ref().take(MAX_BARE_PICKLE).read_to_end(&mut pickle)?;
-        let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
-        writer.start_file(name, stored)?;
-        // PROTO 2, then EMPTY_DICT and the key; at the end SETITEM before STOP.
-        let (Some(protocol @ [0x80, _]), Some((b'.', root))) =
-            (pickle.get(..2), pickle.get(2..).and_then(<[u8]>::split_last).map(|(e, r)| (*e, r)))
-        else {
-            bail!("not a pickle of a tensor")
-        };
-        let key = [b"X".as_slice(), &(BARE.len() as u32).to_le_bytes(), BARE.as_bytes()].concat();
-        writer.write_all(&[protocol, b"}", &key, root, b"s."].concat())?;
     }
     Ok(writer.finish()?.into_temp_path())
 }
 
-/// Refuses archives whose entries grow when they are read; PyTorch writes none.
+/// Whether an entry of a TorchScript archive holds code, which PyTorch compresses and nothing here reads.
+fn is_code(name: &str) -> bool {
+    name.split('/').nth(1) == Some("code")
+}
+
+/// Refuses archives whose entries grow when they are read; of tensors PyTorch writes none.
 fn ensure_not_deflated(path: &Path) -> Result<()> {
     let Ok(mut archive) = ZipArchive::new(File::open(path)?) else { return Ok(()) };
     for index in 0..archive.len() {
         let file = archive.by_index_raw(index)?;
+        let name = file.name()?;
         ensure!(
-            file.compression() == CompressionMethod::Stored,
-            "its entry {} is compressed, which PyTorch never does: refused",
-            file.name()?
+            file.compression() == CompressionMethod::Stored || is_code(&name),
+            "its entry {name} is compressed, which PyTorch does to code alone: refused"
         );
     }
     Ok(())
@@ -176,6 +223,26 @@ mod tests {
         let weights = weights(&fixture("nested.ckpt")).unwrap();
         assert_eq!(weights.names().collect::<Vec<_>>(), ["layer.weight"]);
         assert_eq!(weights.f32("layer.weight").unwrap(), [3.0, 3.0]);
+    }
+
+    /// What `torch.jit.script(module).save` writes, with compressed code and a class used twice.
+    #[test]
+    fn the_modules_of_a_script_are_names() {
+        let weights = weights(&fixture("script.pt")).unwrap();
+        let names = ["logit_scale", "pair.0.bias", "pair.0.weight", "pair.1.bias", "pair.1.weight"];
+        let names: Vec<&str> =
+            names.into_iter().chain(["resolution", "visual.conv1.weight"]).collect();
+        assert_eq!(weights.names().collect::<Vec<_>>(), names);
+        assert_eq!(weights.f32("logit_scale").unwrap(), [4.5]);
+        assert_eq!(weights.f32("pair.1.bias").unwrap(), [2.0, 3.0]);
+        assert_eq!(weights.shape("visual.conv1.weight"), Some(&[2, 3, 4, 4][..]));
+    }
+
+    #[test]
+    fn wrappers_before_all_names_go() {
+        let weights = weights(&fixture("training.pt")).unwrap();
+        assert_eq!(weights.names().collect::<Vec<_>>(), ["logit_bias", "visual.weight"]);
+        assert_eq!(weights.f32("visual.weight").unwrap(), [1.0, 2.0]);
     }
 
     #[test]

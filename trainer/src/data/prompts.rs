@@ -1,59 +1,97 @@
-//! Prompt files: those of [`flow::prompts`], and `.parquet`.
+//! Prompt files: those of [`flow::prompts`], and tables: `.parquet`, `.csv` and `.tsv`.
 
 use std::fs::File;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
-use flow::prompts::{self, Prompt, from_json};
+use anyhow::{Context, Result, anyhow, ensure};
+use flow::prompts::{self, ANSWER, Prompt, Prompts, TEXT_FIELDS};
 use parquet::file::metadata::{ParquetMetaData, RowGroupMetaData};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
 use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
-/// Columns of a prompt's text, the first that is there counts.
-const TEXT: [&str; 3] = ["prompt", "text", "caption"];
-/// Columns that are read with it, where they are there.
-const MORE: [&str; 3] = ["target", "colour", "color"];
-/// Most rows of a file, bytes in the columns that are read, and bytes of memory for their prompts.
+/// Columns that are read beside a prompt's text, where they are there.
+const MORE: [&str; 4] = ["target", "colour", "color", ANSWER];
+/// Most rows of a file, and bytes in the columns that are read.
 const MAX_ROWS: i64 = 20_000_000;
 const MAX_BYTES: i64 = 1 << 30;
 const MAX_HELD: usize = 256 << 20;
 
-/// Reads a prompt file: `.parquet` with a column `prompt`, `text` or `caption` (and maybe `target`
-/// and `colour`), its other columns left on disk; else as [`flow::prompts::read`].
+/// Reads a prompt file: `.parquet`, `.csv` or `.tsv` with a column `prompt`, `text`, `caption` or `prompt_en`
+/// (and maybe `target` and `colour`), else as [`flow::prompts::read`]. Of a parquet file other columns stay on
+/// disk; of the others they are for reward servers. What of its rows is left out is told on standard error.
 ///
 /// # Errors
-/// One line that names the file, and the row or column at fault.
+/// One line that names the file, and what is wrong with it.
 pub(crate) fn read(path: &Path) -> Result<Vec<Prompt>> {
-    let extension = path.extension().unwrap_or_default();
-    if extension.eq_ignore_ascii_case("parquet") {
-        parquet(path).with_context(|| path.display().to_string())
-    } else {
-        Ok(prompts::read(path)?)
+    let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+    let table = match extension.to_ascii_lowercase().as_str() {
+        "parquet" => Some(parquet(path)),
+        "csv" => Some(separated(path, b',')),
+        "tsv" => Some(separated(path, b'\t')),
+        _ => None,
+    };
+    let read = match table {
+        Some(table) => table
+            .and_then(|prompts| prompts.any().map_err(anyhow::Error::msg))
+            .with_context(|| path.display().to_string())?,
+        None => prompts::read(path)?,
+    };
+    for notice in read.notices() {
+        eprintln!("note: {}: {notice}", path.display());
     }
+    Ok(read.prompts)
 }
 
-fn parquet(path: &Path) -> Result<Vec<Prompt>> {
+fn parquet(path: &Path) -> Result<Prompts> {
     ensure!(std::fs::metadata(path)?.is_file(), "is no regular file");
     let reader = SerializedFileReader::new(File::open(path)?)?;
     let columns = columns(reader.metadata())?;
-    let (mut prompts, mut n_held) = (Vec::new(), 0);
+    let (mut prompts, mut n_held) = (Prompts::default(), 0);
     for (at, row) in reader.get_row_iter(Some(columns))?.enumerate() {
-        let fields = row.map_err(anyhow::Error::from).and_then(|row| {
-            let fields = row.into_columns().into_iter();
-            fields.map(|(name, field)| Ok((name, text(field)?))).collect::<Result<Map<_, _>>>()
-        });
-        let prompt =
-            fields.and_then(|fields| from_json(&Value::Object(fields)).map_err(anyhow::Error::msg));
-        let prompt = prompt.with_context(|| format!("row {}", at + 1))?;
+        let row = row.with_context(|| format!("row {}", at + 1))?;
+        let fields = row.into_columns().into_iter().map(|(name, field)| (name, json(field)));
+        let before = prompts.prompts.len();
+        prompts.push(format_args!("row {}", at + 1), Ok(&Value::Object(fields.collect())));
         // A dictionary stores a text once, however many rows repeat it.
-        n_held += prompt.n_bytes();
+        n_held += prompts.prompts[before..].iter().map(Prompt::n_bytes).sum::<usize>();
         ensure!(n_held <= MAX_HELD, "row {}: more than {MAX_HELD} bytes of prompts", at + 1);
-        prompts.push(prompt);
     }
-    ensure!(!prompts.is_empty(), "holds no prompt");
     Ok(prompts)
+}
+
+/// A table whose first line names its columns.
+fn separated(path: &Path, by: u8) -> Result<Prompts> {
+    let size = std::fs::metadata(path)?;
+    ensure!(size.is_file(), "is no regular file");
+    ensure!(size.len() <= MAX_HELD as u64, "{} bytes, a table has at most {MAX_HELD}", size.len());
+    let mut reader = csv::ReaderBuilder::new().delimiter(by).flexible(true).from_path(path)?;
+    let header = reader.headers()?.clone();
+    let plain = |name: &str| name.trim_start_matches('\u{feff}').trim().to_ascii_lowercase();
+    let names: Vec<String> = header.iter().map(plain).collect();
+    ensure!(
+        TEXT_FIELDS.iter().any(|known| names.iter().any(|name| name == known)),
+        "{}; or give a .jsonl or .txt file",
+        unknown(&mut names.iter().map(String::as_str))
+    );
+    let mut prompts = Prompts::default();
+    for (at, record) in reader.records().enumerate() {
+        let row = record.map_err(|error| error.to_string()).map(|record| {
+            let fields = names.iter().cloned().zip(record.iter());
+            let filled = fields.filter(|(_, text)| !text.trim().is_empty());
+            Value::Object(filled.map(|(name, text)| (name, text.into())).collect::<Map<_, _>>())
+        });
+        let row = row.as_ref().map_err(Clone::clone);
+        prompts.push(format_args!("row {}", at + 1), row);
+    }
+    Ok(prompts)
+}
+
+fn unknown(columns: &mut dyn Iterator<Item = &str>) -> String {
+    let known = TEXT_FIELDS.map(|name| format!("`{name}`"));
+    let found: Vec<&str> = columns.take(20).collect();
+    format!("no column {} among {}", known.join(", "), found.join(", "))
 }
 
 /// The columns to read, as a schema.
@@ -61,9 +99,8 @@ fn columns(file: &ParquetMetaData) -> Result<Type> {
     let schema = file.file_metadata().schema();
     let all = schema.get_fields();
     let find = |name: &&str| all.iter().find(|column| column.name() == *name);
-    let Some(prompt) = TEXT.iter().find_map(find) else {
-        let names: Vec<&str> = all.iter().map(|column| column.name()).take(20).collect();
-        bail!("no column `prompt`, `text` or `caption` among {}", names.join(", "));
+    let Some(prompt) = TEXT_FIELDS.iter().find_map(find) else {
+        return Err(anyhow!(unknown(&mut all.iter().map(|column| column.name()))));
     };
     let columns: Vec<_> =
         [prompt].into_iter().chain(MORE.iter().filter_map(find)).cloned().collect();
@@ -81,12 +118,24 @@ fn columns(file: &ParquetMetaData) -> Result<Type> {
     Ok(Type::group_type_builder(schema.name()).with_fields(columns).build()?)
 }
 
-fn text(field: Field) -> Result<Value> {
-    Ok(match field {
+/// A value of a row; of what a prompt cannot be made of, nothing.
+fn json(field: Field) -> Value {
+    match field {
         Field::Null => Value::Null,
         Field::Str(text) => Value::String(text),
-        other => bail!("{other} is not a string"),
-    })
+        // Old writers do not say that their bytes are text.
+        Field::Bytes(bytes) => {
+            std::str::from_utf8(bytes.data()).map_or(Value::Null, |text| text.into())
+        }
+        Field::Group(row) => {
+            row.into_columns().into_iter().map(|(name, field)| (name, json(field))).collect()
+        }
+        Field::ListInternal(list) => list.elements().iter().cloned().map(json).collect(),
+        Field::Bool(is) => is.into(),
+        Field::Int(number) => number.into(),
+        Field::Long(number) => number.into(),
+        _ => Value::Null,
+    }
 }
 
 #[cfg(test)]
@@ -108,6 +157,34 @@ mod tests {
         }
         assert_eq!(read(&fixture("caption.parquet")).unwrap()[2].text, "prompt 2");
         assert_eq!(read(&fixture("caption.parquet")).unwrap().len(), 300);
+        assert_eq!(read(&fixture("null.parquet")).unwrap(), [Prompt::new("a cat")]);
+    }
+
+    /// Conversations, as verl's recipes write them.
+    #[test]
+    fn the_last_word_of_the_user_is_the_prompt() {
+        let prompts = read(&fixture("verl.parquet")).unwrap();
+        let texts: Vec<&str> = prompts.iter().map(|prompt| prompt.text.as_str()).collect();
+        assert_eq!(texts, ["A sign that reads \"HI\"", "a red fox"]);
+        assert_eq!(prompts[0].target.as_deref(), Some("HI"));
+        assert_eq!(prompts[1].target, None);
+    }
+
+    /// UniGenBench has commas and quotes in its prompts, PartiPrompts tabs between them.
+    #[test]
+    fn tables_of_text_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("p.csv");
+        let rows = "\u{feff}index,Prompt_EN,sub_dims\r\n1,\"a \"\"red\"\" fox, asleep\",\"{'a': 1}\"\r\n2,,x\r\n\
+                    3,\"a hen\non a roof\",\n";
+        std::fs::write(&path, rows).unwrap();
+        let prompts = read(&path).unwrap();
+        let texts: Vec<&str> = prompts.iter().map(|prompt| prompt.text.as_str()).collect();
+        assert_eq!(texts, ["a \"red\" fox, asleep", "a hen on a roof"]);
+        assert_eq!(prompts[0].fields["sub_dims"], "{'a': 1}");
+        let path = dir.path().join("p.tsv");
+        std::fs::write(&path, "Prompt\tCategory\na cat, a dog\tAnimals\n").unwrap();
+        assert_eq!(read(&path).unwrap()[0].text, "a cat, a dog");
     }
 
     #[test]
@@ -119,11 +196,16 @@ mod tests {
         std::fs::create_dir(dir.path().join("pipe.parquet")).unwrap();
         let text = dir.path().join("text.parquet");
         std::fs::write(&text, "a cat\n").unwrap();
+        let csv = dir.path().join("columns.csv");
+        std::fs::write(&csv, "index,wording\n1,a fox\n").unwrap();
         for (path, says) in [
             (fixture("empty.parquet"), "holds no prompt"),
-            (fixture("null.parquet"), "row 2: the prompt is not a string"),
-            (fixture("number.parquet"), "row 1: 7 is not a string"),
-            (fixture("columns.parquet"), "no column `prompt`, `text` or `caption` among image, id"),
+            (fixture("number.parquet"), "row 1: the prompt is not a string"),
+            (
+                fixture("columns.parquet"),
+                "no column `prompt`, `text`, `caption`, `prompt_en` among image, id",
+            ),
+            (csv, "among index, wording; or give a .jsonl"),
             (cut, "Parquet"),
             (text, "Parquet"),
             (fixture("dictionary.parquet"), "more than 268435456 bytes of prompts"),

@@ -2,13 +2,14 @@
 //!
 //! A cache is a folder of safetensors files. A prompt's tensors are called `KEY.prompt_embeds` `[L, D]`
 //! and `KEY.pooled_prompt_embeds` `[P]` after the arguments of `FluxPipeline`, where KEY is the SHA-256
-//! of its text in hexadecimal digits.
+//! of its text as one line in hexadecimal digits, and the text stands under KEY in the file's metadata.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use flow::checkpoint::{Weights, write_tensors};
+use flow::prompts::one_line;
 use sha2::{Digest, Sha256};
 use tch::{Kind, Tensor};
 
@@ -42,8 +43,8 @@ pub(crate) fn store(out: &Path, rows: &[Row<'_>]) -> Result<()> {
 pub(crate) struct Embeddings {
     folder: PathBuf,
     files: Vec<Weights>,
-    /// File of each key.
-    places: HashMap<String, usize>,
+    /// File of each prompt's tensors and their key in it, by the key of the prompt as one line.
+    places: HashMap<String, (usize, String)>,
 }
 
 impl Embeddings {
@@ -67,15 +68,18 @@ impl Embeddings {
             paths.iter().map(|path| Weights::open_file(path)).collect::<Result<_, _>>()?;
         let mut places = HashMap::new();
         for (index, file) in files.iter().enumerate() {
-            let keys = file.names().filter_map(|name| name.strip_suffix(&format!(".{TEXT}")));
-            places.extend(keys.map(|key| (key.to_owned(), index)));
+            for stored in file.names().filter_map(|name| name.strip_suffix(&format!(".{TEXT}"))) {
+                let known = file.metadata(stored).map(|text| key(&one_line(text)));
+                let known = known.unwrap_or_else(|| stored.to_owned());
+                places.insert(known, (index, stored.to_owned()));
+            }
         }
         Ok(Self { folder: folder.to_owned(), files, places })
     }
 
     /// Whether it has `prompt`.
     pub(crate) fn has(&self, prompt: &str) -> bool {
-        self.places.contains_key(&key(prompt))
+        self.places.contains_key(&key(&one_line(prompt)))
     }
 
     /// Refuses `prompts` that it lacks.
@@ -83,9 +87,11 @@ impl Embeddings {
         prompts.into_iter().try_for_each(|prompt| self.file(prompt).map(|_| ()))
     }
 
-    fn file(&self, prompt: &str) -> Result<&Weights> {
-        let place = self.places.get(&key(prompt)).with_context(|| self.unknown(prompt))?;
-        Ok(&self.files[*place])
+    /// The file of a prompt's tensors, and their key.
+    fn file(&self, prompt: &str) -> Result<(&Weights, &str)> {
+        let place = self.places.get(&key(&one_line(prompt)));
+        let (file, stored) = place.with_context(|| self.unknown(prompt))?;
+        Ok((&self.files[*file], stored))
     }
 
     fn unknown(&self, prompt: &str) -> String {
@@ -100,7 +106,7 @@ impl Embeddings {
     pub(crate) fn rows(&self, prompts: &[&str]) -> Result<[Tensor; 2]> {
         let mut rows = [Vec::new(), Vec::new()];
         for prompt in prompts {
-            let (key, file) = (key(prompt), self.file(prompt)?);
+            let (file, key) = self.file(prompt)?;
             for (rows, name) in rows.iter_mut().zip([TEXT, POOLED]) {
                 let name = format!("{key}.{name}");
                 let shape = file.get(&name).with_context(|| self.unknown(prompt))?.shape;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use flow::checkpoint::Weights;
-use flow::models::clip::naming::{Naming, OpenClipConfig, Part};
+use flow::models::clip::naming::{self, Naming, OpenClipConfig, Part};
 use flow::models::clip::vision::ClipConfig;
 use flow::ops::shapes::Manifest;
 use flow::pipeline::read_json;
@@ -149,7 +149,7 @@ struct ClipFile {
 impl ClipFile {
     /// `known` is the architecture of open_clip's files without a config.
     fn open(path: &Path, known: Option<ClipConfig>) -> Result<Self> {
-        let weights = pickle::weights(path)?;
+        let weights = pickle::weights(path)?.renamed(|name| Some(naming::usual(name).to_owned()));
         let naming = Naming::of(weights.names());
         let (config, fit) = match (naming, beside(path, naming), known) {
             (Naming::Transformers, config, _) => (read_json(&config)?, Fit::CropDown),

@@ -19,6 +19,23 @@ pub enum Naming {
     OpenClip,
 }
 
+/// Parts of open_clip's text tower, which some of its models put below `text.`.
+const TEXT_TOWER: [&str; 6] = [
+    "transformer.",
+    "token_embedding.",
+    "positional_embedding",
+    "ln_final.",
+    "text_projection",
+    "attn_mask",
+];
+
+/// The usual name of a tensor that a file of open_clip calls `name`.
+pub fn usual(name: &str) -> &str {
+    name.strip_prefix("text.")
+        .filter(|rest| TEXT_TOWER.iter().any(|part| rest.starts_with(part)))
+        .unwrap_or(name)
+}
+
 /// Where a parameter lies in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stored {

@@ -122,8 +122,8 @@ mod tests {
 
     #[test]
     fn held_out_words_appear_in_no_training_prompt() {
-        let train = prompts::read(&shipped("signs-train.txt")).unwrap();
-        let held_out = prompts::read(&shipped("signs-held-out.txt")).unwrap();
+        let train = prompts::read(&shipped("signs-train.txt")).unwrap().prompts;
+        let held_out = prompts::read(&shipped("signs-held-out.txt")).unwrap().prompts;
         assert_eq!((train.len(), held_out.len()), (600, 120));
         let kept: HashSet<&str> = held_out.iter().map(|p| p.target_text().unwrap()).collect();
         assert_eq!(kept, HELD_OUT.into_iter().collect());

@@ -177,6 +177,35 @@ fn clip_scores_as_open_clip_and_transformers() {
     }
 }
 
+/// Names with what wrappers put before them, a text tower of its own, buffers and other tensors.
+#[test]
+fn other_names_and_extra_tensors_score_alike() {
+    type Rename = fn(&str) -> String;
+    let wrapped: Rename = |name| format!("module._orig_mod.{name}");
+    let custom: Rename = |name| match name.starts_with("visual.") {
+        true => name.to_owned(),
+        false => format!("text.{name}"),
+    };
+    let same: Rename = str::to_owned;
+    for (naming, package, rename, extra) in [
+        (Naming::OpenClip, "open_clip", wrapped, "module._orig_mod.logit_bias"),
+        (Naming::OpenClip, "open_clip", custom, "text.attn_mask"),
+        (Naming::Transformers, "transformers", same, "text_model.embeddings.position_ids"),
+    ] {
+        let dir = folder(naming, true);
+        let path = dir.path().join("clip.safetensors");
+        let weights = Weights::open_file(&path).unwrap();
+        let mut entries = weights.entries();
+        for entry in &mut entries {
+            entry.name = rename(&entry.name);
+        }
+        entries.push(Entry::i64(extra, &[1, 2], &[0, 1]));
+        let other = dir.path().join("other.safetensors");
+        write_tensors(&other, &entries, &[]).unwrap();
+        compare(&open("clip", &[("weights", other), tokenizer()]).unwrap(), package);
+    }
+}
+
 #[test]
 fn image_reward_scores_as_its_package() {
     let dir = image_reward();

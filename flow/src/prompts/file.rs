@@ -1,0 +1,178 @@
+//! Prompt files, read row by row: what is wrong with one row is told and costs that row alone.
+
+use std::fmt::Display;
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::row::{Row, of_text, parse};
+use super::{Parsed, Prompt};
+use crate::checkpoint::CheckpointError;
+
+/// Largest accepted prompt file, in bytes.
+const MAX_FILE: u64 = 256 * 1024 * 1024;
+/// Most line ends and commas of a prompt file: a byte on disk can be a hundred in memory.
+const MAX_PARTS: usize = 20_000_000;
+
+/// The prompts of a file, and what was made of its other rows.
+#[derive(Debug, Default)]
+pub struct Prompts {
+    /// In the order of the file, with those that it has twice.
+    pub prompts: Vec<Prompt>,
+    left_out: Tally,
+    changed: Tally,
+}
+
+/// How many rows, and the first of them.
+#[derive(Debug, Default)]
+struct Tally {
+    n: usize,
+    first: String,
+}
+
+impl Tally {
+    fn add(&mut self, first: impl FnOnce() -> String) {
+        if self.n == 0 {
+            self.first = first();
+        }
+        self.n += 1;
+    }
+}
+
+impl Prompts {
+    /// Adds the row `value` that stands at `place`, or counts it where it is no prompt.
+    pub fn push(&mut self, place: impl Display, value: Parsed<&Value>) {
+        self.add(place, value.and_then(parse));
+    }
+
+    fn add(&mut self, place: impl Display, row: Parsed<Row>) {
+        match row {
+            Ok(Row { prompt, is_changed }) => {
+                if is_changed {
+                    self.changed.add(|| place.to_string());
+                }
+                self.prompts.push(prompt);
+            }
+            Err(why) => self.left_out.add(|| format!("{place}: {why}")),
+        }
+    }
+
+    /// What people should know of the rows, a sentence each.
+    pub fn notices(&self) -> Vec<String> {
+        let Self { left_out, changed, .. } = self;
+        let first = |tally: &Tally| {
+            if tally.n > 1 { format!("first {}", tally.first) } else { tally.first.clone() }
+        };
+        let of = |tally: &Tally| if tally.n == 1 { "row" } else { "rows" };
+        let mut notices = Vec::new();
+        if left_out.n > 0 {
+            notices.push(format!("{} {} left out ({})", left_out.n, of(left_out), first(left_out)));
+        }
+        if changed.n > 0 {
+            notices.push(format!(
+                "{} {} with line breaks or control characters inside, which became blanks or went ({})",
+                changed.n,
+                of(changed),
+                first(changed)
+            ));
+        }
+        notices
+    }
+
+    /// These, if there are any.
+    ///
+    /// # Errors
+    /// Says that there are none, and what was wrong with the first row.
+    pub fn any(self) -> Parsed<Self> {
+        match (self.prompts.is_empty(), self.left_out.n) {
+            (false, _) => Ok(self),
+            (true, 0) => Err("holds no prompt".into()),
+            (true, _) => Err(format!("holds no prompt: {}", self.left_out.first)),
+        }
+    }
+}
+
+/// Reads a prompt file by its extension.
+///
+/// - `.txt`: one prompt a line, blank lines are skipped
+/// - `.json`: a list of strings (as in the test set of `HPDv2`) or of objects
+/// - `.jsonl`: one object or string a line
+///
+/// An object has `prompt`, `text`, `caption` or `prompt_en`, a string or a conversation whose last message
+/// by the user counts, and may have `target` and `colour` (or `color`); its other fields are for reward
+/// servers. Rows that are no prompt (empty, too long, not JSON) are left out and counted. In the others line
+/// breaks become blanks, and control characters go.
+///
+/// # Errors
+/// One line naming the file, when it is not of such a kind or holds no prompt.
+pub fn read(path: &Path) -> Result<Prompts, CheckpointError> {
+    let malformed = |why: String| CheckpointError::malformed(path, why);
+    let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+    let parse = match extension.to_ascii_lowercase().as_str() {
+        "txt" => parse_text,
+        "json" => parse_json,
+        "jsonl" => parse_json_lines,
+        _ => return Err(malformed("a prompt file ends in .txt, .json or .jsonl".into())),
+    };
+    let metadata = fs::metadata(path).map_err(CheckpointError::io(path))?;
+    if !metadata.is_file() {
+        return Err(malformed(
+            "is no regular file: give a file instead of a pipe or device".into(),
+        ));
+    }
+    let size = metadata.len();
+    if size > MAX_FILE {
+        return Err(malformed(format!("{size} bytes, a prompt file has at most {MAX_FILE}")));
+    }
+    let bytes = fs::read(path).map_err(CheckpointError::io(path))?;
+    if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
+        return Err(malformed("is UTF-16: save it as UTF-8".into()));
+    }
+    let n_parts = bytes.iter().filter(|byte| matches!(byte, b'\n' | b',')).count();
+    if n_parts > MAX_PARTS {
+        return Err(malformed(format!("more than {MAX_PARTS} lines and fields")));
+    }
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
+    parse(bytes).and_then(Prompts::any).map_err(malformed)
+}
+
+fn parse_text(bytes: &[u8]) -> Parsed<Prompts> {
+    Ok(lines(bytes, of_text))
+}
+
+fn parse_json_lines(bytes: &[u8]) -> Parsed<Prompts> {
+    Ok(lines(bytes, |line| {
+        let value = serde_json::from_str(line).map_err(|error| format!("not JSON: {error}"))?;
+        parse(&value)
+    }))
+}
+
+fn parse_json(bytes: &[u8]) -> Parsed<Prompts> {
+    let value: Value =
+        serde_json::from_slice(bytes).map_err(|error| format!("not JSON: {error}"))?;
+    let Value::Array(entries) = value else {
+        return Err("line 1: expected a list of prompts".into());
+    };
+    let mut prompts = Prompts::default();
+    for (at, entry) in entries.iter().enumerate() {
+        prompts.push(format_args!("entry {}", at + 1), Ok(entry));
+    }
+    Ok(prompts)
+}
+
+/// Every line that is not blank, with its number from 1.
+fn lines(bytes: &[u8], row: impl Fn(&str) -> Parsed<Row>) -> Prompts {
+    let mut prompts = Prompts::default();
+    for (at, line) in bytes.split(|byte| *byte == b'\n').enumerate() {
+        let line = std::str::from_utf8(line).map(str::trim);
+        if line != Ok("") {
+            let row = line.map_err(|_| "not UTF-8".to_owned()).and_then(&row);
+            prompts.add(format_args!("line {}", at + 1), row);
+        }
+    }
+    prompts
+}
+
+#[cfg(test)]
+mod tests;
