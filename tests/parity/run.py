@@ -90,6 +90,7 @@ class Comparisons:
             self.script("loras.py", model, "--programs", self.programs, "--out", out / "loras")
         self.alignment(model, out / "run", size)
         self.adapters(model, out / "lora", size)
+        self.single_file(model, out / "single-file")
 
     def images(self, model, export, out, size, *more):
         width, height = size
@@ -118,6 +119,10 @@ class Comparisons:
         if self.program("ng-train", "align", "--preset", "signs", *settings) and self.program(
                 "ng-export", model, "--lora", aligned, "--out", export, "--verify"):
             self.images(model, export, run / "images", size, "--lora", aligned)
+
+    def single_file(self, model, out):
+        """The transformer as one file, against diffusers' own loader, and the way back."""
+        self.script("single_file.py", model, "--programs", self.programs, "--out", out)
 
     def rewards(self, out):
         """Networks of rewards against the packages that define them."""

@@ -51,6 +51,10 @@ impl<'a> Kind<'a> {
         let path = Path::new(name);
         let extension = path.extension().and_then(|extension| extension.to_str())?;
         let rest = name.strip_prefix(stem);
+        let is_pickled = || PICKLED.iter().chain([&stem]).any(|usual| name.starts_with(usual));
+        if name.ends_with(".bin.index.json") && is_pickled() {
+            return Some(Self::Pickle);
+        }
         if let Some(index) = rest.and_then(|rest| rest.strip_suffix(".json")) {
             // .safetensors.index.fp16.json, .fp16.safetensors.index.json
             let (before, after) = index.split_once(&format!(".{END}.index"))?;
@@ -61,8 +65,7 @@ impl<'a> Kind<'a> {
             };
         }
         if is_pickle(path) {
-            let is_weights = PICKLED.iter().chain([&stem]).any(|usual| name.starts_with(usual));
-            return is_weights.then_some(Self::Pickle);
+            return is_pickled().then_some(Self::Pickle);
         }
         let Some(middle) = rest.and_then(|rest| rest.strip_suffix(&format!(".{END}"))) else {
             return ALONE.contains(&extension).then_some(Self::Other);
@@ -144,7 +147,10 @@ pub(super) fn find(dir: &Path, stem: &str) -> Result<Found> {
             ));
         }
     }
-    let pickle = of(&|kind| kind == Kind::Pickle).first().map(|pickle| {
+    // The index of several, if there is one.
+    let mut pickles = of(&|kind| kind == Kind::Pickle);
+    pickles.sort_by_key(|name| !name.ends_with(".json"));
+    let pickle = pickles.first().map(|pickle| {
         format!(
             "; {pickle} is a pickle: `ng-train convert {pickle} {stem}.{END}` reads it without running it"
         )

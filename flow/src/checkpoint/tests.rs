@@ -170,6 +170,23 @@ fn eight_bits_are_widened_exactly() {
     assert_eq!(weights.f32("wide").unwrap(), [1.5]);
 }
 
+/// Every number of both types of eight bits, and what torch makes of it.
+#[test]
+fn eight_bits_are_those_of_torch() {
+    let path =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/fp8/bytes.safetensors");
+    let weights = Weights::open_file(&path).unwrap();
+    for kind in ["e4m3", "e5m2"] {
+        let found = weights.f32(kind).unwrap();
+        let expected = weights.f32(&format!("{kind}.f32")).unwrap();
+        assert_eq!((found.len(), expected.len()), (256, 256));
+        for (byte, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            let found = if found.is_nan() { 0.0f32 } else { *found };
+            assert_eq!(found.to_bits(), expected.to_bits(), "{kind} {byte:#x}");
+        }
+    }
+}
+
 #[test]
 fn a_scale_beside_a_weight_is_multiplied_in() {
     let dir = tempfile::tempdir().unwrap();
@@ -232,7 +249,11 @@ fn what_is_not_clear_is_refused_by_name() {
         (&["w.fp16.safetensors", "w.bf16.safetensors"], "w.bf16.safetensors, w.fp16.safetensors"),
         (&["w-00001-of-00002.safetensors"], "w-00001-of-00002.safetensors without"),
         (&["a.safetensors", "b.gguf"], "a.safetensors, b.gguf"),
-        (&["pytorch_model-00001-of-00002.bin"], "pytorch_model-00001-of-00002.bin is a pickle"),
+        (&["pytorch_model.bin", "optimizer.pt"], "convert pytorch_model.bin w.safetensors"),
+        (
+            &["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"],
+            "convert pytorch_model.bin.index.json w.safetensors",
+        ),
         (&["config.json"], "no w.safetensors"),
     ] {
         let dir = tempfile::tempdir().unwrap();

@@ -143,8 +143,8 @@ pub enum Command {
     },
     /// Make a checkpoint of one kind from one of another
     ///
-    /// FROM a file that PyTorch pickled (.pt, .pth, .bin, .ckpt), without running what is in it: TO is a
-    /// safetensors file. FROM a checkpoint in one file, as ComfyUI and BFL have it, or a GGUF file: TO is a
+    /// FROM a file that PyTorch pickled (.pt, .pth, .bin, .ckpt), or the .bin.index.json of several, without
+    /// running what is in it: TO is a safetensors file. FROM a checkpoint in one file, as ComfyUI and BFL have it, or a GGUF file: TO is a
     /// pipeline folder, with what the file lacks taken from --like. FROM a pipeline folder: TO is its
     /// transformer as one safetensors file in BFL's names, which ComfyUI opens.
     Convert {

@@ -11,9 +11,12 @@ use flow::usage::Usage;
 use crate::data::pickle;
 use crate::network::save;
 
+/// How the name of an index of pickled files ends.
+const SHARDS: &str = ".bin.index.json";
+
 /// Writes `to` from `from`: with `like`, a pipeline folder from a checkpoint in one file and, for what that
 /// lacks, the folder `like`; else from a pipeline folder its transformer as one file in BFL's names, or from a
-/// pickled file a safetensors file.
+/// pickled file, or the index of several, a safetensors file.
 ///
 /// # Errors
 /// When `from` is neither, does not fit `like`, or `to` cannot be written. Nothing is left behind then.
@@ -21,6 +24,7 @@ pub(crate) fn run(from: &Path, to: &Path, like: Option<&Path>) -> Result<()> {
     match like {
         Some(like) => folder(from, to, like)?,
         None if from.is_dir() => one_file(from, to)?,
+        None if from.to_string_lossy().ends_with(SHARDS) => pickle::convert_sharded(from, to)?,
         None => {
             let unknown = "no pickle and no pipeline folder; of a checkpoint in one file --like FOLDER \
                            makes a pipeline folder";

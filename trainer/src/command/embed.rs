@@ -193,7 +193,8 @@ mod tests {
         let tensors = [cache.rows(&["a fox"]).unwrap()[0].get(0), Tensor::from_slice(&[1.0f32])];
         let old = home.path().join("old");
         store(&old, &[Row { prompt: "a hen ", tensors }]).unwrap();
-        Embeddings::open(&old).unwrap().rows(&["a hen"]).unwrap();
+        let [text, _] = Embeddings::open(&old).unwrap().rows(&["a hen"]).unwrap();
+        assert_eq!(text.size()[0], 1);
     }
 
     #[test]

@@ -3,13 +3,16 @@
 //! The pickle is parsed, never executed; tensors go to a safetensors file one at a time, so that a file of
 //! any size needs little memory.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use flow::checkpoint::{Dtype, Entry, Values, Weights, is_pickle, write_tensors};
+use flow::pipeline::read_json;
 use pytorch_reader::{DType, PytorchError, PytorchReader, Tensor};
+use serde::Deserialize;
 use tempfile::{NamedTempFile, TempPath};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
@@ -44,6 +47,35 @@ pub fn convert(from: &Path, to: &Path) -> Result<()> {
     );
     let entries: Vec<Entry<'_>> = tensors.iter().map(entry).collect();
     Ok(write_tensors(to, &entries, &[])?)
+}
+
+/// Writes the tensors of the pickled files that `index` names to the safetensors file `to`.
+///
+/// # Errors
+/// When the index is none, names files outside its folder, or one of them cannot be converted.
+pub(crate) fn convert_sharded(index: &Path, to: &Path) -> Result<()> {
+    let Index { weight_map } = read_json(index)?;
+    let files: BTreeSet<&String> = weight_map.values().collect();
+    let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
+    let mut shards = Vec::new();
+    for (at, file) in files.into_iter().enumerate() {
+        let is_inside = Path::new(file).file_name().is_some_and(|name| name == file.as_str());
+        ensure!(is_inside, "{}: names {file:?}, which is no file beside it", index.display());
+        let converted = folder.path().join(format!("{at}.safetensors"));
+        convert(&index.with_file_name(file), &converted)?;
+        shards.push(Weights::open_file(&converted)?);
+    }
+    let entries: Vec<Entry<'_>> = shards.iter().flat_map(Weights::entries).collect();
+    let found = |name: &String| entries.iter().any(|entry| entry.name == *name);
+    if let Some(name) = weight_map.keys().find(|name| !found(name)) {
+        bail!("{}: names {name}, which none of its files holds", index.display());
+    }
+    Ok(write_tensors(to, &entries, &[])?)
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
 }
 
 /// The tensors of a safetensors or pickled file, without what wrappers put before all of their names.
@@ -236,6 +268,30 @@ mod tests {
         assert_eq!(weights.f32("logit_scale").unwrap(), [4.5]);
         assert_eq!(weights.f32("pair.1.bias").unwrap(), [2.0, 3.0]);
         assert_eq!(weights.shape("visual.conv1.weight"), Some(&[2, 3, 4, 4][..]));
+    }
+
+    #[test]
+    fn shards_become_one_file() {
+        let home = tempfile::tempdir().unwrap();
+        for file in ["plain.pt", "nested.ckpt"] {
+            std::fs::copy(fixture(file), home.path().join(file)).unwrap();
+        }
+        let index = home.path().join("pytorch_model.bin.index.json");
+        let write = |name: &str, file: &str| {
+            let text = format!(r#"{{"weight_map": {{"a": "plain.pt", "{name}": "{file}"}}}}"#);
+            std::fs::write(&index, text).unwrap();
+        };
+        let to = home.path().join("model.safetensors");
+        write("layer.weight", "nested.ckpt");
+        convert_sharded(&index, &to).unwrap();
+        let weights = Weights::open_file(&to).unwrap();
+        assert_eq!(weights.names().collect::<Vec<_>>(), ["a", "half", "layer.weight", "strided"]);
+        assert_eq!(weights.f32("layer.weight").unwrap(), [3.0, 3.0]);
+        for (name, file) in [("absent", "nested.ckpt"), ("b", "../plain.pt"), ("b", "no.pt")] {
+            write(name, file);
+            let message = format!("{:#}", convert_sharded(&index, &to).unwrap_err());
+            assert!(message.contains(name) || message.contains(file), "{message}");
+        }
     }
 
     #[test]

@@ -1,0 +1,96 @@
+"""Compares checkpoints in one file with diffusers: what `ng-train convert` writes and reads.
+
+    python tests/parity/single_file.py MODEL --programs target/release --out out/parity/single-file
+
+The transformer of MODEL as one file in BFL's names must be the one that diffusers' own single-file loader
+makes of it, tensor by tensor, and must come back as the same bytes. With `gguf` installed, the file in
+quantised types is also read as that package dequantises it.
+"""
+
+import argparse
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+from diffusers import FluxTransformer2DModel
+from report import Report, tensors
+
+GGUF = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+
+
+def run(programs, *words):
+    subprocess.run([programs / "ng-train", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+
+
+def transformer(folder):
+    return tensors(folder / "transformer/diffusion_pytorch_model.safetensors")
+
+
+def as_gguf(fused, path, kind):
+    """Writes the matrices whose rows are whole blocks in `kind`, the rest in f32; returns what they hold."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[kind]
+    writer, values = gguf.GGUFWriter(path, "flux"), {}
+    for name, value in fused.items():
+        length, _ = gguf.GGML_QUANT_SIZES[kind]
+        if value.ndim == 2 and value.shape[1] % length == 0:
+            packed = gguf.quants.quantize(value, kind)
+            writer.add_tensor(name, packed, raw_dtype=kind)
+            values[name] = gguf.quants.dequantize(packed, kind).reshape(value.shape)
+        else:
+            writer.add_tensor(name, value)
+            values[name] = value
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--programs", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    shutil.rmtree(args.out, ignore_errors=True)
+    args.out.mkdir(parents=True)
+    report = Report(f"one file in BFL's names, {args.model}")
+
+    file, back = args.out / "flux.safetensors", args.out / "back"
+    run(args.programs, "convert", args.model, file)
+    own = transformer(args.model)
+    loaded = FluxTransformer2DModel.from_single_file(
+        str(file), config=str(args.model), subfolder="transformer", local_files_only=True
+    ).state_dict()
+    report.equal("names of diffusers' loader", sorted(set(loaded) ^ set(own)), [])
+    differing = [name for name in own if not np.array_equal(loaded[name].numpy(), own[name])]
+    report.equal(f"tensors of {len(own)} that differ in diffusers", differing, [])
+
+    run(args.programs, "convert", file, back, "--like", args.model)
+    again = transformer(back)
+    differing = [name for name in own if own[name].tobytes() != again[name].tobytes()]
+    report.equal("tensors that differ after the way back", differing, [])
+
+    if importlib.util.find_spec("gguf"):
+        fused = tensors(file)
+        for kind in GGUF:
+            # The same file again in floats is what the package says the blocks hold.
+            values = as_gguf(fused, args.out / f"{kind}.gguf", kind)
+            from safetensors.numpy import save_file
+
+            save_file(values, args.out / "floats.safetensors")
+            for source, target in ((f"{kind}.gguf", kind), ("floats.safetensors", f"{kind}-floats")):
+                run(args.programs, "convert", args.out / source, args.out / target, "--like", args.model)
+            found, right = transformer(args.out / kind), transformer(args.out / f"{kind}-floats")
+            widened = {name: value.astype(np.float32) for name, value in found.items()}
+            differing = [name for name in right if widened[name].tobytes() != right[name].tobytes()]
+            report.equal(f"{kind}: tensors that differ from gguf's", differing, [])
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()
