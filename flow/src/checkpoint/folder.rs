@@ -43,6 +43,8 @@ const END: &str = "safetensors";
 /// Other files that are read where nothing has the usual name.
 const ALONE: [&str; 3] = [END, "sft", "gguf"];
 
+/// How the name of an index of pickled weights ends.
+const PICKLED_INDEX: &str = ".bin.index.json";
 /// How pickled weights' names begin.
 const PICKLED: [&str; 2] = ["pytorch_model", "diffusion_pytorch_model"];
 
@@ -52,7 +54,7 @@ impl<'a> Kind<'a> {
         let extension = path.extension().and_then(|extension| extension.to_str())?;
         let rest = name.strip_prefix(stem);
         let is_pickled = || PICKLED.iter().chain([&stem]).any(|usual| name.starts_with(usual));
-        if name.ends_with(".bin.index.json") && is_pickled() {
+        if name.ends_with(PICKLED_INDEX) && is_pickled() {
             return Some(Self::Pickle);
         }
         if let Some(index) = rest.and_then(|rest| rest.strip_suffix(".json")) {
@@ -149,7 +151,7 @@ pub(super) fn find(dir: &Path, stem: &str) -> Result<Found> {
     }
     // The index of several, if there is one.
     let mut pickles = of(&|kind| kind == Kind::Pickle);
-    pickles.sort_by_key(|name| !name.ends_with(".json"));
+    pickles.sort_by_key(|name| !name.ends_with(PICKLED_INDEX));
     let pickle = pickles.first().map(|pickle| {
         format!(
             "; {pickle} is a pickle: `ng-train convert {pickle} {stem}.{END}` reads it without running it"

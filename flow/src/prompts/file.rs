@@ -109,12 +109,10 @@ impl Prompts {
 pub fn read(path: &Path) -> Result<Prompts, CheckpointError> {
     let malformed = |why: String| CheckpointError::malformed(path, why);
     let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
-    let parse = match extension.to_ascii_lowercase().as_str() {
-        "txt" => parse_text,
-        "json" => parse_json,
-        "jsonl" => parse_json_lines,
-        _ => return Err(malformed("a prompt file ends in .txt, .json or .jsonl".into())),
-    };
+    let extension = extension.to_ascii_lowercase();
+    if !["txt", "json", "jsonl"].contains(&&*extension) {
+        return Err(malformed("a prompt file ends in .txt, .json or .jsonl".into()));
+    }
     let metadata = fs::metadata(path).map_err(CheckpointError::io(path))?;
     if !metadata.is_file() {
         return Err(malformed(
@@ -134,18 +132,15 @@ pub fn read(path: &Path) -> Result<Prompts, CheckpointError> {
         return Err(malformed(format!("more than {MAX_PARTS} lines and fields")));
     }
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
-    parse(bytes).and_then(Prompts::any).map_err(malformed)
-}
-
-fn parse_text(bytes: &[u8]) -> Parsed<Prompts> {
-    Ok(lines(bytes, of_text))
-}
-
-fn parse_json_lines(bytes: &[u8]) -> Parsed<Prompts> {
-    Ok(lines(bytes, |line| {
-        let value = serde_json::from_str(line).map_err(|error| format!("not JSON: {error}"))?;
-        parse(&value)
-    }))
+    let read = match &*extension {
+        "json" => parse_json(bytes),
+        "jsonl" => Ok(lines(bytes, |line| {
+            let value = serde_json::from_str(line).map_err(|error| format!("not JSON: {error}"))?;
+            parse(&value)
+        })),
+        _ => Ok(lines(bytes, of_text)),
+    };
+    read.and_then(Prompts::any).map_err(malformed)
 }
 
 fn parse_json(bytes: &[u8]) -> Parsed<Prompts> {

@@ -121,12 +121,9 @@ fn columns(file: &ParquetMetaData) -> Result<Type> {
 /// A value of a row; of what a prompt cannot be made of, nothing.
 fn json(field: Field) -> Value {
     match field {
-        Field::Null => Value::Null,
         Field::Str(text) => Value::String(text),
         // Old writers do not say that their bytes are text.
-        Field::Bytes(bytes) => {
-            std::str::from_utf8(bytes.data()).map_or(Value::Null, |text| text.into())
-        }
+        Field::Bytes(bytes) => std::str::from_utf8(bytes.data()).map_or(Value::Null, Into::into),
         Field::Group(row) => {
             row.into_columns().into_iter().map(|(name, field)| (name, json(field))).collect()
         }

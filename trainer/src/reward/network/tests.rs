@@ -182,9 +182,8 @@ fn clip_scores_as_open_clip_and_transformers() {
 fn other_names_and_extra_tensors_score_alike() {
     type Rename = fn(&str) -> String;
     let wrapped: Rename = |name| format!("module._orig_mod.{name}");
-    let custom: Rename = |name| match name.starts_with("visual.") {
-        true => name.to_owned(),
-        false => format!("text.{name}"),
+    let custom: Rename = |name| {
+        if name.starts_with("visual.") { name.to_owned() } else { format!("text.{name}") }
     };
     let same: Rename = str::to_owned;
     for (naming, package, rename, extra) in [
