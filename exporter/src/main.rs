@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use exporter::args::{Args, Inspect, Verify, Wrap};
 use exporter::export::{Table, export};
 use exporter::target::Target;
@@ -16,6 +16,12 @@ use flow::pipeline::Pipeline;
 use indicatif::{ProgressBar, ProgressStyle};
 
 fn main() -> ExitCode {
+    let others = [Verify::command(), Inspect::command(), Wrap::command()];
+    let named = others.into_iter().zip(["verify", "inspect", "wrap"]);
+    let all = named.fold(Args::command(), |all, (one, name)| all.subcommand(one.name(name)));
+    if let Some(end) = manual::written(all) {
+        return end;
+    }
     let mut typed: Vec<OsString> = std::env::args_os().collect();
     let command = typed.get(1).and_then(|word| word.to_str()).unwrap_or_default().to_owned();
     if ["verify", "inspect", "wrap"].contains(&command.as_str()) {

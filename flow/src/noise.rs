@@ -4,6 +4,8 @@
 //! Philox 4×32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) gives four
 //! words a counter; Box–Muller in f64 with a portable mathematics library turns them into four normals.
 
+pub mod torch;
+
 /// A family of independent noise streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Noise {

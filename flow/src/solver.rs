@@ -317,6 +317,11 @@ mod tests {
             (Solver::Dpmpp2m, 4, 0.537_096),
             (Solver::Euler, 8, 0.578_543),
             (Solver::Dpmpp2m, 8, 0.579_862),
+            // UniPCMultistepScheduler of diffusers 0.42.1, and sample_dpmpp_2m of k-diffusion, in f64.
+            (Solver::UniPc, 4, 0.537_142_1),
+            (Solver::UniPc, 8, 0.580_029_6),
+            (Solver::Dpmpp2mK, 4, 0.537_247_0),
+            (Solver::Dpmpp2mK, 8, 0.580_437_4),
         ] {
             assert!((end(solver, n) - expected).abs() < 1e-6, "{solver:?} {n}: {}", end(solver, n));
         }

@@ -6,5 +6,5 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
     let file = File::of("a.png", data);
-    let _ = sampler::picture::read_parameters(file.path());
+    let _ = sampler::format::texts(file.path());
 });

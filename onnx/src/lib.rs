@@ -39,4 +39,5 @@ pub use library::library;
 pub use model::Model;
 pub use options::{Options, PROVIDERS, Profile, Provider};
 pub use port::{ElementType, Port};
+pub use provider::tensorrt_version;
 pub use tensor::{Data, Tensor};

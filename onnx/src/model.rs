@@ -4,6 +4,7 @@ use std::{
     borrow::Cow,
     fmt,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -34,6 +35,7 @@ pub struct Model {
     inputs: Vec<Port>,
     overridable: Vec<Port>,
     outputs: Vec<Port>,
+    busy: Duration,
 }
 
 impl Model {
@@ -60,7 +62,14 @@ impl Model {
         let (inputs, outputs) = (ports(session.inputs()), ports(session.outputs()));
         let overridable = session.overridable_initializers();
         let overridable = overridable.iter().map(|it| Port::new(it.name(), it.dtype())).collect();
-        Ok(Self { session, path: path.to_owned(), inputs, overridable, outputs })
+        Ok(Self {
+            session,
+            path: path.to_owned(),
+            inputs,
+            overridable,
+            outputs,
+            busy: Duration::ZERO,
+        })
     }
 
     /// The file that was opened.
@@ -86,6 +95,11 @@ impl Model {
     /// The value of `key` in the model's `metadata_props`, if it has one.
     pub fn metadata(&self, key: &str) -> Option<String> {
         self.session.metadata().ok()?.custom(key)
+    }
+
+    /// Time spent in runs so far.
+    pub fn busy(&self) -> Duration {
+        self.busy
     }
 
     /// Runs the graph once and returns the tensors named in `outputs`, in that order.
@@ -145,8 +159,10 @@ impl Model {
     /// When the graph fails; [`crate::Cancelled`] when it was stopped.
     pub fn run_bound(&mut self, binding: &Binding, cancel: &Cancel) -> Result<()> {
         let options = cancel.options()?;
-        let result = self.session.run_binding_with_options(&binding.io, &options);
-        cancel.outcome(result.map(drop)).with_context(|| self.failed())
+        let start = Instant::now();
+        let result = self.session.run_binding_with_options(&binding.io, &options).map(drop);
+        self.busy += start.elapsed();
+        cancel.outcome(result).with_context(|| self.failed())
     }
 
     fn run_with<O: SelectedOutputMarker>(
@@ -174,7 +190,9 @@ impl Model {
             .collect::<Result<Vec<(Cow<'_, str>, SessionInputValue<'_>)>>>()?;
         let failed = self.failed();
         let path = self.path.display().to_string();
+        let start = Instant::now();
         let results = self.session.run_with_options(values, options);
+        self.busy += start.elapsed();
         let results: SessionOutputs<'_> = cancel.outcome(results).context(failed)?;
         outputs
             .iter()

@@ -81,6 +81,23 @@ pub(crate) fn check(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// Version of TensorRT's library, as `10.16.1`, where it is on this machine.
+pub fn tensorrt_version() -> Option<String> {
+    let name = TENSORRT[0].file;
+    // The library's own initialisation runs, as it would for the provider.
+    #[expect(unsafe_code, reason = "the function takes nothing and returns a number")]
+    let version = unsafe {
+        let library = libloading::Library::new(name).ok()?;
+        let version: libloading::Symbol<'_, unsafe extern "C" fn() -> i32> =
+            library.get(b"getInferLibVersion\0").ok()?;
+        let version = version();
+        // The provider will use it.
+        std::mem::forget(library);
+        version
+    };
+    Some(format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100))
+}
+
 /// Opens a library by its name, else from where Python packages of NVIDIA put it, and keeps it open
 /// for the provider that will ask for it by name.
 fn load(needed: &Needed, folder: &Path) -> Result<()> {

@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand, builder::PossibleValuesParser};
 use flow::solver::{DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS};
 use onnx::PROVIDERS;
 
-use crate::{engine::MEMORIES, server::args::ServeArgs};
+use crate::{engine::MEMORIES, request::RNGS, server::args::ServeArgs};
 
 /// Make images from an exported FLUX pipeline with ONNX Runtime.
 #[derive(Clone, Debug, Parser)]
@@ -20,7 +20,7 @@ pub struct Cli {
     pub generate: Generate,
 
     /// Print the parameters stored in a picture and exit.
-    #[arg(long, value_name = "FILE", hide = true, exclusive = true)]
+    #[arg(long, value_name = "FILE", hide = true)]
     pub inspect: Option<PathBuf>,
 }
 
@@ -34,6 +34,10 @@ pub enum Command {
     Inspect(Inspect),
     /// Serve models over HTTP: the OpenAI images API, jobs with progress, a page.
     Serve(ServeArgs),
+    /// Measure each stage, in new processes and in one that is warm.
+    Bench(Box<Bench>),
+    /// Put images of several models or LoRAs from the same seeds on one sheet.
+    Compare(Box<Compare>),
 }
 
 /// Arguments of `generate`.
@@ -57,6 +61,10 @@ pub struct Generate {
     #[arg(short, long, alias = "output", value_name = "PATH", default_value = "out.png")]
     pub out: PathBuf,
 
+    /// LoRA of any trainer, with :SCALE where it is not 1; repeatable. The export needs slots.
+    #[arg(long = "lora", value_name = "FILE[:SCALE]")]
+    pub loras: Vec<String>,
+
     /// Images for each prompt; image i of a prompt has seed + i.
     #[arg(short = 'n', long, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u32).range(1..=10_000))]
@@ -71,7 +79,7 @@ pub struct Generate {
     #[arg(long, value_name = "FILE")]
     pub latents_out: Option<PathBuf>,
 
-    /// Write one PNG with all images: a row a prompt when -n is above 1, else a square.
+    /// Write one picture with all images: a row a prompt when -n is above 1, else a square.
     #[arg(long, value_name = "FILE")]
     pub sheet: Option<PathBuf>,
 
@@ -168,6 +176,12 @@ pub struct ImageArgs {
     #[arg(long, value_name = "SHARE")]
     pub strength: Option<f64>,
 
+    /// Which numbers a seed stands for: own, those of training; torch, those that PyTorch draws on a
+    /// CPU, so that an image can be laid beside one of diffusers.
+    #[arg(long, value_name = "NAME", default_value = "own",
+          value_parser = PossibleValuesParser::new(RNGS.map(|(name, _)| name)))]
+    pub rng: String,
+
     /// Forecast every other velocity from the fourth step on instead of computing it: a third fewer
     /// network calls, and another image.
     #[arg(long)]
@@ -186,17 +200,79 @@ pub struct Inspect {
     pub json: bool,
 }
 
+/// Arguments of `bench`.
+#[derive(Args, Clone, Debug)]
+pub struct Bench {
+    #[command(flatten)]
+    pub engine: EngineArgs,
+
+    #[command(flatten)]
+    pub image: ImageArgs,
+
+    /// Images that are measured in one process.
+    #[arg(long, value_name = "N", default_value_t = 10,
+          value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub images: u32,
+
+    /// Processes that are started and measured.
+    #[arg(long, value_name = "N", default_value_t = 3,
+          value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub starts: u32,
+
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `compare`.
+#[derive(Args, Clone, Debug)]
+pub struct Compare {
+    /// Folder that `ng-export` or Optimum wrote; repeatable, a column each.
+    #[arg(short, long = "model", value_name = "DIR", required = true)]
+    pub models: Vec<PathBuf>,
+
+    /// LoRA of any trainer, with :SCALE where it is not 1; repeatable, a column each after every model.
+    #[arg(long = "lora", value_name = "FILE[:SCALE]")]
+    pub loras: Vec<String>,
+
+    /// What the images should show.
+    #[arg(short, long, value_name = "TEXT", required_unless_present = "prompts")]
+    pub prompt: Option<String>,
+
+    /// Prompts from a file, or from standard input with -.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub prompts: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub image: ImageArgs,
+
+    #[command(flatten)]
+    pub runtime: RuntimeArgs,
+
+    /// Images for each prompt; image i of a prompt has seed + i.
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub count: u32,
+
+    /// The sheet.
+    #[arg(short, long, value_name = "FILE", default_value = "sheet.png")]
+    pub out: PathBuf,
+}
+
 const FILES: &str = "\
 Where images go (PATH of -o):
-  one image, PATH ends in .png     PATH
-  more images, PATH ends in .png   PATH numbered: out-000.png, out-001.png, … prompt by prompt
-  any other PATH                   a folder, made if missing: PATH/000.png, PATH/001.png, …
+  one image, PATH ends in .png, .jpg or .webp   PATH
+  more images and such a PATH                   PATH numbered: out-000.png, out-001.png, …
+                                                prompt by prompt
+  -                                             one PNG to standard output
+  any other PATH                                a folder, made if missing: PATH/000.png, …
 A file of the same name is replaced, each as a whole once its image is finished.
 
 Prompts (FILE of --prompts):
   .txt           one a line
   .json, .jsonl  strings, or objects with `prompt`, `text` or `caption`, which may have settings of
                  their own: seed, steps, width, height, guidance, solver, shift
+  -              standard input, as .jsonl where it begins with { or \", else as .txt
 
 Exit code: 2 for a mistake in what was typed, 1 for every other failure.
 ORT_DYLIB_PATH names the library of ONNX Runtime where it is not beside the program.

@@ -29,12 +29,14 @@ use flow::{latents::LatentSize, path::weights, solver::Walk};
 use onnx::{Cancel, Cancelled, Provider};
 
 use crate::{
+    device,
     export::Export,
-    networks::{Condition, Decoder, Encoder, TextEncoders, Transformer},
+    networks::{Condition, Decoder, Encoder, Settings, TextEncoders, Transformer},
     picture::Picture,
     report::{Stages, timed},
     request::Job,
     sample::{denoise, skipped},
+    tensorrt,
     texts::Texts,
 };
 
@@ -110,6 +112,8 @@ pub struct Finished {
     pub latents: Vec<f32>,
     /// `load` is the engine's so far, the rest this image's.
     pub stages: Stages,
+    /// See [`Engine::precision`].
+    pub precision: String,
 }
 
 /// Follows jobs while they are made.
@@ -192,9 +196,13 @@ impl Engine {
         &self.options
     }
 
-    /// The number type that the transformer's states have, once it is open.
-    pub fn precision(&self) -> Option<String> {
-        self.painters.as_ref().map(|painters| painters.transformer.precision())
+    /// How the weights are stored, or the type of the transformer's states where the export does not
+    /// say and it is open.
+    pub fn precision(&self) -> String {
+        match &self.export.description.precision {
+            said if !said.is_empty() => said.clone(),
+            _ => self.painters.as_ref().map_or_else(String::new, |it| it.transformer.precision()),
+        }
     }
 
     /// Time spent on opening networks so far.
@@ -229,6 +237,7 @@ impl Engine {
 
     fn image(&mut self, index: usize, job: &Job, watch: &mut dyn Watch) -> Result<Finished> {
         let mut stages = Stages::default();
+        let before = self.busy();
         let (condition, text) = self.condition(job)?;
         stages.text = text;
         let start = self.start(job, &mut stages)?;
@@ -237,8 +246,13 @@ impl Engine {
         let guidance: Vec<f32> = job.guidance.into_iter().collect();
         let mask = if job.skip { skipped(job.plan.len()) } else { Vec::new() };
         let x0 = timed(&mut stages.sample, || {
-            let mut network =
-                transformer.conditioned(&job.size, &[condition], &guidance, &job.cancel)?;
+            let mut network = transformer.conditioned(
+                &job.size,
+                &[condition],
+                &guidance,
+                &job.loras,
+                &job.cancel,
+            )?;
             denoise(&mut network, &job.plan, &mask, start, |step, walk: &Walk| {
                 if job.cancel.is_cancelled() {
                     return Err(Cancelled.into());
@@ -253,7 +267,17 @@ impl Engine {
         let picture =
             timed(&mut stages.decode, || decoder.decode(&latents, &job.size, &job.cancel))?;
         stages.load = self.load;
-        Ok(Finished { picture, latents, stages })
+        stages.networks = self.busy().saturating_sub(before);
+        Ok(Finished { picture, latents, stages, precision: self.precision() })
+    }
+
+    /// Time that the open networks have spent in runs.
+    fn busy(&self) -> Duration {
+        let text = self.encoders.as_ref().map_or(Duration::ZERO, TextEncoders::busy);
+        let painters = self.painters.as_ref().map_or(Duration::ZERO, |painters| {
+            painters.transformer.busy() + painters.decoder.busy()
+        });
+        text + painters
     }
 
     /// The packed state that `job` starts from.
@@ -261,9 +285,9 @@ impl Engine {
         let noise = job.size.pack(&job.initial());
         let Some(init) = &job.init else { return Ok(noise) };
         if self.encoder.is_none() {
-            let options = self.onnx();
+            let settings = self.settings();
             let pipeline = &self.export.pipeline;
-            let opened = timed(&mut self.load, || Encoder::open(pipeline, &options))?;
+            let opened = timed(&mut self.load, || Encoder::open(pipeline, &settings))?;
             self.encoder = Some(opened);
         }
         let encoder = self.encoder.as_mut().context("just opened")?;
@@ -282,8 +306,8 @@ impl Engine {
             if self.options.memory != Memory::Keep {
                 self.painters = None;
             }
-            let (options, pipeline) = (self.onnx(), &self.export.pipeline);
-            let opened = timed(&mut self.load, || TextEncoders::open(pipeline, &options))?;
+            let (settings, pipeline) = (self.settings(), &self.export.pipeline);
+            let opened = timed(&mut self.load, || TextEncoders::open(pipeline, &settings))?;
             self.encoders = Some(opened);
         }
         let encoders = self.encoders.as_mut().context("just opened")?;
@@ -299,19 +323,24 @@ impl Engine {
             if self.options.memory != Memory::Keep {
                 self.encoders = None;
             }
-            let (options, pipeline) = (self.onnx(), &self.export.pipeline);
-            self.painters = Some(timed(&mut self.load, || Painters::open(pipeline, &options))?);
+            let settings = self.settings();
+            let export = &self.export;
+            self.painters = Some(timed(&mut self.load, || Painters::open(export, &settings))?);
         }
         self.painters.as_mut().context("just opened")
     }
 
     /// Opens every network at the same time.
+    ///
+    /// # Errors
+    /// As [`Engine::open`].
     pub fn open_all(&mut self) -> Result<()> {
-        let (options, pipeline) = (self.onnx(), &self.export.pipeline);
+        let (settings, export) = (self.settings(), &self.export);
+        let pipeline = &export.pipeline;
         let (encoders, painters) = timed(&mut self.load, || {
             thread::scope(|scope| {
-                let encoders = scope.spawn(|| TextEncoders::open(pipeline, &options));
-                let painters = Painters::open(pipeline, &options);
+                let encoders = scope.spawn(|| TextEncoders::open(pipeline, &settings));
+                let painters = Painters::open(export, &settings);
                 (joined(encoders), painters)
             })
         });
@@ -319,23 +348,31 @@ impl Engine {
         Ok(())
     }
 
-    fn onnx(&self) -> onnx::Options {
-        onnx::Options {
-            threads: self.options.threads,
-            provider: self.options.provider,
-            device: self.options.device,
-            repack: self.options.memory != Memory::Low,
-            profile: None,
-            engines: self.options.engines.clone(),
+    fn settings(&self) -> Settings {
+        let Options { threads, provider, device, memory, .. } = self.options;
+        let repack = memory != Memory::Low;
+        let options =
+            onnx::Options { threads, provider, device, repack, ..onnx::Options::default() };
+        if !provider.builds_engines() {
+            return Settings { options, ..Settings::default() };
         }
+        let (export, gpu) = (&self.export, device::name(provider, device));
+        let profiles =
+            tensorrt::profiles(&export.pipeline, export.default_side(), export.text_lengths());
+        let root = self.options.engines.as_deref();
+        let version = onnx::tensorrt_version().unwrap_or_default();
+        let engines = Some(tensorrt::folder(root, export.folder(), &gpu, &version));
+        Settings { options: onnx::Options { engines, ..options }, profiles }
     }
 }
 
 impl Painters {
-    fn open(pipeline: &flow::pipeline::Pipeline, options: &onnx::Options) -> Result<Self> {
+    fn open(export: &Export, settings: &Settings) -> Result<Self> {
+        let pipeline = &export.pipeline;
         thread::scope(|scope| {
-            let decoder = scope.spawn(|| Decoder::open(pipeline, options));
-            let transformer = Transformer::open(pipeline, options);
+            let decoder = scope.spawn(|| Decoder::open(pipeline, settings));
+            let slots = export.description.lora_slots.clone();
+            let transformer = Transformer::open(pipeline, slots, settings);
             Ok(Self { decoder: joined(decoder)?, transformer: transformer? })
         })
     }

@@ -10,7 +10,7 @@ use anyhow::{Result, bail, ensure};
 use flow::{
     latents::LatentSize,
     models::transformer::GUIDANCE,
-    pipeline::Pipeline,
+    pipeline::{Pipeline, read_json},
     prompts,
     schedule::{Schedule, Shift},
     solver::{DEFAULT_SOLVER, DEFAULT_STEPS, plan},
@@ -18,8 +18,10 @@ use flow::{
     usage::Usage,
 };
 use onnx::Cancel;
+use serde::Deserialize;
 
 use crate::{
+    adapters::{Adapter, Adapters, Scaled, Slots},
     networks,
     request::{Job, Request},
 };
@@ -35,6 +37,9 @@ pub struct Export {
     pub pipeline: Pipeline,
     /// Name of the folder.
     pub name: String,
+    /// What the folder says of itself, where `ng-export` wrote it.
+    pub description: Description,
+    adapters: Adapters,
     tokenizers: Tokenizers,
 }
 
@@ -61,7 +66,9 @@ impl Export {
              {n_positions} positions",
             tokenizers.clip_tokens()
         );
-        Ok(Self { name: folder_name(folder), pipeline, tokenizers })
+        let description = Description::open(folder)?;
+        let (name, adapters) = (folder_name(folder), Adapters::default());
+        Ok(Self { pipeline, name, description, adapters, tokenizers })
     }
 
     /// The folder.
@@ -72,6 +79,11 @@ impl Export {
     /// Side in pixels of an image nobody gave a size for.
     pub fn default_side(&self) -> usize {
         self.pipeline.default_size()
+    }
+
+    /// CLIP and T5 tokens of a prompt.
+    pub fn text_lengths(&self) -> [usize; 2] {
+        [self.tokenizers.clip_tokens(), self.tokenizers.text_tokens()]
     }
 
     /// Whether requests may have an initial image.
@@ -99,6 +111,7 @@ impl Export {
         let strength = strength(&request)?;
         let skipped = if request.init.is_some() { steps - kept(steps, strength)? } else { 0 };
         let schedule = schedule.after(skipped);
+        let loras = self.scaled(&request.loras)?;
         let solver = request.solver.unwrap_or(DEFAULT_SOLVER);
         let guidance = self.guidance(request.guidance)?;
         if let Some(noise) =
@@ -123,16 +136,50 @@ impl Export {
             schedule,
             size,
             skip: request.skip,
+            rng: request.rng,
+            loras,
             prompt: request.prompt,
             init: request.init,
             noise: request.noise,
         })
     }
 
+    /// Reads a LoRA of any trainer that requests may name from now on; one of that name is replaced.
+    ///
+    /// # Errors
+    /// When the export has no slots, or it is no LoRA of this model, or changes what has no slot.
+    pub fn load_lora(&self, name: &str, path: &Path) -> Result<Arc<Adapter>> {
+        self.adapters.load(name, path, &self.pipeline, self.description.lora_slots.as_ref())
+    }
+
+    /// Lets go of a LoRA; false if there is none of that name. Jobs that have it keep it.
+    pub fn unload_lora(&self, name: &str) -> bool {
+        self.adapters.unload(name)
+    }
+
+    /// Names of the loaded LoRAs.
+    pub fn loras(&self) -> Vec<String> {
+        self.adapters.names()
+    }
+
+    fn scaled(&self, loras: &[(String, f64)]) -> Result<Vec<Scaled>, Invalid> {
+        let find = |(name, scale): &(String, f64)| {
+            if !scale.is_finite() {
+                return Err(invalid("loras", format!("{name}: {scale} is no scale")));
+            }
+            let adapter = self.adapters.get(name).ok_or_else(|| {
+                let known = self.loras().join(", ");
+                invalid("loras", format!("no LoRA {name:?} is loaded; there are: {known}"))
+            })?;
+            Ok((adapter, *scale))
+        };
+        loras.iter().map(find).collect()
+    }
+
     /// What of a prompt was cut, a sentence a tokenizer.
     fn notices(&self, ids: &PromptIds) -> Vec<String> {
-        let limits = [self.tokenizers.clip_tokens(), self.tokenizers.text_tokens()];
-        let of = [("CLIP", limits[0]), ("T5", limits[1])].into_iter().zip(ids.cut);
+        let [clip, t5] = self.text_lengths();
+        let of = [("CLIP", clip), ("T5", t5)].into_iter().zip(ids.cut);
         of.filter(|&(_, cut)| cut > 0)
             .map(|((encoder, limit), cut)| {
                 format!(
@@ -189,6 +236,27 @@ impl Export {
 
     fn encoder_file(&self) -> PathBuf {
         networks::graph_file(self.folder(), networks::VAE_ENCODER)
+    }
+}
+
+/// `export.json`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Description {
+    /// What it was made for, as `ng-export --target` takes it.
+    pub target: String,
+    /// How weights are stored, as `ng-export --precision` takes it.
+    pub precision: String,
+    /// Adapters that are merged: file name and scale.
+    pub merged: Vec<(String, f64)>,
+    /// Slots for adapters.
+    pub lora_slots: Option<Slots>,
+}
+
+impl Description {
+    fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join("export.json");
+        if path.is_file() { Ok(read_json(&path)?) } else { Ok(Self::default()) }
     }
 }
 

@@ -6,13 +6,19 @@ use anyhow::{Context, Result};
 use flow::checkpoint::{Entry, write_atomically, write_tensors};
 
 use crate::{
+    device,
     engine::{Engine, Finished, Memory, Progress, Watch},
+    format::Format,
     parameters::Parameters,
     picture::Picture,
-    report::{Line, Report, Stages, timed},
+    report::{Device, Line, Report, Stages, timed},
     request::Job,
     run::{Image, Run},
 };
+
+/// Said before a wait that can be long.
+const BUILDS: &str = "engines that were not built before on this GPU are built now, which takes \
+                      minutes for a large model; they are kept for the next run";
 
 /// Makes every image of `run`, telling `lines` about each.
 ///
@@ -21,9 +27,18 @@ use crate::{
 /// written. Images finished before that stay.
 pub fn run(run: &Run, lines: impl Write) -> Result<()> {
     let n_calls: usize = run.images.iter().map(|image| image.job.plan.len()).sum();
-    let report = Report::new(lines, run.json, n_calls as u64);
+    let device = Device {
+        name: device::name(run.options.provider, run.options.device),
+        provider: run.options.provider.to_string(),
+        precision: String::new(),
+        threads: run.options.threads,
+    };
+    let report = Report::new(lines, run.json, n_calls as u64, device);
     for notice in &run.notices {
         report.notice(notice)?;
+    }
+    if run.options.provider.builds_engines() {
+        report.notice(BUILDS)?;
     }
     let mut engine = Engine::closed(run.export.clone(), &run.options);
     let jobs: Vec<Job> = run.images.iter().map(|image| image.job.clone()).collect();
@@ -75,7 +90,8 @@ impl<W: Write> Watch for One<'_, '_, W> {
 impl<W: Write> Files<'_, W> {
     /// Writes an image and says so.
     fn keep(&mut self, index: usize, image: Finished) -> Result<()> {
-        let Finished { picture, latents, mut stages } = image;
+        let Finished { picture, latents, mut stages, precision } = image;
+        self.report.on(&precision);
         let of = &self.run.images[index];
         timed(&mut stages.png, || save(self.run, of, &picture))?;
         self.report.image(&line(of, stages))?;
@@ -104,8 +120,12 @@ impl<W: Write> Files<'_, W> {
 
 fn save(run: &Run, image: &Image, picture: &Picture) -> Result<()> {
     let text = run.metadata.then(|| Parameters::of(&image.job, &run.export.name).text());
-    write_atomically(&image.file, &picture.png(text.as_deref())?)?;
-    Ok(())
+    let format = Format::of(&image.file).unwrap_or(Format::Png);
+    let bytes = format.encode(picture, text.as_deref())?;
+    if run.is_piped() {
+        return Ok(std::io::stdout().lock().write_all(&bytes)?);
+    }
+    Ok(write_atomically(&image.file, &bytes)?)
 }
 
 fn line(image: &Image, stages: Stages) -> Line<'_> {
@@ -124,6 +144,6 @@ fn save_latents(run: &Run, latents: &[f32]) -> Result<()> {
 
 fn save_sheet(run: &Run, pictures: &[Picture]) -> Result<()> {
     let Some((file, layout)) = &run.sheet else { return Ok(()) };
-    write_atomically(file, &layout.draw(pictures).png(None)?)?;
-    Ok(())
+    let format = Format::of(file).unwrap_or(Format::Png);
+    Ok(write_atomically(file, &format.encode(&layout.draw(pictures), None)?)?)
 }

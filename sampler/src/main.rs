@@ -1,21 +1,24 @@
 //! `ng-sample`: images from an exported FLUX pipeline.
 
 use std::{
-    io::{Write, stdout},
+    io::{Write, stderr, stdout},
     process::ExitCode,
 };
 
 use anyhow::Result;
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use flow::{panics, usage::Usage};
 use sampler::{
-    args::{Cli, Command},
-    generate, inspect,
+    args::{Cli, Command, Generate},
+    bench, compare, generate, inspect,
     run::Run,
     server::args::serve,
 };
 
 fn main() -> ExitCode {
+    if let Some(end) = manual::written(Cli::command()) {
+        return end;
+    }
     let cli = Cli::parse();
     let (code, said) = match panics::reported(|| run(cli)) {
         Ok(Ok(())) => return ExitCode::SUCCESS,
@@ -23,16 +26,26 @@ fn main() -> ExitCode {
         Err(panic) => (1, panic),
     };
     // There is nowhere left to tell that stderr is closed.
-    let _ = writeln!(std::io::stderr(), "error: {}", panics::without_frames(&said));
+    let _ = writeln!(stderr(), "error: {}", panics::without_frames(&said));
     ExitCode::from(code)
+}
+
+fn make(args: &Generate) -> Result<()> {
+    let run = Run::new(args)?;
+    if run.is_piped() {
+        return generate::run(&run, stderr());
+    }
+    generate::run(&run, stdout())
 }
 
 fn run(cli: Cli) -> Result<()> {
     match (cli.inspect, cli.command) {
-        (Some(path), _) => inspect::run(&path, stdout()),
-        (None, Some(Command::Inspect(args))) => inspect::run(&args.path, stdout()),
+        (Some(path), _) => inspect::run(&path, false, stdout()),
+        (None, Some(Command::Bench(args))) => bench::run(&args, stdout()),
+        (None, Some(Command::Compare(args))) => compare::run(&args, stdout()),
+        (None, Some(Command::Inspect(args))) => inspect::run(&args.path, args.json, stdout()),
+        (None, Some(Command::Generate(args))) => make(&args),
+        (None, None) => make(&cli.generate),
         (None, Some(Command::Serve(args))) => serve(&args),
-        (None, Some(Command::Generate(args))) => generate::run(&Run::new(&args)?, stdout()),
-        (None, None) => generate::run(&Run::new(&cli.generate)?, stdout()),
     }
 }

@@ -4,9 +4,11 @@
 //! channels. File, input and output names are Optimum's.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
     thread,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -14,9 +16,13 @@ use flow::{
     latents::LatentSize, models::transformer::image_ids, models::vae::VaeConfig,
     pipeline::Pipeline, tiles, tokens::PromptIds,
 };
-use onnx::{Binding, Cancel, Data, ElementType, Model, Options, Tensor};
+use onnx::{Binding, Cancel, Data, ElementType, Model, Options, Profile, Tensor};
 
-use crate::{picture::Picture, sample::Denoiser};
+use crate::{
+    adapters::{self, Scaled, Slots},
+    picture::Picture,
+    sample::Denoiser,
+};
 
 /// Folders of the graphs that make an image from text.
 pub const TEXT_ENCODER: &str = "text_encoder";
@@ -25,6 +31,14 @@ pub const TRANSFORMER: &str = "transformer";
 pub const VAE_DECODER: &str = "vae_decoder";
 /// Needed for an initial image alone.
 pub const VAE_ENCODER: &str = "vae_encoder";
+
+/// How graphs are run.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    pub options: Options,
+    /// Shapes of each graph's inputs, where an engine is built for them.
+    pub profiles: BTreeMap<&'static str, Profile>,
+}
 
 /// Makes sure that every graph is there.
 ///
@@ -71,9 +85,14 @@ pub struct TextEncoders {
 }
 
 impl TextEncoders {
-    pub fn open(pipeline: &Pipeline, options: &Options) -> Result<Self> {
-        let [clip, t5] = side_by_side([TEXT_ENCODER, TEXT_ENCODER_2], pipeline, options)?;
+    pub fn open(pipeline: &Pipeline, settings: &Settings) -> Result<Self> {
+        let [clip, t5] = side_by_side([TEXT_ENCODER, TEXT_ENCODER_2], pipeline, settings)?;
         Ok(Self { clip, t5 })
+    }
+
+    /// Time spent in runs so far.
+    pub fn busy(&self) -> Duration {
+        self.clip.busy() + self.t5.busy()
     }
 
     /// Both encoders' view of a prompt.
@@ -91,19 +110,24 @@ impl TextEncoders {
 /// The velocity network, with buffers for images of the shape it was last used for.
 pub struct Transformer {
     model: Model,
+    slots: Option<Slots>,
     bound: Option<(Shape, Binding)>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What buffers are for.
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Shape {
     batch: usize,
     size: LatentSize,
     n_text: usize,
+    /// See [`adapters::key`].
+    loras: Vec<(u64, u64)>,
 }
 
 impl Transformer {
-    pub fn open(pipeline: &Pipeline, options: &Options) -> Result<Self> {
-        let model = open(pipeline, TRANSFORMER, options)?;
+    /// With `slots` where the export has them.
+    pub fn open(pipeline: &Pipeline, slots: Option<Slots>, settings: &Settings) -> Result<Self> {
+        let model = open(pipeline, TRANSFORMER, settings)?;
         let known = ["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"];
         let known = known.iter().chain(&["img_ids", "txt_ids", "guidance"]);
         for port in model.inputs() {
@@ -113,7 +137,12 @@ impl Transformer {
                 model.path().display()
             );
         }
-        Ok(Self { model, bound: None })
+        Ok(Self { model, slots, bound: None })
+    }
+
+    /// Time spent in runs so far.
+    pub fn busy(&self) -> Duration {
+        self.model.busy()
     }
 
     /// Type of its states, as the output names it.
@@ -129,10 +158,11 @@ impl Transformer {
         size: &LatentSize,
         conditions: &[Arc<Condition>],
         guidance: &[f32],
+        loras: &[Scaled],
         cancel: &Cancel,
     ) -> Result<Conditioned<'_>> {
         let (batch, n_text) = (conditions.len(), conditions[0].n_text);
-        let shape = Shape { batch, size: *size, n_text };
+        let shape = Shape { batch, size: *size, n_text, loras: adapters::key(loras) };
         let all = |of: fn(&Condition) -> &Vec<f32>| {
             Data::F32(conditions.iter().flat_map(|condition| of(condition)).copied().collect())
         };
@@ -145,7 +175,8 @@ impl Transformer {
         let mut fixed: Vec<(&str, Data)> =
             fixed.into_iter().filter(|(name, _)| takes(name)).collect();
         if self.bound.as_ref().is_none_or(|(bound, _)| *bound != shape) {
-            self.bound = Some((shape, self.bind(shape, &fixed)?));
+            let binding = self.bind(&shape, &fixed, loras)?;
+            self.bound = Some((shape, binding));
             fixed.clear();
         }
         let (_, binding) = self.bound.as_mut().context("just bound")?;
@@ -156,8 +187,8 @@ impl Transformer {
         Ok(Conditioned { model: &mut self.model, binding, states, batch, cancel: cancel.clone() })
     }
 
-    fn bind(&self, shape: Shape, fixed: &[(&str, Data)]) -> Result<Binding> {
-        let Shape { batch, size, n_text } = shape;
+    fn bind(&self, shape: &Shape, fixed: &[(&str, Data)], loras: &[Scaled]) -> Result<Binding> {
+        let &Shape { batch, size, n_text, .. } = shape;
         let n_states = [batch, size.tokens(), size.token_width()];
         let mut inputs = vec![
             ("hidden_states", Tensor::f32(n_states, vec![0.0; n_states.iter().product()])?),
@@ -175,7 +206,14 @@ impl Transformer {
             };
             inputs.push((name, Tensor::f32(dims, values.clone())?));
         }
-        let inputs: Vec<(&str, &Tensor)> = inputs.iter().map(|(n, tensor)| (*n, tensor)).collect();
+        let adapted = match (&self.slots, loras) {
+            (_, []) => Vec::new(),
+            (Some(slots), loras) => adapters::inputs(loras, slots)?,
+            (None, _) => bail!("{} has no slots for LoRAs", self.model.path().display()),
+        };
+        let adapted = adapted.iter().map(|(name, tensor)| (name.as_str(), tensor));
+        let inputs = inputs.iter().map(|(name, tensor)| (*name, tensor));
+        let inputs: Vec<(&str, &Tensor)> = inputs.chain(adapted).collect();
         self.model.bind(&inputs, ("out_hidden_states", &n_states))
     }
 
@@ -226,8 +264,13 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    pub fn open(pipeline: &Pipeline, options: &Options) -> Result<Self> {
-        Ok(Self { model: open(pipeline, VAE_DECODER, options)?, config: pipeline.vae.clone() })
+    pub fn open(pipeline: &Pipeline, settings: &Settings) -> Result<Self> {
+        Ok(Self { model: open(pipeline, VAE_DECODER, settings)?, config: pipeline.vae.clone() })
+    }
+
+    /// Time spent in runs so far.
+    pub fn busy(&self) -> Duration {
+        self.model.busy()
     }
 
     /// The image of `latents` `[Z, h, w]` as the flow has them: scaled and shifted. A large one is
@@ -269,8 +312,8 @@ pub struct Encoder {
 }
 
 impl Encoder {
-    pub fn open(pipeline: &Pipeline, options: &Options) -> Result<Self> {
-        Ok(Self { model: open(pipeline, VAE_ENCODER, options)?, config: pipeline.vae.clone() })
+    pub fn open(pipeline: &Pipeline, settings: &Settings) -> Result<Self> {
+        Ok(Self { model: open(pipeline, VAE_ENCODER, settings)?, config: pipeline.vae.clone() })
     }
 
     /// The latents `[Z, h, w]` of an image as the flow has them: the mean of what the encoder gives.
@@ -293,10 +336,10 @@ impl Encoder {
 fn side_by_side<const N: usize>(
     components: [&str; N],
     pipeline: &Pipeline,
-    options: &Options,
+    settings: &Settings,
 ) -> Result<[Model; N]> {
     std::thread::scope(|scope| {
-        let opened = components.map(|name| scope.spawn(move || open(pipeline, name, options)));
+        let opened = components.map(|name| scope.spawn(move || open(pipeline, name, settings)));
         let opened = opened
             .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
         let opened: Vec<Model> = opened.into_iter().collect::<Result<_>>()?;
@@ -304,9 +347,9 @@ fn side_by_side<const N: usize>(
     })
 }
 
-fn open(pipeline: &Pipeline, component: &str, options: &Options) -> Result<Model> {
-    let profile = options.provider.builds_engines().then(|| options.profile.clone()).flatten();
-    let options = Options { profile, ..options.clone() };
+fn open(pipeline: &Pipeline, component: &str, settings: &Settings) -> Result<Model> {
+    let profile = settings.profiles.get(component).cloned();
+    let options = Options { profile, ..settings.options.clone() };
     // Its files are read once for ONNX Runtime and once for their sums, at the same time.
     let (opened, checked) = thread::scope(|scope| {
         let check = scope.spawn(|| pipeline.check_folder(component));

@@ -2,7 +2,7 @@
 
 use flow::solver::Solver;
 
-use crate::request::Job;
+use crate::request::{Job, Rng};
 
 /// What the text says of an image.
 #[derive(Clone, Debug)]
@@ -24,6 +24,9 @@ pub struct Parameters<'a> {
     pub strength: Option<f64>,
     /// Whether velocities were forecast.
     pub skip: bool,
+    pub rng: Rng,
+    /// LoRAs and their scales.
+    pub loras: Vec<(&'a str, f64)>,
 }
 
 /// Where initial noise comes from.
@@ -53,6 +56,8 @@ impl<'a> Parameters<'a> {
             shift: job.shift,
             strength: job.init.is_some().then_some(job.strength),
             skip: job.skip,
+            rng: job.rng,
+            loras: job.loras.iter().map(|(lora, scale)| (&*lora.name, *scale)).collect(),
         }
     }
 
@@ -78,6 +83,13 @@ impl<'a> Parameters<'a> {
         fields.push(("Model", quoted(self.model)));
         if let Some(strength) = self.strength {
             fields.push(("Denoising strength", rounded(strength)));
+        }
+        if !self.loras.is_empty() {
+            let loras = self.loras.iter().map(|(name, scale)| format!("{name}:{scale}"));
+            fields.push(("LoRA", quoted(&loras.collect::<Vec<_>>().join(", "))));
+        }
+        if self.rng == Rng::Torch {
+            fields.push(("RNG", "CPU".to_owned()));
         }
         if self.skip {
             fields.push(("Skip", "alternate".to_owned()));
@@ -131,6 +143,8 @@ mod tests {
             shift: 1.15f64.exp(),
             strength: None,
             skip: false,
+            rng: Rng::Own,
+            loras: Vec::new(),
         }
     }
 

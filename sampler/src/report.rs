@@ -24,6 +24,15 @@ pub struct Stages {
     pub decode: Duration,
     /// Encoding and writing the file.
     pub png: Duration,
+    /// What of the others was spent in networks; not loading.
+    pub networks: Duration,
+}
+
+impl Stages {
+    /// Everything but loading.
+    pub fn image(&self) -> Duration {
+        self.text + self.sample + self.decode + self.png
+    }
 }
 
 /// What is said of a finished image.
@@ -53,15 +62,27 @@ pub struct Report<W> {
     lines: W,
     json: bool,
     bar: ProgressBar,
+    device: Device,
+}
+
+/// What computes.
+#[derive(Clone, Debug, Default)]
+pub struct Device {
+    /// Of the processor or GPU.
+    pub name: String,
+    pub provider: String,
+    /// How weights are stored, once it is known.
+    pub precision: String,
+    pub threads: usize,
 }
 
 impl<W: Write> Report<W> {
     /// For a run of `n_calls` network calls in all.
-    pub fn new(lines: W, json: bool, n_calls: u64) -> Self {
+    pub fn new(lines: W, json: bool, n_calls: u64, device: Device) -> Self {
         let style = ProgressStyle::with_template("{bar:32} {pos}/{len} steps, {eta} left {msg}")
             .unwrap_or_else(|_| ProgressStyle::default_bar());
         let bar = ProgressBar::new(n_calls).with_style(style).with_finish(ProgressFinish::AndClear);
-        Self { lines, json, bar }
+        Self { lines, json, bar, device }
     }
 
     /// Something a person should know, on stderr.
@@ -79,6 +100,11 @@ impl<W: Write> Report<W> {
         self.bar.tick();
     }
 
+    /// Which precision the networks turned out to have.
+    pub fn on(&mut self, precision: &str) {
+        precision.clone_into(&mut self.device.precision);
+    }
+
     /// One network call is done.
     pub fn step(&self) {
         self.bar.inc(1);
@@ -86,7 +112,7 @@ impl<W: Write> Report<W> {
 
     /// One image is done.
     pub fn image(&mut self, image: &Line<'_>) -> Result<()> {
-        let line = if self.json { json_line(image)? } else { text_line(image) };
+        let line = if self.json { json_line(image, &self.device)? } else { text_line(image) };
         self.line(&line)
     }
 
@@ -96,12 +122,18 @@ impl<W: Write> Report<W> {
         if self.json {
             return Ok(());
         }
-        let Stages { load, text, sample, decode, png } = *total;
+        let Stages { load, text, sample, decode, png, .. } = *total;
         let stages =
             [("load", load), ("text", text), ("sample", sample), ("decode", decode), ("png", png)]
                 .map(|(name, time)| format!("{name} {:.3} s", time.as_secs_f64()));
         let an_image = (sample + decode + png).as_secs_f64() / n_images as f64;
-        self.line(&format!("{}; {an_image:.3} s an image", stages.join(", ")))
+        self.line(&format!("{}; {an_image:.3} s an image", stages.join(", ")))?;
+        let Device { name, provider, precision, threads } = &self.device;
+        let line = match &*self.device.provider {
+            "cpu" => format!("on {provider} ({name}), {threads} threads, {precision}"),
+            _ => format!("on {provider} ({name}), {precision}"),
+        };
+        self.line(&line)
     }
 
     fn line(&mut self, line: &str) -> Result<()> {
@@ -122,7 +154,7 @@ fn text_line(image: &Line<'_>) -> String {
     format!("{file}{seed}  {seconds:.3} s  {prompt}")
 }
 
-fn json_line(image: &Line<'_>) -> Result<String> {
+fn json_line(image: &Line<'_>, device: &Device) -> Result<String> {
     #[derive(Serialize)]
     struct Object<'a> {
         file: Cow<'a, str>,
@@ -130,6 +162,9 @@ fn json_line(image: &Line<'_>) -> Result<String> {
         seed: Option<u64>,
         width: usize,
         height: usize,
+        device: &'a str,
+        provider: &'a str,
+        precision: &'a str,
         milliseconds: Milliseconds,
     }
     #[derive(Serialize)]
@@ -150,7 +185,18 @@ fn json_line(image: &Line<'_>) -> Result<String> {
         png: ms(stages.png),
     };
     let file = file.to_string_lossy();
-    Ok(serde_json::to_string(&Object { file, prompt, seed, width, height, milliseconds })?)
+    let Device { name: device, provider, precision, .. } = device;
+    Ok(serde_json::to_string(&Object {
+        file,
+        prompt,
+        seed,
+        width,
+        height,
+        device,
+        provider,
+        precision,
+        milliseconds,
+    })?)
 }
 
 #[cfg(test)]
@@ -170,13 +216,17 @@ mod tests {
                 sample: Duration::from_micros(1600),
                 decode: Duration::from_millis(2),
                 png: Duration::from_millis(1),
+                networks: Duration::from_millis(4),
             },
         }
     }
 
     fn printed(json: bool) -> Result<String> {
         let mut lines = Vec::new();
-        let mut report = Report::new(&mut lines, json, 8);
+        let device =
+            Device { provider: "cpu".into(), name: "A".into(), threads: 2, ..Device::default() };
+        let mut report = Report::new(&mut lines, json, 8, device);
+        report.on("f32");
         report.image(&image())?;
         report.end(2, &image().stages)?;
         Ok(String::from_utf8(lines)?)
@@ -188,7 +238,7 @@ mod tests {
             printed(false)?,
             "out.png  seed 7  0.005 s  red \"HAT\"\n\
              load 0.200 s, text 0.003 s, sample 0.002 s, decode 0.002 s, png 0.001 s; \
-             0.002 s an image\n"
+             0.002 s an image\non cpu (A), 2 threads, f32\n"
         );
         Ok(())
     }
@@ -200,6 +250,7 @@ mod tests {
         let object: serde_json::Value = serde_json::from_str(&text)?;
         assert_eq!(object["prompt"], "red \"HAT\"");
         assert_eq!(object["seed"], 7);
+        assert_eq!((&object["provider"], &object["precision"]), (&"cpu".into(), &"f32".into()));
         assert_eq!(object["milliseconds"]["sample"], 1.6);
         assert_eq!(object["milliseconds"]["load"], 200.0);
         Ok(())
@@ -216,6 +267,6 @@ mod tests {
                 Ok(())
             }
         }
-        Report::new(Closed, true, 1).image(&image())
+        Report::new(Closed, true, 1, Device::default()).image(&image())
     }
 }

@@ -4,13 +4,17 @@ use std::sync::Arc;
 
 use flow::{
     latents::LatentSize,
+    noise::torch,
     schedule::Schedule,
     solver::{Solver, Step},
     tokens::PromptIds,
 };
 use onnx::Cancel;
 
-use crate::picture::Picture;
+use crate::{
+    adapters::{self, Scaled},
+    picture::Picture,
+};
 
 /// What one image should be. What is `None` is left to the model or to the program's default.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -38,7 +42,23 @@ pub struct Request {
     pub noise: Option<Arc<GivenNoise>>,
     /// Forecast a third of the velocities instead of computing them.
     pub skip: bool,
+    pub rng: Rng,
+    /// Names of loaded LoRAs, and their scales.
+    pub loras: Vec<(String, f64)>,
 }
+
+/// Which numbers a seed stands for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Rng {
+    /// Those of training, the same on every machine.
+    #[default]
+    Own,
+    /// Those of PyTorch's CPU generator, as diffusers draws them; see [`flow::noise::torch`].
+    Torch,
+}
+
+/// The names that people type.
+pub const RNGS: [(&str, Rng); 2] = [("own", Rng::Own), ("torch", Rng::Torch)];
 
 /// Noise from a file.
 #[derive(Clone, Debug, PartialEq)]
@@ -67,6 +87,8 @@ pub struct Job {
     pub strength: f64,
     pub noise: Option<Arc<GivenNoise>>,
     pub skip: bool,
+    pub rng: Rng,
+    pub loras: Vec<Scaled>,
     /// What was changed in the request, a sentence each: a prompt that is cut.
     pub notices: Vec<String>,
     /// The prompt in tokens.
@@ -82,15 +104,17 @@ pub struct Job {
 }
 
 impl Job {
-    /// Whether both can share the calls of the network: same size and plan.
+    /// Whether both can share the calls of the network: same size, plan and LoRAs.
     pub fn goes_with(&self, other: &Self) -> bool {
-        (self.size, &self.plan, self.skip) == (other.size, &other.plan, other.skip)
+        let key = |job: &Self| (job.size, job.skip, adapters::key(&job.loras));
+        key(self) == key(other) && self.plan == other.plan
     }
 
     /// The noise `[Z, h, w]` it starts from.
     pub fn initial(&self) -> Vec<f32> {
         match &self.noise {
             Some(noise) => noise.latents.clone(),
+            None if self.rng == Rng::Torch => torch::normal(self.seed, self.size.len()),
             None => self.size.noise(self.seed),
         }
     }

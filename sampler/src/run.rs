@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashSet,
+    io::{Read, Write},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -9,7 +10,8 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use flow::{
     checkpoint::Weights,
-    prompts::{self, Prompt},
+    lora::scaled_path,
+    prompts::{self, Prompt, Prompts},
     solver::Solver,
     usage::Usage,
 };
@@ -18,13 +20,15 @@ use crate::{
     args::{EngineArgs, Generate, ImageArgs, RuntimeArgs},
     engine::{self, MEMORIES, Memory},
     export::{Export, random_seed},
-    outputs,
-    picture::Picture,
-    request::{GivenNoise, Job, Request},
+    format::{self, Format},
+    outputs::{self, STANDARD},
+    request::{GivenNoise, Job, RNGS, Request, Rng},
     settings,
     sheet::Layout,
 };
 
+/// Most bytes of prompts on standard input.
+const MAX_STANDARD: u64 = 256 << 20;
 /// Most images in one run.
 const MAX_IMAGES: usize = 1_000_000;
 
@@ -59,7 +63,8 @@ impl Run {
         let (folder, options) = engine_options(&args.engine)?;
         let export = Arc::new(Export::open(&folder, options.text_tokens)?);
         let (prompts, mut notices) = prompts(args)?;
-        let base = request(&args.image)?;
+        let loras = load_loras(&export, &args.loras, &mut notices)?;
+        let base = Request { loras, ..request(&args.image)? };
         let count = args.count as usize;
         let n_images = prompts.len() * count;
         if n_images > MAX_IMAGES {
@@ -99,9 +104,15 @@ impl Run {
         Ok(run)
     }
 
+    /// Whether the image goes to standard output, so that nothing else may.
+    pub fn is_piped(&self) -> bool {
+        self.images.first().is_some_and(|image| image.file == Path::new(STANDARD))
+    }
+
     fn check_outputs(&self) -> Result<()> {
         let mut seen = HashSet::new();
         let files = self.images.iter().map(|image| image.file.as_path());
+        let files = files.filter(|file| *file != Path::new(STANDARD));
         let others = self.latents_file.as_deref().into_iter();
         for file in files.chain(others).chain(self.sheet.iter().map(|(file, _)| file.as_path())) {
             if !seen.insert(file) {
@@ -151,7 +162,7 @@ pub fn runtime_options(args: &RuntimeArgs, memory: Memory) -> Result<engine::Opt
 pub fn request(args: &ImageArgs) -> Result<Request> {
     let solver = Solver::by_name(&args.solver)
         .with_context(|| usage(format!("--solver {} is not known", args.solver)))?;
-    let init = args.init.as_deref().map(Picture::open).transpose()?;
+    let init = args.init.as_deref().map(format::open).transpose()?;
     Ok(Request {
         prompt: String::new(),
         width: args.width.map(|pixels| pixels as usize),
@@ -165,6 +176,8 @@ pub fn request(args: &ImageArgs) -> Result<Request> {
         strength: args.strength,
         noise: None,
         skip: args.skip,
+        loras: Vec::new(),
+        rng: RNGS.iter().find(|(name, _)| *name == args.rng).map_or(Rng::Own, |&(_, rng)| rng),
     })
 }
 
@@ -173,12 +186,31 @@ pub(crate) fn usage(message: impl Into<String>) -> Usage {
     Usage(message.into())
 }
 
+/// Names and scales of typed LoRAs; what is to be said of them goes into `notices`.
+fn load_loras(
+    export: &Export,
+    typed: &[String],
+    notices: &mut Vec<String>,
+) -> Result<Vec<(String, f64)>> {
+    let mut loras: Vec<(String, f64)> = Vec::new();
+    for text in typed {
+        let (path, scale) = scaled_path(text).map_err(usage)?;
+        let stem = path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+        let is_taken = loras.iter().any(|(name, _)| *name == stem);
+        let name = if is_taken { path.display().to_string() } else { stem };
+        let adapter = export.load_lora(&name, &path)?;
+        notices.extend(adapter.lines.iter().cloned());
+        loras.push((name, scale));
+    }
+    Ok(loras)
+}
+
 /// The prompts, and what of their file is not used.
 fn prompts(args: &Generate) -> Result<(Vec<Prompt>, Vec<String>)> {
     match (&args.prompt, &args.prompts) {
         (Some(prompt), _) => Ok((vec![Prompt::new(prompt)], Vec::new())),
         (None, Some(file)) => {
-            let read = prompts::read(file)?;
+            let read = read_prompts(file)?;
             let unused = settings::unused(&read.prompts);
             let unused = (!unused.is_empty())
                 .then(|| format!("{} are no settings of an image", unused.join(", ")));
@@ -188,6 +220,23 @@ fn prompts(args: &Generate) -> Result<(Vec<Prompt>, Vec<String>)> {
         }
         (None, None) => bail!(usage("a prompt is missing: give --prompt or --prompts")),
     }
+}
+
+/// The prompts of a file, or of standard input for `-`.
+///
+/// # Errors
+/// As [`prompts::read`].
+pub fn read_prompts(file: &Path) -> Result<Prompts> {
+    if file != Path::new(STANDARD) {
+        return Ok(prompts::read(file)?);
+    }
+    let mut text = Vec::new();
+    std::io::stdin().lock().take(MAX_STANDARD).read_to_end(&mut text)?;
+    let is_json = matches!(text.trim_ascii_start().first(), Some(b'{' | b'"'));
+    let suffix = if is_json { ".jsonl" } else { ".txt" };
+    let mut copy = tempfile::Builder::new().prefix("standard-input").suffix(suffix).tempfile()?;
+    copy.write_all(&text)?;
+    Ok(prompts::read(copy.path())?)
 }
 
 /// Gives each image its noise from a file, or all the same.
@@ -227,8 +276,9 @@ fn give_noise(path: &Path, images: &mut [Image]) -> Result<()> {
 
 fn sheet(args: &Generate, images: &[Image], n_prompts: usize) -> Result<Option<(PathBuf, Layout)>> {
     let Some(file) = args.sheet.clone() else { return Ok(None) };
-    if !outputs::is_png(&file) {
-        bail!(usage(format!("--sheet {}: a sheet is a PNG; end its name in .png", file.display())));
+    if Format::of(&file).is_none() {
+        let file = file.display();
+        bail!(usage(format!("--sheet {file}: end its name in .png, .jpg or .webp")));
     }
     let (width, height) = (images[0].job.width, images[0].job.height);
     if images.iter().any(|image| (image.job.width, image.job.height) != (width, height)) {

@@ -218,8 +218,8 @@ fn wrong_arguments_are_usage_errors() -> Result<()> {
         ("--prompt fox --seed fox", "--seed fox is no seed"),
         ("--prompt fox --guidance nan", "embeds no guidance"),
         ("--prompt fox --strength 0.5", "--strength is for an initial image"),
-        ("--prompt fox -o out.jpg", "images are written as PNG"),
-        ("--prompt fox --sheet @/sheet.jpg", "a sheet is a PNG"),
+        ("--prompt fox -o out.gif", "images are written as PNG"),
+        ("--prompt fox --sheet @/sheet.gif", "end its name in .png"),
         ("--prompt fox --sheet @/out.png", "out.png would be written twice"),
     ] {
         let (message, code) = export.refusal(options);

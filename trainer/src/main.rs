@@ -3,12 +3,15 @@
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use flow::panics;
 use flow::usage::Usage;
 use trainer::command::args::Cli;
 
 fn main() -> ExitCode {
+    if let Some(end) = manual::written(Cli::command()) {
+        return end;
+    }
     let cli = Cli::parse();
     let said = match panics::reported(|| trainer::command::run(&cli)) {
         Ok(Ok(())) => return ExitCode::SUCCESS,

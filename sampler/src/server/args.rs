@@ -137,7 +137,7 @@ pub fn serve(args: &ServeArgs) -> Result<()> {
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
     let engines = open(&cards, &options)?;
-    let precision = engines.first().and_then(Engine::precision).unwrap_or_default();
+    let precision = engines.first().map(Engine::precision).unwrap_or_default();
     let service = Service::new(settings(args, cards, guard, precision));
     let worker = worker::start(service.clone(), engines, args.batch.into())?;
     let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;

@@ -77,7 +77,7 @@ impl Watch for Desk<'_> {
         if !drawing.preview_is_due(progress.step, progress.of) {
             return job.step(None);
         }
-        let file = progress.preview().and_then(|picture| drawing.encoding.file(&picture, None));
+        let file = progress.preview().and_then(|picture| drawing.encoding.encode(&picture, None));
         match file {
             Ok(file) => {
                 let (image, step) = (*image, progress.step);
@@ -94,7 +94,7 @@ impl Watch for Desk<'_> {
             let drawing = &row.job.drawing;
             let model = &self.service.cards[drawing.model].name;
             let text = Parameters::of(&self.images[index], model).text();
-            Ok((drawing.encoding.file(&finished.picture, Some(&text))?, finished.stages))
+            Ok((drawing.encoding.encode(&finished.picture, Some(&text))?, finished.stages))
         });
         match file {
             Ok((file, stages)) => {

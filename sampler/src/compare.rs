@@ -1,0 +1,107 @@
+//! Several models, or a model with several LoRAs, from the same seeds on one sheet.
+
+use std::{io::Write, path::Path};
+
+use anyhow::{Context, Result, bail};
+use flow::{checkpoint::write_atomically, lora::scaled_path, prompts::Prompt, usage::Usage};
+
+use crate::{
+    args::Compare,
+    engine::{Engine, Finished, Memory, Watch},
+    format::Format,
+    outputs,
+    picture::Picture,
+    request::{Job, Request},
+    run, settings,
+    sheet::Layout,
+};
+
+/// Makes the sheet: a row an image, a column a model, and after each model its LoRAs.
+///
+/// # Errors
+/// As a run of `generate`; also when the models' sizes differ and none was typed.
+pub fn run(args: &Compare, mut lines: impl Write) -> Result<()> {
+    let Some(format) = Format::of(&args.out) else {
+        let out = args.out.display();
+        bail!(Usage(format!("--out {out}: end its name in .png, .jpg or .webp")));
+    };
+    outputs::check_writable(outputs::parent(&args.out))?;
+    let prompts = prompts(args)?;
+    let base = Request { seed: Some(0), ..run::request(&args.image)? };
+    let options = run::runtime_options(&args.runtime, Memory::Keep)?;
+    let mut columns: Vec<Vec<Picture>> = Vec::new();
+    let first = settings::seed(&args.image.seed).map_err(Usage)?;
+    let first = first.unwrap_or_else(crate::export::random_seed);
+    for model in &args.models {
+        let mut engine = Engine::open(model, &options)?;
+        let variants = std::iter::once(None).chain(args.loras.iter().map(Some));
+        for lora in variants {
+            let used = lora.map(|lora| load(&engine, lora)).transpose()?;
+            let mut jobs = Vec::new();
+            for prompt in &prompts {
+                for seed in first..first.saturating_add(u64::from(args.count)) {
+                    let request =
+                        Request { seed: Some(seed), ..settings::of_prompt(prompt, &base)? };
+                    let loras = used.clone().into_iter().collect();
+                    jobs.push(
+                        engine.export().job(Request { loras, ..request }).map_err(Usage::from)?,
+                    );
+                }
+            }
+            columns.push(pictures(&mut engine, &jobs)?);
+            let lora = lora.map_or_else(String::new, |lora| format!(" with {lora}"));
+            writeln!(lines, "column {}: {}{lora}", columns.len(), model.display())?;
+        }
+    }
+    let sheet = sheet(&columns)?;
+    write_atomically(&args.out, &format.encode(&sheet, None)?)?;
+    writeln!(lines, "{}, a row an image from seed {first} on", args.out.display())?;
+    Ok(())
+}
+
+fn prompts(args: &Compare) -> Result<Vec<Prompt>> {
+    match (&args.prompt, &args.prompts) {
+        (Some(prompt), _) => Ok(vec![Prompt::new(prompt)]),
+        (None, Some(file)) => {
+            let read = run::read_prompts(file)?;
+            for notice in read.notices() {
+                writeln!(std::io::stderr(), "note: {}: {notice}", file.display())?;
+            }
+            Ok(read.prompts)
+        }
+        (None, None) => bail!(Usage("a prompt is missing: give --prompt or --prompts".into())),
+    }
+}
+
+/// The LoRA's name and scale, once it is loaded.
+fn load(engine: &Engine, typed: &str) -> Result<(String, f64)> {
+    let (path, scale) = scaled_path(typed).map_err(Usage)?;
+    let name = path.display().to_string();
+    engine.export().load_lora(&name, Path::new(&path))?;
+    Ok((name, scale))
+}
+
+fn pictures(engine: &mut Engine, jobs: &[Job]) -> Result<Vec<Picture>> {
+    struct All(Vec<Result<Picture>>);
+    impl Watch for All {
+        fn done(&mut self, _: usize, image: Result<Finished>) {
+            self.0.push(image.map(|image| image.picture));
+        }
+    }
+    let mut all = All(Vec::new());
+    engine.generate(jobs, &mut all);
+    all.0.into_iter().collect()
+}
+
+fn sheet(columns: &[Vec<Picture>]) -> Result<Picture> {
+    let first = columns.first().and_then(|column| column.first()).context("no image was made")?;
+    let (width, height) = (first.width, first.height);
+    let same = |picture: &Picture| (picture.width, picture.height) == (width, height);
+    if !columns.iter().flatten().all(same) {
+        bail!(Usage("the models make images of different sizes: give --width and --height".into()));
+    }
+    let rows = columns[0].len();
+    let layout = Layout::new(rows, columns.len(), width, height)?;
+    let by_row = (0..rows).flat_map(|row| columns.iter().map(move |column| column[row].clone()));
+    Ok(layout.draw(&by_row.collect::<Vec<_>>()))
+}
