@@ -3,6 +3,7 @@
 use std::num::NonZero;
 
 use anyhow::{Context, Result};
+use cluster::Topology;
 use flow::checksums::Checksums;
 
 use self::args::{Cli, Command, SampleArgs, SourceArgs};
@@ -58,11 +59,20 @@ pub fn run(cli: &Cli) -> Result<()> {
             | Command::Init { .. }
     );
     interrupt::listen(is_patient)?;
+    carry_out(cli, place.as_ref(), threads, compute)
+}
+
+fn carry_out(
+    cli: &Cli,
+    place: Option<&Topology>,
+    threads: usize,
+    compute: device::Compute,
+) -> Result<()> {
     match &cli.command {
         Command::Align { source, resume, record_update, .. } => {
             let config = settings::read(&of(source), &settings::ALIGN_PRESETS, &source.settings)?;
             let (resume, record_update) = (*resume, record_update.clone());
-            let ranks = ranks::join(place.as_ref(), &config, compute)?;
+            let ranks = ranks::join(place, &config, compute)?;
             align::run(&config, &align::Options { resume, record_update, threads, compute, ranks })
         }
         Command::Pretrain { source } => {
