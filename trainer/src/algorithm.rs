@@ -17,6 +17,7 @@ pub mod window;
 
 use anyhow::{Result, anyhow, ensure};
 use flow::schedule::Grid;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -43,7 +44,7 @@ use published;
 macro_rules! methods {
     ($($(#[$doc:meta])* $name:ident: $config:ty),* $(,)?) => {
         /// The settings of every method.
-        #[derive(Clone, Debug, Deserialize, Serialize)]
+        #[derive(Clone, Debug, Deserialize, JsonSchema, Serialize)]
         pub struct Methods {
             $($(#[$doc])* #[serde(default)] pub(crate) $name: $config,)*
         }
@@ -76,6 +77,13 @@ methods! {
     matching: matching::MatchingConfig,
 }
 
+/// What learns where no algorithm is named.
+pub(crate) const DEFAULT: &str = "neighbor";
+
+/// Settings that some algorithms read and others do not, beside the tables of the methods.
+pub(crate) const DIFFERING: [&str; 6] =
+    ["sigma", "anchors", "updates", "train_steps", "timestep_fraction", "rollout.solver"];
+
 /// Name and published settings of every algorithm.
 pub fn all() -> impl Iterator<Item = Published> {
     PUBLISHED.iter().flat_map(|(_, published)| *published).copied()
@@ -93,9 +101,9 @@ pub fn named(name: &str) -> Result<&'static str> {
 }
 
 /// What learns, and what of a group it learns from.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, Serialize)]
 pub struct TrainingConfig {
-    /// One of [`all`]: what learns, with its published settings.
+    /// What learns, with its authors' settings; `ng-train config list` has the names.
     #[serde(default = "neighbor")]
     pub algorithm: String,
     /// Members of a group that train, B: 4 anchors of Neighbor GRPO, everybody of the others. Where an
@@ -115,7 +123,7 @@ pub struct TrainingConfig {
 }
 
 fn neighbor() -> String {
-    "neighbor".to_owned()
+    DEFAULT.to_owned()
 }
 fn timestep_fraction() -> f64 {
     0.6
@@ -133,6 +141,8 @@ pub(crate) struct Setting<'a> {
     pub(crate) n_updates: usize,
     /// Trained transitions of a member, K.
     pub(crate) n_train_steps: usize,
+    /// Whether K is given as such, and not as a fraction.
+    counts_steps: bool,
 }
 
 impl<'a> Setting<'a> {
@@ -159,6 +169,7 @@ impl<'a> Setting<'a> {
             n_anchors,
             n_updates: training.updates.unwrap_or(n_anchors),
             n_train_steps: k.unwrap_or((possible * training.timestep_fraction) as usize),
+            counts_steps: k.is_some(),
         })
     }
 
@@ -169,6 +180,25 @@ impl<'a> Setting<'a> {
         ensure!((1..=g).contains(&b), "anchors = {b}: from 1 to group_size = {g}");
         ensure!((1..=b).contains(&n), "updates = {n}: from 1 to anchors = {b}");
         self.method.validate(self)
+    }
+
+    /// Why the algorithm does not read the setting `key`; nothing where it does, or where no algorithm differs
+    /// from another.
+    pub(crate) fn ignores(&self, key: &str) -> Option<&'static str> {
+        let is_at = |place: &str| {
+            key.strip_prefix(place).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        };
+        let mut tables = PUBLISHED.iter().map(|(table, _)| *table);
+        if !DIFFERING.contains(&key) && !tables.any(is_at) {
+            return None;
+        }
+        if !self.method.reads().iter().any(|place| is_at(place)) {
+            return Some("the algorithm does not read it");
+        }
+        if key == "timestep_fraction" && self.counts_steps {
+            return Some("train_steps says how many transitions train");
+        }
+        self.method.leaves_unread(key)
     }
 
     /// The algorithm, on the time grids of `grid`.
@@ -192,6 +222,15 @@ pub(crate) trait Method {
     /// B of a group of `group_size`, unless told otherwise.
     fn n_anchors(&self, group_size: usize) -> usize {
         group_size
+    }
+
+    /// Of [`DIFFERING`] and the tables of the methods, the keys that it reads, or the beginnings of theirs.
+    fn reads(&self) -> &'static [&'static str];
+
+    /// Why `key`, one of those, is not read as the others stand.
+    fn leaves_unread(&self, key: &str) -> Option<&'static str> {
+        let _ = key;
+        None
     }
 
     /// Refuses settings that are out of range, or contradict `setting`.

@@ -6,10 +6,12 @@ use anyhow::{Context, Result};
 use cluster::Topology;
 use flow::checksums::Checksums;
 
-use self::args::{Cli, Command, SampleArgs, SourceArgs};
+use self::args::{Cli, Command, ConfigCommand, SampleArgs, SourceArgs};
 use crate::data::signs;
 use crate::group::rollout::RolloutConfig;
+use crate::network::lora::RANK;
 use crate::network::{model, reference};
+use crate::run::log::{self, Level};
 use crate::run::settings::{self, Source};
 use crate::run::{align, interrupt};
 use crate::tensor::device;
@@ -17,6 +19,7 @@ use crate::tensor::device;
 pub mod args;
 pub mod bench;
 pub mod compare;
+mod config;
 mod convert;
 pub mod embed;
 pub mod eval;
@@ -42,6 +45,12 @@ pub fn run(cli: &Cli) -> Result<()> {
         },
         _ => None,
     };
+    let level = match (cli.quiet, cli.verbose) {
+        (true, _) => Level::Quiet,
+        (_, true) => Level::Verbose,
+        _ => Level::Usual,
+    };
+    log::open(level, cli.log.as_deref())?;
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let n_local = place.as_ref().map_or(1, |topology| topology.local_world);
     let threads = cli.threads.unwrap_or((cores / n_local).max(1));
@@ -69,12 +78,15 @@ fn carry_out(
     compute: device::Compute,
 ) -> Result<()> {
     match &cli.command {
-        Command::Align { source, resume, record_update, .. } => {
-            let config = settings::read(&of(source), &settings::ALIGN_PRESETS, &source.settings)?;
-            let (resume, record_update) = (*resume, record_update.clone());
-            let ranks = ranks::join(place, &config, compute)?;
-            align::run(&config, &align::Options { resume, record_update, threads, compute, ranks })
-        }
+        Command::Align { .. } => align(&cli.command, place, threads, compute),
+        Command::Config { command } => match command {
+            ConfigCommand::List => {
+                config::list();
+                Ok(())
+            }
+            ConfigCommand::Show { source } => config::show(&of(source), &source.settings),
+            ConfigCommand::Explain { key } => config::explain(key.as_deref()),
+        },
         Command::Pretrain { source } => {
             let config =
                 settings::read(&of(source), &pretrain::PRETRAIN_PRESETS, &source.settings)?;
@@ -123,16 +135,39 @@ fn carry_out(
     }
 }
 
+fn align(
+    command: &Command,
+    place: Option<&Topology>,
+    threads: usize,
+    compute: device::Compute,
+) -> Result<()> {
+    let Command::Align { source, resume, dry_run, record_update, .. } = command else {
+        unreachable!("called for this");
+    };
+    let run = settings::align(&of(source), &source.settings)?;
+    for note in run.notes.iter().filter(|_| place.is_none_or(|topology| topology.rank == 0)) {
+        log::note(note);
+    }
+    if *dry_run {
+        return plan::dry(&run.config, compute);
+    }
+    let (resume, record_update) = (*resume, record_update.clone());
+    let ranks = ranks::join(place, &run.config, compute)?;
+    let options = align::Options { resume, record_update, threads, compute, ranks };
+    align::run(&run.config, &options)
+}
+
 /// What a model costs, counted or measured.
 fn measure(command: &Command, compute: device::Compute) -> Result<()> {
     match command {
         Command::Plan { model, text_tokens, lora_rank, utilisation, source } => {
-            let config = settings::read(&of(source), &settings::ALIGN_PRESETS, &source.settings)?;
+            let run = settings::align(&of(source), &source.settings)?;
+            let own = run.config.lora.as_ref().map(|lora| lora.rank);
             plan::run(&plan::Options {
-                config: &config,
+                config: &run.config,
                 pipeline: &published::open(model)?,
                 text_tokens: *text_tokens,
-                lora_rank: *lora_rank,
+                lora_rank: lora_rank.or(own).unwrap_or(RANK),
                 utilisation: *utilisation,
             })
         }

@@ -1,6 +1,7 @@
 //! Groups: the prompts of an iteration, their trajectories, rewards and advantages.
 
 use anyhow::{Result, ensure};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use self::advantage::AdvantageConfig;
@@ -15,7 +16,7 @@ pub mod rollout;
 pub(crate) mod seeds;
 
 /// How groups come about, and what their members are worth.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, Serialize)]
 pub struct GroupConfig {
     /// Everything random follows from it.
     #[serde(default)]

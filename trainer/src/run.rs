@@ -4,10 +4,17 @@ mod agreement;
 pub mod align;
 pub mod config;
 pub mod interrupt;
+pub(crate) mod layers;
 pub(crate) mod lock;
+pub mod log;
 pub mod metrics;
 pub(crate) mod progress;
+#[cfg(test)]
+mod reads;
+pub(crate) mod record;
 pub(crate) mod report;
+mod resume;
+pub(crate) mod schema;
 pub mod settings;
 mod starvation;
 mod state;

@@ -7,6 +7,7 @@
 
 use anyhow::{Result, ensure};
 use flow::schedule::Grid;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -22,7 +23,7 @@ use crate::network::model::Model;
 use crate::tensor::parameters::Parameters;
 
 /// How a node's reward comes from its children's.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Fusion {
     /// Their mean.
@@ -32,7 +33,7 @@ pub enum Fusion {
 }
 
 /// Which edges after the last split do not train.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Width {
     /// None.
@@ -44,7 +45,7 @@ pub enum Width {
 }
 
 /// Settings of the tree; those of its steps are `[sde]`'s.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct BranchConfig {
     /// Steps (from 0) after which every trajectory is two; 2 to the number of them is `group_size`.
@@ -106,6 +107,32 @@ impl BranchConfig {
 }
 
 impl Method for BranchConfig {
+    fn reads(&self) -> &'static [&'static str] {
+        &[
+            "updates",
+            "sde.noise",
+            "sde.level",
+            "sde.clip",
+            "sde.divergence",
+            "sde.kl",
+            "sde.guard",
+            "sde.truncate",
+            "branch",
+        ]
+    }
+
+    fn leaves_unread(&self, key: &str) -> Option<&'static str> {
+        match key {
+            "branch.prune_interval" if self.prune_depths.is_empty() => {
+                Some("without branch.prune_depths nothing moves")
+            }
+            "branch.prune_share" if self.prune_width == Width::All => {
+                Some("branch.prune_width = \"all\" prunes nothing")
+            }
+            _ => None,
+        }
+    }
+
     fn validate(&self, setting: &Setting<'_>) -> Result<()> {
         setting.methods.sde.validate(setting)?;
         let config = setting.group;

@@ -18,6 +18,7 @@
 
 use anyhow::{Result, ensure};
 use flow::schedule::Grid;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -34,7 +35,7 @@ use crate::network::model::Model;
 use crate::tensor::parameters::Parameters;
 
 /// How an error of the velocity is measured.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Loss {
     /// The predicted image's squared error over its absolute one.
@@ -46,7 +47,7 @@ pub enum Loss {
 }
 
 /// How an advantage is limited.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Squash {
     /// c·tanh(A/c).
@@ -56,7 +57,7 @@ pub enum Squash {
 }
 
 /// Settings of GRPO by matching.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct MatchingConfig {
     /// How an error of the velocity is measured.
@@ -135,6 +136,15 @@ impl MatchingConfig {
 }
 
 impl Method for MatchingConfig {
+    fn reads(&self) -> &'static [&'static str] {
+        &["updates", "train_steps", "timestep_fraction", "rollout.solver", "matching"]
+    }
+
+    fn leaves_unread(&self, key: &str) -> Option<&'static str> {
+        let is_of_lag = key == "matching.lag_rate" || key == "matching.lag_max";
+        (is_of_lag && self.lag_kl == 0.0).then_some("matching.lag_kl = 0 keeps no weights that lag")
+    }
+
     fn validate(&self, _: &Setting<'_>) -> Result<()> {
         let Self { limit, clip, kl, lag_kl, lag_rate, lag_max, .. } = *self;
         ensure!(limit > 0.0 && limit.is_finite(), "matching.limit = {limit}: above 0");

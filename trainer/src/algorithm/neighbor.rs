@@ -18,6 +18,7 @@ mod tests;
 
 use anyhow::{Result, ensure};
 use flow::schedule::Grid;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -32,7 +33,7 @@ use crate::network::condition::Condition;
 use crate::network::model::Model;
 
 /// How squared distances are scaled before the softmax.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Distance {
     /// Mean over the latent's numbers: τ_eff = τ·N.
@@ -44,7 +45,7 @@ pub enum Distance {
 }
 
 /// What the surrogate chooses among.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Candidates {
     /// The states at which the group's rollouts arrived.
@@ -54,7 +55,7 @@ pub enum Candidates {
 }
 
 /// Settings of the surrogate.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct NeighborConfig {
     /// Distance of the softmax.
@@ -105,6 +106,18 @@ impl NeighborConfig {
 impl Method for NeighborConfig {
     fn n_anchors(&self, _: usize) -> usize {
         ANCHORS
+    }
+
+    fn reads(&self) -> &'static [&'static str] {
+        &[
+            "sigma",
+            "anchors",
+            "updates",
+            "train_steps",
+            "timestep_fraction",
+            "rollout.solver",
+            "neighbor",
+        ]
     }
 
     fn validate(&self, setting: &Setting<'_>) -> Result<()> {

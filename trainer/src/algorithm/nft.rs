@@ -13,6 +13,7 @@
 
 use anyhow::{Result, ensure};
 use flow::schedule::Grid;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -28,7 +29,7 @@ use crate::network::model::Model;
 use crate::tensor::parameters::Parameters;
 
 /// Settings of the contrast.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct NftConfig {
     /// b: how far v⁺ and v⁻ lie from v_old, in v_θ − v_old.
@@ -88,6 +89,10 @@ impl NftConfig {
 }
 
 impl Method for NftConfig {
+    fn reads(&self) -> &'static [&'static str] {
+        &["updates", "train_steps", "timestep_fraction", "rollout.solver", "nft"]
+    }
+
     fn validate(&self, _: &Setting<'_>) -> Result<()> {
         let Self { mix, limit, kl, decay_rate, decay_max, .. } = *self;
         ensure!(mix > 0.0, "nft.mix = {mix}: above 0");

@@ -19,6 +19,7 @@ use anyhow::{Result, ensure};
 use flow::schedule::{Grid, Schedule};
 use flow::sde::{Sde, plan};
 use flow::solver::Step;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -34,11 +35,12 @@ use crate::network::model::Model;
 use crate::tensor::parameters::Parameters;
 
 /// Settings of methods that train on an SDE.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct SdeConfig {
-    /// Where the noise comes from.
+    /// Where the noise comes from: `constant` (DanceGRPO), `flow` (Flow-GRPO) or `cps` (Flow-CPS).
     #[serde(default = "noise")]
+    #[schemars(with = "String")]
     pub noise: Sde,
     /// Its level: η, or a.
     #[serde(default = "level")]
@@ -110,6 +112,21 @@ impl SdeConfig {
 }
 
 impl Method for SdeConfig {
+    fn reads(&self) -> &'static [&'static str] {
+        &["anchors", "updates", "train_steps", "timestep_fraction", "sde"]
+    }
+
+    fn leaves_unread(&self, key: &str) -> Option<&'static str> {
+        if key == "sde.clip" && self.divergence.is_some() {
+            return Some("sde.divergence stands in place of the clip");
+        }
+        let window = self.window.as_ref()?;
+        match key {
+            "train_steps" | "timestep_fraction" => Some("the steps of sde.window train"),
+            _ => window.leaves_unread(key.strip_prefix("sde.window.")?),
+        }
+    }
+
     fn validate(&self, setting: &Setting<'_>) -> Result<()> {
         let Self { level, clip, kl, compress, .. } = *self;
         ensure!(level > 0.0 && level.is_finite(), "sde.level = {level}: above 0");

@@ -3,12 +3,13 @@
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::group::seeds::{Use, family};
 
 /// How the window moves.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Strategy {
     /// By `stride` every `interval` iterations, from noise to data and over again.
@@ -22,7 +23,7 @@ pub enum Strategy {
 }
 
 /// A window of noisy steps; only they train. Source: `grpo_states.py` of MixGRPO.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct WindowConfig {
     /// How it moves.
@@ -69,6 +70,17 @@ fn within() -> f64 {
 }
 
 impl WindowConfig {
+    /// Why `name`, a setting of the window, is not read.
+    pub(super) fn leaves_unread(&self, name: &str) -> Option<&'static str> {
+        let is_read = match name {
+            "stride" | "interval" => self.strategy != Strategy::Random,
+            "interval_min" => self.strategy == Strategy::Decay,
+            "threshold" | "rate" => self.strategy == Strategy::ExpDecay,
+            _ => true,
+        };
+        (!is_read).then_some("sde.window.strategy does not read it")
+    }
+
     pub(crate) fn validate(&self) -> Result<()> {
         let Self { size, interval, interval_min, within, rate, .. } = *self;
         ensure!(size > 0, "sde.window.size must be at least 1");

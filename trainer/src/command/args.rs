@@ -9,12 +9,18 @@ use flow::models::transformer::GUIDANCE;
 use flow::solver::{DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS};
 use flow::tokens::MAX_TEXT_TOKENS;
 
+use super::plan::UTILISATION;
 use crate::network::lora::RANK;
 use crate::tensor::device::PRECISIONS;
 
 /// Aligns flow-matching text-to-image models with human preference (Neighbor GRPO).
 #[derive(Parser)]
-#[command(name = "ng-train", version, subcommand_required = true, arg_required_else_help = true)]
+#[command(name = "ng-train", bin_name = "ng-train", version)]
+#[command(subcommand_required = true, arg_required_else_help = true)]
+#[command(
+    after_help = "Exit codes: 0 done, 1 failed, 2 asked for in a wrong way (command line or a setting), \
+    130 stopped by a signal."
+)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
@@ -28,6 +34,15 @@ pub struct Cli {
     /// CPU threads [default: all cores]
     #[arg(long, global = true, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     pub threads: Option<usize>,
+    /// Say nothing but warnings and errors
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Say every iteration, where no one watches a terminal
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+    /// Append everything that is said to a file
+    #[arg(long, global = true, value_name = "FILE")]
+    pub log: Option<PathBuf>,
 }
 
 #[derive(Subcommand)]
@@ -43,6 +58,9 @@ pub enum Command {
         /// Continue from the newest checkpoint of the output folder
         #[arg(long)]
         resume: bool,
+        /// Read and check everything, print the plan, and train nothing
+        #[arg(long, conflicts_with_all = ["resume", "record_update"])]
+        dry_run: bool,
         /// Store the tensors of the first iteration's last update as safetensors
         #[arg(long, value_name = "FILE")]
         record_update: Option<PathBuf>,
@@ -50,6 +68,11 @@ pub enum Command {
         /// or a machine's variables ask for several, else one]
         #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=512))]
         processes: Option<usize>,
+    },
+    /// List the runs that ship, show a run's settings with where each is from, or explain what settings there are
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
     },
     /// Train a small model from captioned images: autoencoder, then flow
     Pretrain {
@@ -73,14 +96,14 @@ pub enum Command {
         #[arg(long, value_name = "FILE", exclusive = true)]
         votes: Option<PathBuf>,
         /// Images a prompt
-        #[arg(long = "images", value_name = "N", default_value_t = 1,
+        #[arg(short = 'n', long = "images", alias = "count", value_name = "N", default_value_t = 1,
               value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]
         n_images: usize,
         /// Image j of prompt i of P starts from the noise of seed + i + j*P
-        #[arg(long, default_value_t = 0)]
+        #[arg(short, long, default_value_t = 0)]
         seed: u64,
         /// Folder for the results
-        #[arg(long, value_name = "DIR", default_value = "out/eval")]
+        #[arg(short, long, alias = "output", value_name = "DIR", default_value = "out/eval")]
         out: PathBuf,
         /// Rewards, judges, rollout, embeddings and stream come from it
         #[command(flatten)]
@@ -138,7 +161,7 @@ pub enum Command {
         #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "prompts"])]
         import: Option<PathBuf>,
         /// Folder of the cache
-        #[arg(long, value_name = "DIR")]
+        #[arg(short, long, alias = "output", value_name = "DIR")]
         out: PathBuf,
     },
     /// Make a checkpoint of one kind from one of another
@@ -164,11 +187,11 @@ pub enum Command {
         /// T5 tokens a prompt
         #[arg(long, value_name = "N", default_value_t = MAX_TEXT_TOKENS)]
         text_tokens: usize,
-        /// Rank of adapters
-        #[arg(long, value_name = "N", default_value_t = RANK)]
-        lora_rank: usize,
-        /// Share of an H800's dense bf16 peak (989 TFLOP/s) that is reached
-        #[arg(long, value_name = "SHARE", default_value_t = 0.4)]
+        /// Rank of adapters [default: the run's lora.rank, else 64]
+        #[arg(long, value_name = "N")]
+        lora_rank: Option<usize>,
+        /// Share of an H800's dense bf16 peak (989 TFLOP/s) that is reached, above 0 and at most 1
+        #[arg(long, value_name = "SHARE", default_value_t = UTILISATION, value_parser = share)]
         utilisation: f64,
         /// The run: --set rollout.size=[1024,1024] and the like change it
         #[command(flatten)]
@@ -215,7 +238,7 @@ pub enum Command {
         #[arg(long, value_name = "NAME|DIR")]
         like: String,
         /// Folder to write; it must not exist
-        #[arg(long, value_name = "DIR")]
+        #[arg(short, long, alias = "output", value_name = "DIR")]
         out: PathBuf,
         /// The weights follow from it
         #[arg(long, default_value_t = 0)]
@@ -241,7 +264,7 @@ pub enum Command {
 /// Where a configuration comes from.
 #[derive(Args)]
 pub struct SourceArgs {
-    /// A run that ships with the program
+    /// A run that ships with the program; `ng-train config list` has them [or --config]
     #[arg(long, conflicts_with = "config", required_unless_present = "config")]
     pub preset: Option<String>,
     /// A run described by a TOML file
@@ -250,6 +273,24 @@ pub struct SourceArgs {
     /// Replace one setting, as in optimizer.learning_rate=1e-5 or rewards.0.weight=2; repeatable
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub settings: Vec<String>,
+}
+
+/// What to know of settings.
+#[derive(Subcommand)]
+pub enum ConfigCommand {
+    /// List the runs and the algorithms that ship
+    List,
+    /// Show every setting of a run and where it is said
+    Show {
+        #[command(flatten)]
+        source: SourceArgs,
+    },
+    /// Explain the settings, all of them or those that begin with KEY
+    Explain {
+        /// As in rollout, or rollout.steps
+        #[arg(value_name = "KEY")]
+        key: Option<String>,
+    },
 }
 
 #[derive(Args)]
@@ -261,11 +302,11 @@ pub struct SampleArgs {
     #[arg(long)]
     pub prompt: String,
     /// Images
-    #[arg(short, default_value_t = 1,
+    #[arg(short, long = "count", default_value_t = 1,
           value_parser = RangedU64ValueParser::<usize>::new().range(1..=10_000))]
     pub n: usize,
     /// Image i starts from the noise of seed + i
-    #[arg(long, default_value_t = 0)]
+    #[arg(short, long, default_value_t = 0)]
     pub seed: u64,
     /// How a step is taken
     #[arg(long, default_value = DEFAULT_SOLVER.name(),
@@ -282,10 +323,10 @@ pub struct SampleArgs {
     #[arg(long, default_value_t = GUIDANCE)]
     pub guidance: f64,
     /// Pixels [default: the model's own]
-    #[arg(long, requires = "height")]
+    #[arg(short = 'W', long, requires = "height")]
     pub width: Option<usize>,
     /// Pixels [default: the model's own]
-    #[arg(long, requires = "width")]
+    #[arg(short = 'H', long, requires = "width")]
     pub height: Option<usize>,
     /// Start from this noise: safetensors, tensor `latents` [n, Z, h, w]
     #[arg(long, value_name = "FILE")]
@@ -300,8 +341,14 @@ pub struct SampleArgs {
     #[arg(long, value_name = "FILE")]
     pub latents_out: Option<PathBuf>,
     /// PNG file; several images get a number before the extension
-    #[arg(short, long, value_name = "FILE", default_value = "out.png")]
+    #[arg(short, long, alias = "output", value_name = "FILE", default_value = "out.png")]
     pub out: PathBuf,
+}
+
+/// A share, above 0 and at most 1.
+fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| *share > 0.0 && *share <= 1.0);
+    share.ok_or_else(|| "a number above 0 and at most 1".to_owned())
 }
 
 /// Width and height from `720x1280`.

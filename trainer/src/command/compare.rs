@@ -13,6 +13,7 @@ use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
 use flow::checkpoint::write_atomically;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::run::align::ALIGNED;
@@ -29,7 +30,7 @@ pub const COMPARE_PRESETS: [(&str, &str); 1] =
     [("signs", include_str!("../../presets/compare-signs.toml"))];
 
 /// A comparison.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct CompareConfig {
     /// Folder for the runs and the report.
@@ -50,7 +51,7 @@ pub struct CompareConfig {
 }
 
 /// Runs that are laid side by side.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct TableConfig {
     /// Heading; its files are named after it.
@@ -60,7 +61,7 @@ pub struct TableConfig {
 }
 
 /// One way to align.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunConfig {
     /// What people call it.

@@ -2,19 +2,25 @@
 
 use std::fmt;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use flow::latents::LatentSize;
 use flow::ops::shapes::{Manifest, Shapes};
 use flow::pipeline::{Component, Pipeline};
 use flow::schedule::Grid;
+use flow::tokens::MAX_TEXT_TOKENS;
 
+use super::published;
 use crate::algorithm;
+use crate::data::prompts;
 use crate::network::engine::segments;
-use crate::network::lora::LoraConfig;
+use crate::network::lora::{LoraConfig, RANK};
 use crate::run::config::AlignConfig;
+use crate::tensor::device::{Compute, precision_name};
 
 /// Dense bf16 operations a second of one H800 (NVIDIA's data sheet).
 const H800_FLOPS: f64 = 989e12;
+/// Share of it that is reached unless told otherwise.
+pub(super) const UTILISATION: f64 = 0.4;
 /// Memory of one H800.
 const H800_BYTES: f64 = 80e9;
 /// Ranks that are tabulated.
@@ -44,6 +50,31 @@ pub struct Options<'a> {
 pub fn run(options: &Options<'_>) -> Result<()> {
     print!("{}", Report { plan: &Plan::new(options)?, options });
     Ok(())
+}
+
+/// Checks what a run needs without loading it, and prints its plan.
+///
+/// # Errors
+/// When the model, the prompts or a file of a reward cannot be used.
+pub(super) fn dry(config: &AlignConfig, compute: Compute) -> Result<()> {
+    let prompts = prompts::read(&config.prompts).context("prompts")?;
+    prompts::read(&config.sheet_prompts).context("sheet_prompts")?;
+    config.check_files()?;
+    let pipeline = published::open(&config.model.to_string_lossy())?;
+    if Pipeline::known(&config.model.to_string_lossy()).is_none() {
+        Component::ALL.iter().try_for_each(|component| pipeline.weights(*component).map(drop))?;
+    }
+    println!(
+        "{} prompts; {} in {}\n",
+        prompts.len(),
+        if compute.device.is_cuda() { "cuda" } else { "cpu" },
+        precision_name(compute.kind)
+    );
+    print!("{}", toml::to_string(&config.resolved()?)?);
+    println!();
+    let lora_rank = config.lora.as_ref().map_or(RANK, |lora| lora.rank);
+    let (text_tokens, utilisation) = (MAX_TEXT_TOKENS, UTILISATION);
+    run(&Options { config, pipeline: &pipeline, text_tokens, lora_rank, utilisation })
 }
 
 /// Counts that do not depend on the number of ranks.
@@ -171,7 +202,10 @@ impl fmt::Display for Report<'_> {
             plan.flops(config, false) / 1e15,
             plan.flops(config, true) / 1e15,
         )?;
-        self.ranks(f, "full training", false)?;
+        // A run trains all weights or adapters; one that names neither is told both.
+        if config.lora.is_none() {
+            self.ranks(f, "full training", false)?;
+        }
         self.ranks(f, "LoRA", true)
     }
 }

@@ -10,6 +10,7 @@ use flow::noise::Noise;
 use flow::path;
 use flow::pipeline::Component;
 use image::RgbImage;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, no_grad};
 
@@ -30,7 +31,7 @@ pub const PRETRAIN_PRESETS: [(&str, &str); 2] = [
 ];
 
 /// One run.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct PretrainConfig {
     /// Pipeline folder to start from; components without weights start random.
@@ -53,7 +54,7 @@ pub struct PretrainConfig {
 }
 
 /// The autoencoder's stage.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct AutoencoderConfig {
     /// Images seen, with repetition.
@@ -67,7 +68,7 @@ pub struct AutoencoderConfig {
 }
 
 /// The flow's stage.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct FlowConfig {
     /// Images seen, with repetition.

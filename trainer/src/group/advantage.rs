@@ -1,9 +1,10 @@
 //! From rewards to advantages within a group (paper Eq. 3 and 11, METHOD section 2).
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Settings.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct AdvantageConfig {
     /// p of the quasi-norm, in (0, 2]: below 2, groups without a clear winner weigh less (Eq. 11).

@@ -7,11 +7,12 @@ use flow::noise::Noise;
 use flow::path;
 use flow::schedule::{Grid, Schedule, SchedulerConfig, Shift};
 use flow::solver::{self, DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS, Solver, Step, Term};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 /// How trajectories are solved.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RolloutConfig {
     /// `dpmpp-2m`, `euler` or `heun`.

@@ -11,6 +11,7 @@ use flow::noise::Noise;
 use flow::ops::ParamPath;
 use flow::ops::shapes::Manifest;
 use flow::pipeline::Pipeline;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor, no_grad};
 
@@ -41,7 +42,7 @@ pub(crate) const RANK: usize = 64;
 const MAX_RANK: usize = 8192;
 
 /// Settings of adapters that train.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoraConfig {
     /// Rank r.

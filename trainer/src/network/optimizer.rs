@@ -5,13 +5,14 @@ use anyhow::{Result, ensure};
 use cluster::{Group, Reduce};
 use flow::checkpoint::{Entry, Weights};
 use rayon::prelude::*;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::tensor::parameters::{Gradient, Parameters, later, numbers_of};
 
 /// Settings of the optimiser.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct OptimizerConfig {
     /// Step size.

@@ -7,6 +7,7 @@
 use anyhow::{Context, Result, ensure};
 use image::RgbImage;
 use regex::Regex;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -24,7 +25,7 @@ const JUDGES: [(&str, &str); 3] = [
 ];
 
 /// Which model, what it is asked, and where in the answer the verdict stands.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ChatConfig {
     #[serde(flatten)]

@@ -18,12 +18,13 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{ChatConfig, MAX_PATIENCE, MAX_RETRIES, ServerConfig};
 
 /// One reward of a run. Unknown keys are refused, those of [`RewardKind`] included.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, Serialize)]
 pub struct RewardConfig {
     /// Name in logs and metrics; unique in a run.
     pub name: String,
@@ -75,7 +76,7 @@ impl RewardConfig {
 }
 
 /// What a reward measures; `kind` in the table.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum RewardKind {
     /// Human Preference Score 2.1 (or 2.0): the raw cosine, −1 to 1, about 0.2 to 0.4. Images are
@@ -119,7 +120,7 @@ pub enum RewardKind {
         /// Weights of OpenAI's CLIP ViT-L/14 with `config.json` or `open_clip_config.json` beside them.
         clip: PathBuf,
     },
-    /// How well the image reads as the prompt's target text: [`super::Ocr`].
+    /// How well the image reads as the prompt's target text.
     Ocr {
         /// Recognition model, `.onnx`: an image [N, 3, H, W] of one line of text to probabilities
         /// [N, frames, classes], blank first, as PP-OCR's models and those trained like them.
@@ -128,6 +129,7 @@ pub enum RewardKind {
         /// `character`: PaddleOCR's dictionary file.
         #[serde(default)]
         characters: Option<PathBuf>,
+        /// What of a reading counts.
         #[serde(default)]
         measure: Measure,
     },
@@ -136,6 +138,7 @@ pub enum RewardKind {
         /// JPEG quality, 1 to 100.
         #[serde(default = "default_quality")]
         quality: u8,
+        /// Which size is better.
         prefer: JpegSize,
     },
     /// Share of the drawn pixels that have the prompt's colour, 0 to 1.
@@ -154,22 +157,25 @@ pub enum RewardKind {
         #[serde(default)]
         index: usize,
     },
-    /// Scores of a server of one's own: [`super::server`].
+    /// Scores of a server of one's own.
     Server(ServerConfig),
-    /// The number that a vision-language model gives the image: [`super::chat`].
+    /// The number that a vision-language model gives the image.
     Chat(ChatConfig),
-    /// Share of the group's other images that the image beats, 0 to 1: [`super::pairwise`].
+    /// Share of the group's other images that the image beats, 0 to 1.
     Pairwise {
         /// Who compares two images: a `chat` model that sees both, or the higher score of another
         /// kind.
         judge: Box<RewardKind>,
     },
     /// The same value for every image: a control that must not train anything.
-    Constant { value: f64 },
+    Constant {
+        /// That value.
+        value: f64,
+    },
 }
 
 /// How an OCR reading is turned into a reward.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Measure {
     /// Log-probability of the target a character, at most 0: dense, the one to train on.
@@ -182,7 +188,7 @@ pub enum Measure {
 }
 
 /// The direction of a JPEG-size reward.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum JpegSize {
     /// Compressible images score higher (the score is minus the size).

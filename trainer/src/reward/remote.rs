@@ -14,6 +14,7 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use image::RgbImage;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -23,7 +24,7 @@ use super::{Away, Lasting, address::Address, connection, secret::Key};
 use crate::picture::png;
 
 /// Where to ask.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, Serialize)]
 pub struct Endpoint {
     /// The whole address, `http://` or `https://`.
     pub url: String,

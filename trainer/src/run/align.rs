@@ -16,9 +16,10 @@ use super::config::AlignConfig;
 use super::lock::Lock;
 use super::progress::Progress;
 use super::report::Report;
+use super::resume::Held;
 use super::starvation::Starvation;
 use super::update::{self, Recorder};
-use super::{agreement, interrupt, state};
+use super::{agreement, interrupt, log, record, state};
 use crate::algorithm::Algorithm;
 use crate::data::prompts;
 use crate::group::experience::{self, Experience, Sources, Stage, Watch};
@@ -82,12 +83,16 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
     if is_done && is_whole(&aligned) {
         if ranks.is_first() {
             println!("{}", aligned.display());
-            eprintln!("all {} iterations are done: raise iterations to go on", config.iterations);
+            log::note(&format!(
+                "all {} iterations are done: raise iterations to go on",
+                config.iterations
+            ));
         }
         return Ok(());
     }
+    config.check_files()?;
     contents::of(&config.model)?;
-    let train_prompts = prompts::read(&config.prompts)?;
+    let train_prompts = prompts::read(&config.prompts).context("prompts")?;
     let mut rewards =
         Rewards::open(&config.group.rewards, options.threads, options.compute.device)?;
     rewards.stop_when(interrupt::asked);
@@ -99,20 +104,28 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
     let mut algorithm = setting.open(grid);
     algorithm.begin(model.engine.trained());
     let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
-    let mut start = 0;
+    let (held, mut start) = (Held::of(config, &model)?, 0);
     if let Some(position) = &found {
-        state::restore(position, config, &mut optimizer, &model, algorithm.kept())?;
+        let changed = state::restore(position, &held, &mut optimizer, &model, algorithm.kept())?;
+        for line in changed.iter().filter(|_| ranks.is_first()) {
+            log::warn(&format!("from here on, {line}"));
+        }
         algorithm.resume(model.engine.trained());
         start = position.iteration;
     }
     agreement::check(config, &train_prompts, start, &model)?;
-    if let Some(warning) = setting.warning().filter(|_| ranks.is_first()) {
-        eprintln!("warning: {warning}");
-    }
     let plan = config.group.rollout.steps(grid)?;
+    if ranks.is_first() {
+        setting.warning().into_iter().for_each(log::warn);
+        let factor = model.pipeline.vae.factor();
+        let pixels = [size.width * factor, size.height * factor];
+        log::note(&record::banner(config, options, &model, train_prompts.len(), pixels)?);
+    }
     let report = || Report::open(config, found.as_ref(), &model, &size, &plan);
     let mut run = Run {
         config,
+        held,
+        idle: 0,
         options,
         report: ranks.is_first().then(report).transpose()?,
         order: Order::new(train_prompts.len(), config.group.seed),
@@ -127,11 +140,17 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
         seconds: [None; 4],
         starvation: Starvation::default(),
     };
+    if ranks.is_first() {
+        record::append(config, options, start)?;
+    }
     run.iterate(start)
 }
 
 struct Run<'a> {
     config: &'a AlignConfig,
+    held: Held,
+    /// Iterations in a row in which nothing was learnt.
+    idle: usize,
     options: &'a Options,
     prompts: Vec<Prompt>,
     order: Order,
@@ -199,13 +218,21 @@ impl Run<'_> {
             let done = iteration + 1;
             let [is_late, is_asked] = self.ends()?;
             let is_last = done == total || is_late;
-            let stop = is_asked && !is_last;
+            let is_idle = !is_last && self.idle > 0 && self.idle == self.config.stop_after_idle;
+            let stop = (is_asked || is_idle) && !is_last;
             if stop || is_last || done.is_multiple_of(self.config.save_every) {
                 self.save(done)?;
                 if let Some(report) = self.report.as_mut().filter(|_| !stop) {
                     report.draw(done, &self.model)?;
                 }
             }
+            ensure!(
+                !is_idle,
+                "nothing was learnt in {} iterations, the last being {done}: the rewards of every group are \
+                 alike, or spread less than their std_floor (look at the samples and at reward_std in \
+                 metrics.jsonl; stop_after_idle = 0 goes on all the same)",
+                self.idle
+            );
             if is_last {
                 break;
             }
@@ -309,6 +336,7 @@ impl Run<'_> {
         let outcome = outcome.map_err(Error::msg).flatten().with_context(numbered)?;
         let [rollout, decode, reward] = experience.seconds;
         self.seconds = [rollout, decode, reward, outcome.seconds].map(Some);
+        self.idle = if outcome.n_updates == 0 { self.idle + 1 } else { 0 };
         self.algorithm.finish(self.model.engine.trained(), self.optimizer.n_steps())?;
         if let Some(recorder) = recorder {
             recorder.write()?;
@@ -344,7 +372,8 @@ impl Run<'_> {
         self.report.iter().try_for_each(Report::sync)?;
         interrupt::enter(format!("saving iteration {done}"), None);
         let (kept, before) = (self.algorithm.kept(), self.newest.as_deref());
-        let folder = state::save(config, done, &self.model, &self.optimizer, kept, before)
+        let (held, model, optimizer) = (&self.held, &self.model, &self.optimizer);
+        let folder = state::save(config, held, done, model, optimizer, kept, before)
             .with_context(|| format!("cannot save after iteration {done}"))?;
         (self.saved, self.newest) = (done, Some(folder));
         Ok(())

@@ -1,12 +1,16 @@
 //! What a run is told: the settings of its parts, composed.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use cluster::Group;
 use flow::checkpoint::MAX_SHARD_BYTES;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use toml::{Table, Value};
 
+use super::layers::leaves;
+use super::settings::remove;
 use crate::algorithm::{Methods, Setting, TrainingConfig};
 use crate::group::GroupConfig;
 use crate::group::seeds::{Use, family};
@@ -20,7 +24,7 @@ use crate::tensor::device::Compute;
 use crate::tensor::parameters::Storage;
 
 /// One run.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct AlignConfig {
     /// Pipeline folder to start from.
@@ -66,6 +70,9 @@ pub struct AlignConfig {
     /// Checkpoints that stay, the newest.
     #[serde(default = "keep")]
     pub keep: usize,
+    /// Ends the run where so many iterations in a row taught nothing, since no group's rewards differed; 0 never.
+    #[serde(default = "stop_after_idle")]
+    pub stop_after_idle: usize,
     /// Most GB (10⁹ bytes) of weights in one file.
     #[serde(default = "shard_gb")]
     pub shard_gb: f64,
@@ -78,7 +85,7 @@ pub struct AlignConfig {
 }
 
 /// How the ranks of a run work together.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RanksConfig {
     /// Seconds until all ranks must have come.
@@ -109,6 +116,9 @@ fn save_every() -> usize {
 fn keep() -> usize {
     2
 }
+fn stop_after_idle() -> usize {
+    20
+}
 fn shard_gb() -> f64 {
     MAX_SHARD_BYTES as f64 / 1e9
 }
@@ -120,6 +130,40 @@ impl AlignConfig {
     /// When there is none of that name.
     pub(crate) fn setting(&self) -> Result<Setting<'_>> {
         Setting::new(&self.group, &self.training, &self.methods)
+    }
+
+    /// Why the setting `key` changes nothing in this run; nothing where it does.
+    ///
+    /// # Errors
+    /// As [`AlignConfig::setting`].
+    pub(crate) fn ignores(&self, key: &str) -> Result<Option<&'static str>> {
+        if key == "advantage.quasi_norm" && !self.group.advantage.rescale {
+            return Ok(Some("advantage.rescale = false divides by no norm"));
+        }
+        Ok(self.setting()?.ignores(key))
+    }
+
+    /// Every setting that this run reads, with B, K and the number of updates as they come out.
+    ///
+    /// # Errors
+    /// As [`AlignConfig::setting`].
+    pub(crate) fn resolved(&self) -> Result<Table> {
+        let setting = self.setting()?;
+        let mut table = Table::try_from(self)?;
+        let numbers = [setting.n_anchors, setting.n_updates, setting.n_train_steps];
+        for (name, number) in ["anchors", "updates", "train_steps"].into_iter().zip(numbers) {
+            table.insert(name.to_owned(), i64::try_from(number)?.into());
+        }
+        let mut unread = vec!["timestep_fraction".to_owned()];
+        for (key, _) in leaves(&table) {
+            if self.ignores(&key)?.is_some() {
+                unread.push(key);
+            }
+        }
+        for key in &unread {
+            remove(&mut table, key);
+        }
+        Ok(table)
     }
 
     pub(crate) fn max_shard_bytes(&self) -> usize {
@@ -147,6 +191,38 @@ impl AlignConfig {
         model.engine.recompute = self.recompute || self.stream;
         model.engine.rounds_alike = self.setting()?.feels_rounding();
         Ok(model)
+    }
+
+    /// Refuses files that are not there, with what puts them there.
+    ///
+    /// # Errors
+    /// One line that names the setting.
+    pub(crate) fn check_files(&self) -> Result<()> {
+        let named =
+            [("prompts", Some(&self.prompts)), ("sheet_prompts", Some(&self.sheet_prompts))];
+        let folders = [("model", Some(&self.model)), ("embeddings", self.embeddings.as_ref())];
+        for (key, path) in named.into_iter().chain(folders) {
+            let Some(path) = path.filter(|path| !path.exists()) else { continue };
+            bail!("{key} = {}: no such file or folder{}", path.display(), hint(path));
+        }
+        for (list, rewards) in [("rewards", &self.group.rewards), ("judges", &self.judges)] {
+            for (index, reward) in rewards.iter().enumerate() {
+                let Value::Table(table) = Value::try_from(reward)? else { continue };
+                for name in FILES_OF_REWARDS {
+                    let Some(path) = table.get(name).and_then(Value::as_str) else { continue };
+                    // A chat's model is a name.
+                    let is_file = table.get("url").is_none();
+                    if is_file && !Path::new(path).exists() {
+                        let kind = table.get("kind").and_then(Value::as_str).unwrap_or_default();
+                        bail!(
+                            "{list}.{index}.{name} = {path}: no such file{}",
+                            source_of(kind, name)
+                        );
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn validate(&self) -> Result<()> {
@@ -177,5 +253,53 @@ impl AlignConfig {
         RewardConfig::validate_all(&self.group.rewards)?;
         RewardConfig::validate_all(&self.judges)?;
         self.setting()?.validate()
+    }
+}
+
+/// Settings of a reward that name files.
+pub(crate) const FILES_OF_REWARDS: [&str; 5] =
+    ["model", "weights", "tokenizer", "clip", "characters"];
+
+/// What a path that is not there may have been meant to be.
+fn hint(path: &Path) -> String {
+    let text = path.to_string_lossy();
+    let is_id =
+        text.split('/').count() == 2 && !text.starts_with(['.', '/']) && !text.contains(' ');
+    let looked = std::env::current_dir().unwrap_or_default();
+    if is_id && path.parent().is_some_and(|owner| !owner.exists()) {
+        format!(
+            " (a name on Hugging Face? `hf download {text} --local-dir {text}` gets it; paths start at {})",
+            looked.display()
+        )
+    } else {
+        format!(" (paths start at {})", looked.display())
+    }
+}
+
+/// Where the file `name` of a reward of `kind` is published.
+fn source_of(kind: &str, name: &str) -> &'static str {
+    match (kind, name) {
+        ("hpsv2", "weights") => {
+            ": `hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir rewards` gets it"
+        }
+        ("pickscore", "weights") => {
+            ": `hf download yuvalkirstain/PickScore_v1 model.safetensors config.json --local-dir \
+             rewards/PickScore_v1` gets it"
+        }
+        ("image-reward", "weights") => {
+            ": `hf download THUDM/ImageReward ImageReward.pt med_config.json --local-dir rewards` gets it"
+        }
+        ("image-reward", "tokenizer") => {
+            ": `hf download google-bert/bert-base-uncased tokenizer.json --local-dir \
+             rewards/bert-base-uncased` gets it"
+        }
+        ("aesthetic", "weights") => {
+            ": sac+logos+ava1-l14-linearMSE.pth of github.com/christophschuhmann/improved-aesthetic-predictor"
+        }
+        ("ocr", "model") => ": `make runtime` in the repository gets PP-OCR's models",
+        ("clip" | "aesthetic", _) => {
+            ": `hf download openai/clip-vit-large-patch14 --local-dir DIR` gets a CLIP model"
+        }
+        _ => "",
     }
 }

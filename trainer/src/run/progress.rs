@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::interrupt::say;
+use super::log::{self, Level};
 
 /// Without a terminal, a line this often.
 const PLAIN_EVERY: Duration = Duration::from_secs(10);
@@ -28,10 +29,11 @@ pub(crate) struct Progress {
 impl Progress {
     /// `total` steps, of which `done` were done by an earlier run.
     pub(crate) fn new(name: &'static str, total: usize, done: usize) -> Self {
-        let bar = ProgressBar::with_draw_target(
-            Some(total as u64),
-            ProgressDrawTarget::stderr_with_hz(4),
-        );
+        let target = match log::level() {
+            Level::Quiet => ProgressDrawTarget::hidden(),
+            _ => ProgressDrawTarget::stderr_with_hz(4),
+        };
+        let bar = ProgressBar::with_draw_target(Some(total as u64), target);
         let style =
             ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len}  {msg}  {elapsed} < {eta}");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
@@ -60,16 +62,25 @@ impl Progress {
         let (done, total) = (self.bar.position(), self.bar.length().unwrap_or(0));
         let rate = (done - self.first) as f64 / self.started.elapsed().as_secs_f64();
         self.bar.set_message(format!("{message}  {}", per_time(rate)));
-        if self.is_plain && (self.said.get().elapsed() >= PLAIN_EVERY || done == total) {
+        let left = (total - done) as f64 / rate;
+        let (name, per_time) = (self.name, per_time(rate));
+        let line = format!("{name} {done}/{total}  {message}  {per_time}  {left:.0} s left");
+        log::keep(&line);
+        let is_due = self.said.get().elapsed() >= PLAIN_EVERY || done == total;
+        let is_wanted = log::level() == Level::Verbose || (is_due && log::level() == Level::Usual);
+        if self.is_plain && is_wanted {
             self.said.set(Instant::now());
-            let left = (total - done) as f64 / rate;
-            let (name, rate) = (self.name, per_time(rate));
-            self.say(&format!("{name} {done}/{total}  {message}  {rate}  {left:.0} s left"));
+            self.say_line(&line);
         }
     }
 
     /// Says something above the line.
     pub(crate) fn say(&self, text: &str) {
+        log::keep(text);
+        self.say_line(text);
+    }
+
+    fn say_line(&self, text: &str) {
         if let Some(log) = &self.log {
             // A line that cannot be written down is worth no run.
             _ = writeln!(log.borrow_mut(), "{text}");

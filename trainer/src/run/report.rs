@@ -52,7 +52,7 @@ impl Report {
             Some(position) => Metrics::resume(&folder, position.iteration as u64)?,
             None => Metrics::create(&folder)?,
         };
-        let text = toml::to_string(config)?;
+        let text = toml::to_string(&config.resolved()?)?;
         flow::checkpoint::write_atomically(&folder.join("config.toml"), text.as_bytes())?;
         let mut report = Self {
             metrics,

@@ -1,15 +1,20 @@
 //! Run configurations: a preset or a TOML file, single settings replaced by `--set key=value`.
 //!
-//! A configuration may name another preset as its `base` and say only what differs. An `algorithm` brings
-//! its published settings, which go behind all that is said.
+//! A configuration may name another preset as its `base` and say only what differs. Where an `algorithm` is
+//! named, its published settings go in front of what lies below that place, and behind what is said there.
 
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
 use flow::checkpoint::read_bounded;
 use flow::usage::Usage;
+use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
+use toml::{Table, Value};
 
+use super::config::AlignConfig;
+use super::layers::{Layer, Layers, Origin};
+use super::schema::{Fault, Schema, meant};
 use crate::algorithm;
 
 macro_rules! presets {
@@ -65,123 +70,156 @@ pub enum Source<'a> {
 /// Reads a configuration and replaces settings: `key` is dotted, `value` is TOML or else a string.
 ///
 /// # Errors
-/// [`Usage`] when the preset is unknown or a setting does not fit; otherwise when the file is no TOML,
-/// or a key or value of its does not fit. The message lists what would.
-pub fn read<T: DeserializeOwned>(
+/// [`Usage`] when the preset is unknown or a setting does not fit; otherwise when the file cannot be read.
+/// One line that names the key, where it is said, and what would fit.
+pub fn read<T: DeserializeOwned + JsonSchema>(
     source: &Source<'_>,
     presets: &[(&str, &str)],
     settings: &[String],
 ) -> Result<T> {
-    let (name, text) = match source {
-        Source::Preset(name) => (format!("preset {name}"), preset(name, presets)?.to_owned()),
+    let mut layers = gathered(source, presets, settings)?;
+    let schema = Schema::of::<T>();
+    if schema.entries().iter().any(|entry| entry.key == "algorithm") {
+        with_algorithm(&mut layers)?;
+    }
+    parsed(&layers, &schema, &layers.merged()?)
+}
+
+fn parsed<T: DeserializeOwned>(layers: &Layers, schema: &Schema, table: &Table) -> Result<T> {
+    schema.check(table).map_err(|fault| layers.blame(&fault))?;
+    let text = toml::to_string(table).context("the settings are no TOML")?;
+    toml::from_str(&text).map_err(|error| anyhow!("{}: {}", layers.name(), error.message()))
+}
+
+/// A run that was read, and where each of its settings is from.
+pub(crate) struct Run {
+    pub(crate) config: AlignConfig,
+    /// What the algorithm replaced and left out of settings that were meant for another.
+    pub(crate) notes: Vec<String>,
+    layers: Layers,
+}
+
+impl Run {
+    /// Where `key` is said.
+    pub(crate) fn origin(&self, key: &str) -> Option<String> {
+        self.layers.origin(key)
+    }
+}
+
+/// Reads and checks a run.
+///
+/// # Errors
+/// As [`read`]; and where a setting is out of range, or the algorithm does not read it.
+pub(crate) fn align(source: &Source<'_>, settings: &[String]) -> Result<Run> {
+    let mut layers = gathered(source, &ALIGN_PRESETS, settings)?;
+    let schema = Schema::of::<AlignConfig>();
+    let place = with_algorithm(&mut layers)?;
+    let mut table = layers.merged()?;
+    let mut config: AlignConfig = parsed(&layers, &schema, &table)?;
+    config.group.validate().map_err(|error| layers.explained(&error))?;
+    let (name, mut notes) = (config.training.algorithm.clone(), Vec::new());
+    for (index, layer) in layers.all().enumerate() {
+        for (key, value) in layer.leaves() {
+            let why = if index == place { None } else { config.ignores(&key)? };
+            if let Some(why) = why.as_ref().filter(|_| index > place) {
+                return Err(layers
+                    .blame(&Fault { key, what: format!("changes nothing under {name}: {why}") }));
+            }
+            let brought =
+                layers[place].get(&key).filter(|brought| index < place && **brought != value);
+            if why.is_some() && layers.is_last(index, &key) {
+                remove(&mut table, &key);
+                notes.push(format!("{key} = {value} of {} is left out", layer.origin));
+            } else if let Some(brought) = brought {
+                let of = &layer.origin;
+                notes.push(format!("{key} = {brought} in place of {value} of {of}"));
+            }
+        }
+    }
+    if !notes.is_empty() {
+        config = parsed(&layers, &schema, &table)?;
+    }
+    config.validate().map_err(|error| layers.explained(&error))?;
+    let is_asked = matches!(layers[place + 1].origin, Origin::File(_) | Origin::Set(_));
+    let notes = if is_asked && !notes.is_empty() {
+        vec![format!("algorithm {name} brings its authors' settings: {}", notes.join("; "))]
+    } else {
+        Vec::new()
+    };
+    Ok(Run { config, notes, layers })
+}
+
+/// Takes `key` out of `table`.
+pub(crate) fn remove(table: &mut Table, key: &str) {
+    match key.split_once('.') {
+        None => _ = table.remove(key),
+        Some((first, rest)) => {
+            if let Some(Value::Table(below)) = table.get_mut(first) {
+                remove(below, rest);
+                if below.is_empty() {
+                    table.remove(first);
+                }
+            }
+        }
+    }
+}
+
+/// Bases, the configuration itself, and single settings, from the bottom to the top.
+fn gathered(source: &Source<'_>, presets: &[(&str, &str)], settings: &[String]) -> Result<Layers> {
+    let (origin, text) = match source {
+        Source::Preset(name) => {
+            (Origin::Preset((*name).to_owned()), preset(name, presets).map_err(Usage)?.to_owned())
+        }
         Source::File(path) => {
             let text = String::from_utf8(read_bounded(path)?)
                 .with_context(|| format!("{}: not UTF-8", path.display()))?;
-            (path.display().to_string(), text)
+            (Origin::File(path.to_path_buf()), text)
         }
     };
-    let own = with_bases(parse(&name, &text)?, &name, presets)?;
-    let mut table = own.clone();
-    for setting in settings {
-        apply(&mut table, setting)?;
-    }
-    whole(table, &name).map_err(|error| match whole::<T>(own, &name) {
-        // Where the file alone reads, a setting is at fault.
-        Ok(_) => anyhow!(Usage(format!("--set for {error}"))),
-        Err(_) => error,
-    })
-}
-
-/// The configuration of `table` and of the algorithm it names.
-fn whole<T: DeserializeOwned>(table: toml::Table, name: &str) -> Result<T> {
-    let table = match table.get("algorithm").and_then(toml::Value::as_str) {
-        Some(algorithm) => {
-            let found = algorithm::named(algorithm).with_context(|| name.to_owned());
-            merged(parse(algorithm, found.map_err(|error| anyhow!("{error:#}"))?)?, table)
+    let mut top = Layer::parsed(origin, text)?;
+    let mut layers = Vec::new();
+    while let Some(base) = top.take("base") {
+        let said = &top.origin;
+        let base = base.as_str().with_context(|| format!("{said}: base is no name of a preset"))?;
+        let text = preset(base, presets).map_err(|error| anyhow!("{said}: base: {error}"))?;
+        if layers.len() > presets.len() {
+            bail!("{said}: its bases go round in a circle");
         }
-        None => table,
+        let below = Layer::parsed(Origin::Preset(base.to_owned()), text.to_owned())?;
+        layers.push(std::mem::replace(&mut top, below));
+    }
+    layers.push(top);
+    layers.reverse();
+    layers.extend(settings.iter().map(|setting| Layer::set(setting)).collect::<Result<Vec<_>>>()?);
+    Ok(Layers::new(layers))
+}
+
+/// Puts the published settings of the algorithm below the place that names it, and says where they are.
+fn with_algorithm(layers: &mut Layers) -> Result<usize> {
+    let named = layers.all().rposition(|layer| layer.get("algorithm").is_some());
+    let name = named.and_then(|index| layers[index].get("algorithm").cloned());
+    let name = match &name {
+        Some(Value::String(name)) => name.as_str(),
+        None => algorithm::DEFAULT,
+        // The schema refuses it.
+        Some(_) => return Ok(0),
     };
-    let text = toml::to_string(&table).context("the settings are no TOML")?;
-    toml::from_str(&text).map_err(|error| anyhow!("{name}: {}", error.message()))
+    let Ok(text) = algorithm::named(name) else {
+        let what = format!("there is no {name:?}{}", meant(name, algorithm::all().map(|(n, _)| n)));
+        return Err(layers.blame(&Fault { key: "algorithm".to_owned(), what }));
+    };
+    let first_set = layers.all().position(|layer| matches!(layer.origin, Origin::Set(_)));
+    let place = named.map_or(0, |index| first_set.map_or(index, |first| index.min(first)));
+    layers.insert(place, Layer::parsed(Origin::Algorithm(name.to_owned()), text.to_owned())?);
+    Ok(place)
 }
 
-/// `table` on top of the presets that it is based on.
-fn with_bases(mut table: toml::Table, name: &str, presets: &[(&str, &str)]) -> Result<toml::Table> {
-    for _ in 0..=presets.len() {
-        let Some(base) = table.remove("base") else { return Ok(table) };
-        let base = base.as_str().with_context(|| format!("{name}: base is no name of a preset"))?;
-        table = merged(parse(base, preset(base, presets)?)?, table);
-    }
-    bail!("{name}: its bases go round in a circle")
-}
-
-/// `over` in front of `under`, table by table.
-fn merged(mut under: toml::Table, over: toml::Table) -> toml::Table {
-    for (key, value) in over {
-        let value = match (under.remove(&key), value) {
-            (Some(toml::Value::Table(under)), toml::Value::Table(over)) => {
-                toml::Value::Table(merged(under, over))
-            }
-            (_, value) => value,
-        };
-        under.insert(key, value);
-    }
-    under
-}
-
-fn preset<'a>(name: &str, presets: &[(&str, &'a str)]) -> Result<&'a str> {
+fn preset<'a>(name: &str, presets: &[(&str, &'a str)]) -> Result<&'a str, String> {
     let found = presets.iter().find(|(known, _)| *known == name);
-    found.map(|&(_, text)| text).ok_or_else(|| {
-        let known: Vec<&str> = presets.iter().map(|(known, _)| *known).collect();
-        anyhow!(Usage(format!("unknown preset {name:?}: there is {}", known.join(", "))))
-    })
-}
-
-fn parse(name: &str, text: &str) -> Result<toml::Table> {
-    text.parse().map_err(|error: toml::de::Error| {
-        let before = error.span().map_or("", |span| &text[..span.start]);
-        let line = before.matches('\n').count() + 1;
-        anyhow!("{name}, line {line}: {}", error.message().replace('\n', ", "))
-    })
-}
-
-fn apply(table: &mut toml::Table, setting: &str) -> Result<()> {
-    let Some((key, value)) = setting.split_once('=') else {
-        bail!(Usage(format!(
-            "invalid --set {setting:?}: key=value is needed, as in optimizer.learning_rate=1e-5"
-        )));
-    };
-    let parsed = format!("value = {value}").parse::<toml::Table>().ok();
-    let value = parsed
-        .and_then(|mut table| table.remove("value"))
-        .unwrap_or_else(|| toml::Value::String(value.to_owned()));
-    set(table, key, &key.split('.').collect::<Vec<_>>(), value)
-}
-
-/// Walks `path` (tables by name, lists by number) and puts `value` at its end.
-fn set(table: &mut toml::Table, key: &str, path: &[&str], value: toml::Value) -> Result<()> {
-    let (last, parents) = path.split_last().context("a key is not empty")?;
-    let mut at = table;
-    let mut parents = parents.iter().peekable();
-    while let Some(name) = parents.next() {
-        let entry =
-            at.entry((*name).to_owned()).or_insert_with(|| toml::Value::Table(toml::Table::new()));
-        let next = match entry {
-            toml::Value::Array(list) => {
-                let index = parents.next().and_then(|name| name.parse::<usize>().ok());
-                let n = list.len();
-                index
-                    .and_then(|index| list.get_mut(index))
-                    .ok_or_else(|| Usage(format!("--set {key}: {name} takes a number below {n}")))?
-            }
-            other => other,
-        };
-        at = next
-            .as_table_mut()
-            .ok_or_else(|| Usage(format!("--set {key}: {name} has no entries")))?;
-    }
-    at.insert((*last).to_owned(), value);
-    Ok(())
+    let known = || presets.iter().map(|(known, _)| *known);
+    found
+        .map(|&(_, text)| text)
+        .ok_or_else(|| format!("there is no preset {name:?}{}", meant(name, known())))
 }
 
 #[cfg(test)]
@@ -252,14 +290,95 @@ mod tests {
         assert_eq!(config.output, Path::new("out/x"));
     }
 
+    fn refused(settings: &[&str]) -> String {
+        let settings: Vec<String> = settings.iter().map(|&s| s.to_owned()).collect();
+        let error = align(&Source::Preset("signs"), &settings).err().expect("it is refused");
+        assert!(error.is::<Usage>(), "{error:#}");
+        format!("{error:#}")
+    }
+
     #[test]
     fn mistakes_are_named_with_what_would_fit() {
-        let message = preset(&["iterationz=7"]).unwrap_err().to_string();
-        assert!(message.contains("iterationz"), "{message}");
-        let message = preset(&["iterations=many"]).unwrap_err().to_string();
-        assert!(message.contains("many"), "{message}");
+        for (setting, says) in [
+            ("iterationz=7", "iterationz: there is no such setting: did you mean iterations?"),
+            ("iterations=many", "iterations: \"many\" where a whole number from 0 up belongs"),
+            ("iterations=-3", "iterations: -3 where a whole number from 0 up belongs"),
+            ("rollout.stepz=3", "rollout.stepz: there is no such setting: did you mean steps?"),
+            (
+                "rollout.size=[1, 2, 3]",
+                "rollout.size: [1, 2, 3] where a list of 2 of: whole number",
+            ),
+            ("optimizer.learning_rate=fast", "optimizer.learning_rate: \"fast\" where a number"),
+            ("neighbor.distance=max", "neighbor.distance: there is no \"max\""),
+            ("rewards.0.kind=orc", "rewards.0.kind: there is no \"orc\": did you mean ocr?"),
+            (
+                "rewards=[{name = 'j', kind = 'jpeg', weight = 1}]",
+                "rewards.0.prefer: missing: one of",
+            ),
+            ("anchors=99", "anchors = 99: from 1 to group_size = 12"),
+            ("algorithm=dance-grop", "there is no \"dance-grop\": did you mean dance-grpo?"),
+            (
+                "sde.level=0.9",
+                "sde.level: changes nothing under neighbor: the algorithm does not read it",
+            ),
+        ] {
+            let message = refused(&[setting]);
+            assert!(message.starts_with(&format!("--set {setting}: ")), "{message}");
+            assert!(
+                message.contains(says) && !message.contains('\n'),
+                "{says:?} is not in {message:?}"
+            );
+        }
         assert!(preset(&["iterations"]).is_err());
-        let unknown = read::<AlignConfig>(&Source::Preset("flox"), &ALIGN_PRESETS, &[]);
-        assert!(unknown.unwrap_err().to_string().contains("signs"));
+        let unknown = read::<AlignConfig>(&Source::Preset("sings"), &ALIGN_PRESETS, &[]);
+        assert!(unknown.unwrap_err().to_string().contains("did you mean signs?"));
+    }
+
+    #[test]
+    fn mistakes_in_a_file_have_a_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("mine.toml");
+        for (text, says) in [
+            ("base = 'signs'\n\niterations = 'x'", "line 3: iterations: \"x\""),
+            ("base = 'signs'\n[optimizer]\nlearning_rat = 1", "line 3: optimizer.learning_rat"),
+            ("base = 'signs'\n[sde]\nlevel = 0.3", "line 3: sde.level: changes nothing"),
+            (
+                "base = 'signs'\n[[rewards]]\nname = 'a'\n[[rewards]]\nkind = 'jpg'",
+                "rewards.0.kind",
+            ),
+            ("base = 'signs'\ngroup_size = 1", "line 2: group_size = 1: at least 2"),
+            ("base = 'nope'", "mine.toml: base: there is no preset \"nope\""),
+            ("iterations = 3", "model: missing"),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let message = format!("{:#}", align(&Source::File(&path), &[]).err().unwrap());
+            assert!(message.contains(says) && message.contains("mine.toml"), "{says}: {message}");
+        }
+    }
+
+    #[test]
+    fn an_algorithm_brings_its_rollout_and_says_so() {
+        let settings = ["algorithm=dance-grpo".to_owned(), "rollout.batch=7".to_owned()];
+        let run = align(&Source::Preset("signs"), &settings).unwrap();
+        let rollout = &run.config.group.rollout;
+        assert_eq!((&*rollout.solver, rollout.steps, rollout.batch), ("euler", 25, 7));
+        let note = run.notes.join("\n");
+        assert!(note.contains("rollout.steps = 25 in place of 8 of preset signs"), "{note}");
+        assert!(note.contains("sigma = 0.5 of preset signs is left out"), "{note}");
+        assert_eq!(run.origin("rollout.steps").as_deref(), Some("algorithm dance-grpo"));
+        assert!(align(&Source::Preset("signs-dance-grpo"), &[]).unwrap().notes.is_empty());
+    }
+
+    /// What a run leaves in its folder can be given to another.
+    #[test]
+    fn resolved_settings_read_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.toml");
+        for (name, _) in ALIGN_PRESETS {
+            let resolved = align(&Source::Preset(name), &[]).unwrap().config.resolved().unwrap();
+            std::fs::write(&path, toml::to_string(&resolved).unwrap()).unwrap();
+            let again = align(&Source::File(&path), &[]).unwrap().config.resolved().unwrap();
+            assert_eq!(resolved, again, "{name}");
+        }
     }
 }

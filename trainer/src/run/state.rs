@@ -8,17 +8,21 @@ use flow::checkpoint::{Weights, write_tensors};
 use flow::checksums::Checksums;
 use flow::staged;
 
+use super::config::AlignConfig;
+use super::resume::Held;
 use crate::algorithm::Copies;
 use crate::network::model::Model;
 use crate::network::optimizer::AdamW;
 use crate::network::save::{self, Target};
-use crate::run::config::AlignConfig;
 use crate::tensor::parameters::later;
 
 /// Folder of checkpoints in the output folder.
 const CHECKPOINTS: &str = "checkpoints";
 /// Optimiser, weights in full precision and position.
 const FILE: &str = save::STATE;
+/// What the run holds to, in the state's metadata.
+const HELD: &str = "held";
+
 /// A checkpoint found.
 pub(crate) struct Position {
     pub(crate) folder: PathBuf,
@@ -114,6 +118,7 @@ fn all(output: &Path) -> Result<Vec<Position>> {
 /// where that is not what trains; `before` is the checkpoint before. Returns its folder.
 pub(crate) fn save(
     config: &AlignConfig,
+    held: &Held,
     done: usize,
     model: &Model,
     optimizer: &AdamW,
@@ -135,6 +140,7 @@ pub(crate) fn save(
             ("iteration", done.to_string()),
             ("optimizer_step", step.to_string()),
             ("config", serde_json::to_string(config)?),
+            (HELD, serde_json::to_string(held)?),
         ];
         Ok(write_tensors(&folder.join(FILE), &entries, &metadata)?)
     })?;
@@ -150,31 +156,22 @@ pub(crate) fn save(
     Ok(dir)
 }
 
-/// Takes weights, optimiser and `behaviour` back to `position`.
+/// Takes weights, optimiser and `behaviour` back to `position`, and returns what has changed since that may.
 pub(crate) fn restore(
     position: &Position,
-    config: &AlignConfig,
+    held: &Held,
     optimizer: &mut AdamW,
     model: &Model,
     behaviour: Option<&Copies>,
-) -> Result<()> {
+) -> Result<Vec<String>> {
     let path = position.folder.join(FILE);
     let state = Weights::open_file(&path)?;
     let field = |key: &str| {
         state.metadata(key).with_context(|| format!("{}: no {key} in its metadata", path.display()))
     };
     let step = field("optimizer_step")?.parse().context("optimizer_step is no number")?;
-    let mut before: AlignConfig =
-        serde_json::from_str(field("config")?).with_context(|| path.display().to_string())?;
-    (before.iterations, before.save_every) = (config.iterations, config.save_every);
-    (before.shard_gb, before.minutes) = (config.shard_gb, config.minutes);
-    before.output.clone_from(&config.output);
-    before.ranks.clone_from(&config.ranks);
-    ensure!(
-        serde_json::to_value(&before)? == serde_json::to_value(config)?,
-        "{}: the run was started with other settings; only iterations, minutes, save_every and shard_gb may change",
-        position.folder.display()
-    );
+    let before = Held::read(state.metadata(HELD)).with_context(|| path.display().to_string())?;
+    let changed = held.check(&before)?;
     let trained = model.engine.trained();
     for (index, master) in trained.masters().enumerate() {
         let values = state.f32(&format!("master.{index}"))?;
@@ -191,5 +188,6 @@ pub(crate) fn restore(
     if let Some(copies) = behaviour {
         copies.restore(&state, trained)?;
     }
-    optimizer.restore(trained, &state, step)
+    optimizer.restore(trained, &state, step)?;
+    Ok(changed)
 }

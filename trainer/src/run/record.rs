@@ -1,0 +1,152 @@
+//! What a run was started with beside its settings: program, device, precision, command line. Its file in the
+//! run's folder has an entry for every start.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use flow::checkpoint::write_atomically;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::align::Options;
+use super::config::AlignConfig;
+use crate::network::model::Model;
+use crate::tensor::device::precision_name;
+
+/// The file in the run's folder.
+pub(crate) const FILE: &str = "starts.json";
+/// libtorch as it was built against.
+pub(crate) const LIBTORCH: &str = env!("LIBTORCH_VERSION");
+
+/// One start of a run.
+#[derive(Serialize)]
+struct Start {
+    program: String,
+    libtorch: &'static str,
+    command_line: Vec<String>,
+    device: String,
+    precision: &'static str,
+    threads: usize,
+    /// Iterations done before.
+    done: usize,
+    settings: toml::Table,
+}
+
+/// Appends this start to those of the run's folder.
+///
+/// # Errors
+/// When the file is there and is no list, or cannot be written.
+pub(crate) fn append(config: &AlignConfig, options: &Options, done: usize) -> Result<()> {
+    let path = config.output.join(FILE);
+    let start = Start {
+        program: format!("ng-train {}", env!("CARGO_PKG_VERSION")),
+        libtorch: LIBTORCH,
+        command_line: std::env::args().skip(1).collect(),
+        device: device_name(options),
+        precision: precision_name(options.compute.kind),
+        threads: options.threads,
+        done,
+        settings: config.resolved()?,
+    };
+    let mut starts: Vec<Value> = match fs::read(&path) {
+        Ok(bytes) => serde_json::from_slice(&bytes)
+            .with_context(|| format!("{}: no list of starts", path.display()))?,
+        Err(_) => Vec::new(),
+    };
+    starts.push(json!(start));
+    Ok(write_atomically(&path, &serde_json::to_vec_pretty(&starts)?)?)
+}
+
+/// A few lines about what is going to run.
+pub(crate) fn banner(
+    config: &AlignConfig,
+    options: &Options,
+    model: &Model,
+    n_prompts: usize,
+    size: [usize; 2],
+) -> Result<String> {
+    let (setting, group) = (config.setting()?, &config.group);
+    let n_trained: usize = model.engine.trained().masters().map(tch::Tensor::numel).sum();
+    let what = match &config.lora {
+        Some(lora) => format!("adapters of rank {}", lora.rank),
+        None => "all weights of the transformer".to_owned(),
+    };
+    let rewards: Vec<String> =
+        group.rewards.iter().map(|reward| format!("{} ({})", reward.name, reward.weight)).collect();
+    let numbers = if config.ignores("train_steps")?.is_none() {
+        format!("B {}, K {}", setting.n_anchors, setting.n_train_steps)
+    } else {
+        format!("B {}", setting.n_anchors)
+    };
+    Ok(format!(
+        "ng-train {}, libtorch {LIBTORCH}: {} in {}, threads: {}\n\
+         {} learns {what}, {:.2} M numbers, from {}\n\
+         {} of {n_prompts} prompts an iteration, {} images each, {numbers}, updates: {}, steps: {}, \
+         {} x {} pixels\n\
+         rewards (weight): {}; iterations: {}, saved every {} to {}",
+        env!("CARGO_PKG_VERSION"),
+        device_name(options),
+        precision_name(options.compute.kind),
+        options.threads,
+        config.training.algorithm,
+        n_trained as f64 / 1e6,
+        config.model.display(),
+        group.prompts_per_iteration,
+        group.group_size,
+        setting.n_updates,
+        group.rollout.steps,
+        size[0],
+        size[1],
+        rewards.join(", "),
+        config.iterations,
+        config.save_every,
+        config.output.display(),
+    ))
+}
+
+fn device_name(options: &Options) -> String {
+    match options.compute.device {
+        tch::Device::Cuda(index) => format!("cuda:{index}"),
+        _ => "cpu".to_owned(),
+    }
+}
+
+/// SHA-256 over what lies at `path`: of a file its bytes; of a folder the names and sizes of its files, with
+/// their first and last 64 KiB.
+///
+/// # Errors
+/// When something there cannot be read.
+pub(crate) fn content(path: &Path) -> Result<String> {
+    use sha2::{Digest, Sha256};
+    use std::io::{Read, Seek, SeekFrom};
+    const ENDS: u64 = 1 << 16;
+    let mut hash = Sha256::new();
+    let mut left = vec![path.to_owned()];
+    let failed = |path: &Path| format!("cannot read {}", path.display());
+    while let Some(at) = left.pop() {
+        if at.is_dir() {
+            let mut inside = fs::read_dir(&at)
+                .and_then(|entries| {
+                    entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>, _>>()
+                })
+                .with_context(|| failed(&at))?;
+            inside.sort();
+            left.extend(inside.into_iter().rev());
+            continue;
+        }
+        let mut file = fs::File::open(&at).with_context(|| failed(&at))?;
+        let length = file.metadata().with_context(|| failed(&at))?.len();
+        let name = at.strip_prefix(path).unwrap_or(&at).to_string_lossy().into_owned();
+        hash.update(format!("{name} {length}\n"));
+        let mut part = Vec::new();
+        file.by_ref().take(ENDS).read_to_end(&mut part).with_context(|| failed(&at))?;
+        if length > ENDS {
+            let rest = if path.is_dir() { ENDS.min(length - ENDS) } else { length - ENDS };
+            file.seek(SeekFrom::End(-(rest as i64))).with_context(|| failed(&at))?;
+            file.read_to_end(&mut part).with_context(|| failed(&at))?;
+        }
+        hash.update(&part);
+    }
+    Ok(format!("{:x}", hash.finalize()))
+}
