@@ -42,6 +42,7 @@ fn unread(settings: &[&str]) -> &'static [&'static str] {
     match name.unwrap_or_default() {
         "branch-grpo" => &["anchors", "train_steps"],
         "diffusion-nft" => &["anchors"],
+        "v-grpo" | "awm" => &["anchors"],
         name if name.starts_with("mix-") || name == "flow-grpo-fast" => &["train_steps"],
         _ => &[],
     }

@@ -17,7 +17,7 @@ use crate::reward::Rewards;
 use crate::tensor::device::Compute;
 
 /// Another value of every setting that some algorithm does not read.
-const OTHERS: [(&str, &str); 52] = [
+const OTHERS: [(&str, &str); 51] = [
     ("sigma", "0.7"),
     ("anchors", "2"),
     ("updates", "1"),
@@ -69,7 +69,6 @@ const OTHERS: [(&str, &str); 52] = [
     ("matching.lag_rate", "0.3"),
     ("matching.lag_max", "0.1"),
     ("sde.window", "{strategy = 'progressive', size = 2}"),
-    ("advantage.rescale", "false"),
 ];
 
 /// Runs that between them read everything.

@@ -171,7 +171,7 @@ mod tests {
         assert_eq!(
             said,
             [
-                "optimizer.learning_rate was 1e-5 and is 2e-5",
+                "optimizer.learning_rate was 0.00001 and is 0.00002",
                 "prompts was \"a.txt\" and is \"b.txt\""
             ]
         );
