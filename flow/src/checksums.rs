@@ -91,8 +91,8 @@ impl Checksums {
         self.sums.get(file).copied()
     }
 
-    /// Reads every listed file and compares it: at about 1.5 GB a second and core where the processor
-    /// computes SHA-256 itself, a fifth of that elsewhere.
+    /// Reads every listed file and compares it: about 1.3 GB a second and core where the processor computes
+    /// SHA-256 itself.
     ///
     /// # Errors
     /// Names the first that is missing or differs.
