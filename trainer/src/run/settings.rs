@@ -346,7 +346,7 @@ mod tests {
                 "base = 'signs'\n[[rewards]]\nname = 'a'\n[[rewards]]\nkind = 'jpg'",
                 "rewards.0.kind",
             ),
-            ("base = 'signs'\ngroup_size = 1", "line 2: group_size = 1: at least 2"),
+            ("base = 'signs'\ngroup_size = 1", "line 2: group_size = 1: from 2"),
             ("base = 'nope'", "mine.toml: base: there is no preset \"nope\""),
             ("iterations = 3", "model: missing"),
         ] {
