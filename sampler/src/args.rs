@@ -4,9 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, builder::PossibleValuesParser};
 use flow::solver::{DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS};
-use onnx::PROVIDERS;
 
-use crate::{engine::MEMORIES, request::RNGS, server::args::ServeArgs};
+use crate::{engine::MEMORIES, request::RNGS, runtime::RuntimeArgs, server::args::ServeArgs};
 
 /// Make images from an exported FLUX pipeline with ONNX Runtime.
 #[derive(Clone, Debug, Parser)]
@@ -107,31 +106,6 @@ pub struct EngineArgs {
 
     #[command(flatten)]
     pub runtime: RuntimeArgs,
-}
-
-/// What computes, whatever is asked for.
-#[derive(Args, Clone, Debug)]
-pub struct RuntimeArgs {
-    /// What computes; a run never moves to another by itself.
-    #[arg(long, value_name = "NAME", default_value = "cpu",
-          value_parser = PossibleValuesParser::new(PROVIDERS.map(|(name, _)| name)))]
-    pub provider: String,
-
-    /// Number of the GPU.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub device: u8,
-
-    /// Threads for one operator; the images do not depend on it [default: every core].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub threads: Option<u16>,
-
-    /// T5 tokens a prompt is padded or cut to [default: the tokenizer's limit, at most 512].
-    #[arg(long, value_name = "N")]
-    pub max_sequence_length: Option<usize>,
-
-    /// Where TensorRT keeps the engines it builds [default: a folder in the user's cache].
-    #[arg(long, value_name = "DIR")]
-    pub engines: Option<PathBuf>,
 }
 
 /// What an image is like.

@@ -28,7 +28,7 @@ pub fn run(args: &Compare, mut lines: impl Write) -> Result<()> {
     outputs::check_writable(outputs::parent(&args.out))?;
     let prompts = prompts(args)?;
     let base = Request { seed: Some(0), ..run::request(&args.image)? };
-    let options = run::runtime_options(&args.runtime, Memory::Keep)?;
+    let options = args.runtime.options(Memory::Keep)?;
     let mut columns: Vec<Vec<Picture>> = Vec::new();
     let first = settings::seed(&args.image.seed).map_err(Usage)?;
     let first = first.unwrap_or_else(crate::export::random_seed);

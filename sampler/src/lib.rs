@@ -3,7 +3,7 @@
 //! - [`request`], [`export`]: what one image should be; what a model's folder makes of it.
 //! - [`engine`]: the networks, loaded once, for many requests: progress, previews, cancelling.
 //! - [`networks`], [`sample`], [`texts`], [`adapters`], [`tensorrt`]: what the engine runs.
-//! - [`args`] → [`run`] → [`generate`]: a run of the program.
+//! - [`args`], [`runtime`] → [`run`] → [`generate`]: a run of the program.
 //! - [`server`]: requests over HTTP.
 //! - [`outputs`], [`picture`], [`format`], [`exif`], [`parameters`], [`settings`], [`sheet`],
 //!   [`device`], [`report`]: what goes in and comes out.
@@ -33,6 +33,7 @@ pub mod picture;
 pub mod report;
 pub mod request;
 pub mod run;
+pub mod runtime;
 pub mod sample;
 pub mod server;
 pub mod settings;

@@ -17,7 +17,7 @@ use flow::{
 };
 
 use crate::{
-    args::{EngineArgs, Generate, ImageArgs, RuntimeArgs},
+    args::{EngineArgs, Generate, ImageArgs},
     engine::{self, MEMORIES, Memory},
     export::{Export, random_seed},
     format::{self, Format},
@@ -134,25 +134,7 @@ pub fn engine_options(args: &EngineArgs) -> Result<(PathBuf, engine::Options)> {
     let memory = MEMORIES.iter().find(|(name, _)| *name == args.memory);
     let (_, memory) =
         memory.with_context(|| usage(format!("--memory {} is not known", args.memory)))?;
-    Ok((folder, runtime_options(&args.runtime, *memory)?))
-}
-
-/// How networks run that are held as `memory` says.
-///
-/// # Errors
-/// [`Usage`] for an unknown provider.
-pub fn runtime_options(args: &RuntimeArgs, memory: Memory) -> Result<engine::Options> {
-    let provider = onnx::Provider::by_name(&args.provider)
-        .with_context(|| usage(format!("--provider {} is not known", args.provider)))?;
-    let defaults = engine::Options::default();
-    Ok(engine::Options {
-        text_tokens: args.max_sequence_length,
-        threads: args.threads.map_or(defaults.threads, usize::from),
-        provider,
-        device: usize::from(args.device),
-        memory,
-        engines: args.engines.clone(),
-    })
+    Ok((folder, args.runtime.options(*memory)?))
 }
 
 /// What was typed for every image.

@@ -22,10 +22,9 @@ use tokio::{
 };
 
 use crate::{
-    args::RuntimeArgs,
     engine::{Engine, Memory, Options},
     export::Export,
-    run::runtime_options,
+    runtime::RuntimeArgs,
 };
 
 use super::{
@@ -123,7 +122,7 @@ SIGTERM or Ctrl-C: no new work is taken, what was accepted is answered, the prog
 /// or the address.
 pub fn serve(args: &ServeArgs) -> Result<()> {
     let guard = guard(args)?;
-    let options = runtime_options(&args.runtime, Memory::Keep)?;
+    let options = args.runtime.options(Memory::Keep)?;
     let cards: Vec<Card> =
         args.models.iter().map(|typed| card(typed, &options)).collect::<Result<_>>()?;
     for (index, card) in cards.iter().enumerate() {

@@ -221,7 +221,7 @@ fn ng_train_refuses_with_one_line() {
             mistake("reference @/mistyped", 1, &["@/mistyped/transformer", TENSOR, "I64"]),
             mistake("reference @/absurd", 1, &["@/absurd/transformer/config.json", "num_layers"]),
             mistake("reference @/pickled", 1, &["@/pickled/vae", "ng-train convert"]),
-            mistake("convert @/file @/b.safetensors", 1, &["@/file"]),
+            mistake("convert @/file @/b.safetensors", 2, &["@/file"]),
             mistake("convert @/absent.pt @/b.safetensors", 1, &["@/absent.pt"]),
             mistake("embed --import @/absent.json --out @/cache", 1, &["@/absent.json"]),
             mistake("embed --out @/cache", 2, &["--model", "--prompts"]),
@@ -240,7 +240,7 @@ fn ng_train_refuses_with_one_line() {
                 2,
                 &["--steps", "0"],
             ),
-            mistake("sample --model @/model --prompt a --out @/a.png -n 0", 2, &["-n", "0"]),
+            mistake("sample --model @/model --prompt a --out @/a.png -n 0", 2, &["--count", "0"]),
             mistake("sample --model @/model --prompt a --solver ddim", 2, &["ddim", "euler"]),
             mistake(
                 "sample --model @/model --prompt a --out @/a.png --width 33 --height 32",

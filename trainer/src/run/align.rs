@@ -79,47 +79,35 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
         state::remove_leftovers(&config.output)?;
     }
     let found = state::newest(&config.output, ranks.is_first())?;
-    let is_done = found.as_ref().is_some_and(|position| position.iteration >= config.iterations);
-    if is_done && is_whole(&aligned) {
+    if found.as_ref().is_some_and(|it| it.iteration >= config.iterations) && is_whole(&aligned) {
         if ranks.is_first() {
             println!("{}", aligned.display());
-            log::note(&format!(
-                "all {} iterations are done: raise iterations to go on",
-                config.iterations
-            ));
+            let n = config.iterations;
+            log::note(&format!("all {n} iterations are done: raise iterations to go on"));
         }
         return Ok(());
     }
     config.check_files()?;
     contents::of(&config.model)?;
     let train_prompts = prompts::read(&config.prompts).context("prompts")?;
-    let mut rewards =
-        Rewards::open(&config.group.rewards, options.threads, options.compute.device)?;
-    rewards.stop_when(interrupt::asked);
-    rewards.check(&train_prompts)?;
+    let rewards = rewards(config, options, &train_prompts)?;
     let model = config.load(options.compute, ranks)?;
     let size = model.latent_size(config.group.rollout.size)?;
     let grid = config.group.rollout.grid(&model.pipeline.scheduler, &size);
-    let setting = config.setting()?;
-    let mut algorithm = setting.open(grid);
+    let mut algorithm = config.setting()?.open(grid);
     algorithm.begin(model.engine.trained());
     let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
     let (held, mut start) = (Held::of(config, &model)?, 0);
+    let mut changed = Vec::new();
     if let Some(position) = &found {
-        let changed = state::restore(position, &held, &mut optimizer, &model, algorithm.kept())?;
-        for line in changed.iter().filter(|_| ranks.is_first()) {
-            log::warn(&format!("from here on, {line}"));
-        }
+        changed = state::restore(position, &held, &mut optimizer, &model, algorithm.kept())?;
         algorithm.resume(model.engine.trained());
         start = position.iteration;
     }
     agreement::check(config, &train_prompts, start, &model)?;
     let plan = config.group.rollout.steps(grid)?;
     if ranks.is_first() {
-        setting.warning().into_iter().for_each(log::warn);
-        let factor = model.pipeline.vae.factor();
-        let pixels = [size.width * factor, size.height * factor];
-        log::note(&record::banner(config, options, &model, train_prompts.len(), pixels)?);
+        introduce(config, options, &model, train_prompts.len(), &changed)?;
     }
     let report = || Report::open(config, found.as_ref(), &model, &size, &plan);
     let mut run = Run {
@@ -144,6 +132,31 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
         record::append(config, options, start)?;
     }
     run.iterate(start)
+}
+
+/// The rewards, which can all score `prompts`.
+fn rewards(config: &AlignConfig, options: &Options, prompts: &[Prompt]) -> Result<Rewards> {
+    let mut rewards =
+        Rewards::open(&config.group.rewards, options.threads, options.compute.device)?;
+    rewards.stop_when(interrupt::asked);
+    rewards.check(prompts)?;
+    Ok(rewards)
+}
+
+/// Says what is going to run, and what has changed since it was stopped.
+fn introduce(
+    config: &AlignConfig,
+    options: &Options,
+    model: &Model,
+    n_prompts: usize,
+    changed: &[String],
+) -> Result<()> {
+    for line in changed {
+        log::warn(&format!("from here on, {line}"));
+    }
+    config.setting()?.warning().into_iter().for_each(log::warn);
+    log::note(&record::banner(config, options, model, n_prompts)?);
+    Ok(())
 }
 
 struct Run<'a> {

@@ -33,7 +33,7 @@ const OTHERS: [(&str, &str); 51] = [
     ("sde.level", "0.55"),
     ("sde.same_start", "false"),
     ("sde.clip", "0.5"),
-    ("sde.divergence", "1e-6"),
+    ("sde.divergence", "1.0"),
     ("sde.kl", "0.1"),
     ("sde.guard", "true"),
     ("sde.truncate", "true"),

@@ -64,8 +64,9 @@ pub(crate) fn banner(
     options: &Options,
     model: &Model,
     n_prompts: usize,
-    size: [usize; 2],
 ) -> Result<String> {
+    let (size, factor) =
+        (model.latent_size(config.group.rollout.size)?, model.pipeline.vae.factor());
     let (setting, group) = (config.setting()?, &config.group);
     let n_trained: usize = model.engine.trained().masters().map(tch::Tensor::numel).sum();
     let what = match &config.lora {
@@ -96,8 +97,8 @@ pub(crate) fn banner(
         group.group_size,
         setting.n_updates,
         group.rollout.steps,
-        size[0],
-        size[1],
+        size.width * factor,
+        size.height * factor,
         rewards.join(", "),
         config.iterations,
         config.save_every,

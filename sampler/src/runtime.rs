@@ -1,0 +1,55 @@
+//! What computes, as it was typed and as it is meant.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{Args, builder::PossibleValuesParser};
+use flow::usage::Usage;
+use onnx::{PROVIDERS, Provider};
+
+use crate::engine::{Memory, Options};
+
+/// What computes, whatever is asked for.
+#[derive(Args, Clone, Debug)]
+pub struct RuntimeArgs {
+    /// What computes; a run never moves to another by itself.
+    #[arg(long, value_name = "NAME", default_value = "cpu",
+          value_parser = PossibleValuesParser::new(PROVIDERS.map(|(name, _)| name)))]
+    pub provider: String,
+
+    /// Number of the GPU.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub device: u8,
+
+    /// Threads for one operator; the images do not depend on it [default: every core].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+
+    /// T5 tokens a prompt is padded or cut to [default: the tokenizer's limit, at most 512].
+    #[arg(long, value_name = "N")]
+    pub max_sequence_length: Option<usize>,
+
+    /// Where TensorRT keeps the engines it builds [default: a folder in the user's cache].
+    #[arg(long, value_name = "DIR")]
+    pub engines: Option<PathBuf>,
+}
+
+impl RuntimeArgs {
+    /// What the engine is told.
+    ///
+    /// # Errors
+    /// [`Usage`] for an unknown provider.
+    pub fn options(&self, memory: Memory) -> Result<Options> {
+        let provider = Provider::by_name(&self.provider)
+            .with_context(|| Usage(format!("--provider {} is not known", self.provider)))?;
+        let defaults = Options::default();
+        Ok(Options {
+            text_tokens: self.max_sequence_length,
+            threads: self.threads.map_or(defaults.threads, usize::from),
+            provider,
+            device: usize::from(self.device),
+            memory,
+            engines: self.engines.clone(),
+        })
+    }
+}
