@@ -18,7 +18,7 @@ use flow::{
 
 use crate::{
     args::{EngineArgs, Generate, ImageArgs},
-    engine::{self, MEMORIES, Memory},
+    engine::{self, MEMORIES},
     export::{Export, random_seed},
     format::{self, Format},
     outputs::{self, STANDARD},

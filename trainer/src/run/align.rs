@@ -97,8 +97,7 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
     let mut algorithm = config.setting()?.open(grid);
     algorithm.begin(model.engine.trained());
     let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
-    let (held, mut start) = (Held::of(config, &model)?, 0);
-    let mut changed = Vec::new();
+    let (held, mut start, mut changed) = (Held::of(config, &model)?, 0, Vec::new());
     if let Some(position) = &found {
         changed = state::restore(position, &held, &mut optimizer, &model, algorithm.kept())?;
         algorithm.resume(model.engine.trained());
