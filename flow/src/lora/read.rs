@@ -238,6 +238,7 @@ fn adapter(weights: &Weights, group: &Group, beside: &Beside) -> Explained<(Adap
     for (slot, by) in [(Slot::UpBias, factor), (Slot::DiffBias, 1.0)] {
         if let Some(name) = slots.get(&slot) {
             check_bias(target, &shape(weights, name)?)?;
+            check_values(weights, name)?;
             biases.push((name.clone(), by));
         }
     }

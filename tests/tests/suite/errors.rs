@@ -421,7 +421,6 @@ fn ng_sample_refuses_with_one_line() {
                 2,
                 &["--guidance"],
             ),
-            mistake("--model @/export --prompt fox --output @/a.jpg", 2, &["PNG"]),
             mistake(
                 "--model @/export --prompt fox --output @/a.png --noise @/export/model_index.json",
                 1,

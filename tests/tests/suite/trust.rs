@@ -330,7 +330,7 @@ fn absurd_settings_are_one_line() {
         ("keep=0", "keep"),
     ] {
         let ended = Ended::after(&mut run.command(&[setting]));
-        assert_eq!(ended.status.code(), Some(1), "{setting}: {}", ended.stderr);
+        assert_eq!(ended.status.code(), Some(2), "{setting}: {}", ended.stderr);
         let lines = ended.stderr.lines().count();
         assert!(lines == 1 && ended.stderr.contains(names), "{setting}: {}", ended.stderr);
         assert!(!run.folder().exists(), "{setting}");
