@@ -41,8 +41,7 @@ fn unread(settings: &[&str]) -> &'static [&'static str] {
     let name = settings.iter().find_map(|setting| setting.strip_prefix("algorithm="));
     match name.unwrap_or_default() {
         "branch-grpo" => &["anchors", "train_steps"],
-        "diffusion-nft" => &["anchors"],
-        "v-grpo" | "awm" => &["anchors"],
+        "diffusion-nft" | "v-grpo" | "awm" => &["anchors"],
         name if name.starts_with("mix-") || name == "flow-grpo-fast" => &["train_steps"],
         _ => &[],
     }

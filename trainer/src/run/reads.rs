@@ -41,18 +41,18 @@ const OTHERS: [(&str, &str); 51] = [
     ("sde.window.strategy", "'random'"),
     ("sde.window.size", "2"),
     ("sde.window.stride", "2"),
-    ("sde.window.interval", "9"),
-    ("sde.window.interval_min", "3"),
+    ("sde.window.interval", "3"),
+    ("sde.window.interval_min", "20"),
     ("sde.window.threshold", "0"),
     ("sde.window.rate", "0.9"),
-    ("sde.window.within", "0.4"),
+    ("sde.window.within", "0.2"),
     ("branch.splits", "[0, 2]"),
     ("branch.split_noise", "2.0"),
     ("branch.fusion", "'probability'"),
     ("branch.prune_depths", "[4, 5]"),
     ("branch.prune_interval", "100"),
     ("branch.prune_width", "'extremes'"),
-    ("branch.prune_share", "0.3"),
+    ("branch.prune_share", "0.9"),
     ("nft.mix", "0.5"),
     ("nft.limit", "0.5"),
     ("nft.kl", "0.1"),
@@ -77,23 +77,36 @@ const RUNS: [&[&str]; 11] = [
     &["algorithm=dance-grpo", "updates=2"],
     &["algorithm=mix-grpo", "updates=2", "sde.window.size=1"],
     &["algorithm=mix-grpo", "updates=2", "sde.window.size=1", "sde.window.strategy=decay"],
-    &["algorithm=mix-grpo", "updates=2", "sde.window.size=1", "sde.window.strategy=exp-decay"],
-    &["algorithm=branch-grpo", "updates=2"],
-    &["algorithm=branch-grpo", "updates=2", "branch.prune_depths=[5]", "branch.prune_width=best"],
+    &[
+        "algorithm=mix-grpo",
+        "updates=2",
+        "sde.window.size=1",
+        "sde.window.strategy=exp-decay",
+        "sde.window.threshold=1",
+    ],
+    &["algorithm=branch-grpo", "group_size=8", "updates=2"],
+    &[
+        "algorithm=branch-grpo",
+        "group_size=8",
+        "updates=2",
+        "branch.prune_depths=[5]",
+        "branch.prune_width=best",
+    ],
     &["algorithm=diffusion-nft", "updates=2", "nft.decay_rate=0.1"],
-    &["algorithm=flow-dppo", "updates=2"],
-    &["algorithm=v-grpo", "updates=2"],
+    &["algorithm=flow-dppo", "updates=2", "sde.same_start=true"],
+    &["algorithm=v-grpo", "updates=2", "matching.squash=clip"],
     &["algorithm=awm", "updates=2", "train_steps=3", "matching.shared_noise=true"],
 ];
 
 /// Iterations before the one that is computed: windows have moved, depths are pruned elsewhere.
-const ITERATION: usize = 40;
+const ITERATION: usize = 69;
 
 fn config(settings: &[String]) -> anyhow::Result<AlignConfig> {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/tiny-flux/pipeline");
     let common = [
         "rewards=[{name = 'jpeg', kind = 'jpeg', prefer = 'small', weight = 1.0}]",
         "group_size=4",
+        "seed=2",
         "rollout.steps=7",
         "rollout.size=[32, 32]",
         "optimizer.learning_rate=1e-3",
