@@ -17,7 +17,7 @@ use crate::reward::Rewards;
 use crate::tensor::device::Compute;
 
 /// Another value of every setting that some algorithm does not read.
-const OTHERS: [(&str, &str); 51] = [
+const OTHERS: [(&str, &str); 50] = [
     ("sigma", "0.7"),
     ("anchors", "2"),
     ("updates", "1"),
@@ -63,7 +63,6 @@ const OTHERS: [(&str, &str); 51] = [
     ("matching.shared_noise", "false"),
     ("matching.squash", "'tanh'"),
     ("matching.limit", "0.7"),
-    ("matching.clip", "1e-5"),
     ("matching.kl", "0.3"),
     ("matching.lag_kl", "0.5"),
     ("matching.lag_rate", "0.3"),
@@ -95,7 +94,13 @@ const RUNS: [&[&str]; 11] = [
     &["algorithm=diffusion-nft", "updates=2", "nft.decay_rate=0.1"],
     &["algorithm=flow-dppo", "updates=2", "sde.same_start=true"],
     &["algorithm=v-grpo", "updates=2", "matching.squash=clip"],
-    &["algorithm=awm", "updates=2", "train_steps=3", "matching.shared_noise=true"],
+    &[
+        "algorithm=awm",
+        "updates=2",
+        "train_steps=3",
+        "matching.shared_noise=true",
+        "matching.lag_rate=0.1",
+    ],
 ];
 
 /// Iterations before the one that is computed: windows have moved, depths are pruned elsewhere.
