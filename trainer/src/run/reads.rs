@@ -46,7 +46,7 @@ const OTHERS: [(&str, &str); 50] = [
     ("sde.window.threshold", "0"),
     ("sde.window.rate", "0.9"),
     ("sde.window.within", "0.2"),
-    ("branch.splits", "[0, 2]"),
+    ("branch.splits", "[0, 1, 4]"),
     ("branch.split_noise", "2.0"),
     ("branch.fusion", "'probability'"),
     ("branch.prune_depths", "[4, 5]"),
