@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use crate::error::Error;
 use crate::store::{Served, serve};
 use crate::topology::Node;
+use crate::watch::Fault;
 
 /// How long ranks may take to end after one has failed, or after they were asked to.
 const GRACE: Duration = Duration::from_mins(1);
@@ -20,7 +21,7 @@ pub struct Ranks {
     children: Vec<Option<Child>>,
     /// Rank of the first.
     first: usize,
-    _store: Option<Served>,
+    store: Option<Served>,
 }
 
 /// A rank that did not end well.
@@ -66,7 +67,7 @@ impl Ranks {
         };
         let program = std::env::current_exe().map_err(failed)?;
         let first = node.index * n;
-        let mut ranks = Self { children: Vec::with_capacity(n), first, _store: store };
+        let mut ranks = Self { children: Vec::with_capacity(n), first, store };
         for local in 0..n {
             let mut command = Command::new(&program);
             command.args(arguments).env("MASTER_ADDR", &node.host);
@@ -97,9 +98,14 @@ impl Ranks {
                 let Some(child) = slot else { continue };
                 let Ok(Some(status)) = child.try_wait() else { continue };
                 *slot = None;
-                if !status.success() {
-                    first.get_or_insert(Ended { rank: self.first + local, status });
+                if status.success() {
+                    continue;
                 }
+                let rank = self.first + local;
+                if let (Some(_), Some(served)) = (status.signal(), &self.store) {
+                    Fault::tell_of_end(served.store(), rank);
+                }
+                first.get_or_insert(Ended { rank, status });
             }
             if self.children.iter().all(Option::is_none) {
                 return first;

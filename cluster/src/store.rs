@@ -14,13 +14,18 @@ const INTERFACE: &str = "GLOO_SOCKET_IFNAME";
 
 /// A store that other processes use, until it is dropped.
 pub struct Served {
-    _store: Store,
+    store: Store,
     port: u16,
 }
 
 impl Served {
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// As ranks see it that were started once.
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
     }
 }
 
@@ -34,8 +39,14 @@ pub fn serve(port: Option<u16>) -> Result<Served, Error> {
     let wrong = |what: String| Error::Environment { variable: "MASTER_PORT".to_owned(), what };
     let port = listener.local_addr().map_err(|error| wrong(error.to_string()))?.port();
     let patience = Duration::from_secs(10);
-    let store = Store::open("127.0.0.1", port, Some(OwnedFd::from(listener)), patience, "launcher");
-    Ok(Served { _store: store.map_err(wrong)?, port })
+    let listening = Some(OwnedFd::from(listener));
+    let store = Store::open("127.0.0.1", port, listening, patience, &prefix(0));
+    Ok(Served { store: store.map_err(wrong)?, port })
+}
+
+/// What the keys of ranks begin with that a launcher has started `restart` times before.
+fn prefix(restart: usize) -> String {
+    format!("ng/{restart}")
 }
 
 /// How a rank reaches its store.
@@ -48,8 +59,7 @@ pub(crate) struct Place {
 impl Place {
     pub(crate) fn of(topology: &Topology) -> Self {
         let host = if topology.is_local() { "127.0.0.1" } else { &topology.host };
-        let prefix = format!("ng/{}", topology.restart);
-        Self { host: host.to_owned(), port: topology.port, prefix }
+        Self { host: host.to_owned(), port: topology.port, prefix: prefix(topology.restart) }
     }
 
     pub(crate) fn address(&self) -> String {

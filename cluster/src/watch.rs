@@ -32,6 +32,15 @@ pub(crate) struct Fault {
 }
 
 impl Fault {
+    /// What a launcher tells the others, through `store`, of a rank that ended without a word: who waits for
+    /// its call in the store has no connection whose end would show.
+    pub(crate) fn tell_of_end(store: &Store, rank: usize) {
+        let what = "has ended".to_owned();
+        let fault = Self { reporter: rank, peers: vec![rank], what };
+        // Where the store is gone, the ranks see that themselves.
+        _ = store.set_first(FAULT, &fault.to_text());
+    }
+
     fn to_text(&self) -> String {
         let peers: Vec<String> = self.peers.iter().map(ToString::to_string).collect();
         format!("{}|{}|{}", self.reporter, peers.join(","), self.what)
