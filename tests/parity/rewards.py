@@ -54,7 +54,7 @@ class Comparison:
         self.report, self.images = Report(f"rewards, {part}"), draw(out)
 
     def compare(self, kind, settings, score):
-        """Our scores of every image and prompt, and those of `score(image, prompt)`."""
+        """Our scores of every image and prompt, and those of `score(image, prompt)`; removes the weights."""
         fields = {"name": kind, "kind": kind, "weight": 1.0, **settings}
         table = ", ".join(f"{key} = {json.dumps(value, default=str)}" for key, value in fields.items())
         for index, prompt in enumerate(PROMPTS):
@@ -66,6 +66,8 @@ class Comparison:
             theirs = [score(Image.open(path), prompt) for path in self.images]
             print(f"{kind}: {', '.join(f'{value:.4f}' for value in theirs)}")
             self.report.absolute(f"{kind}, prompt {index}", ours, theirs, LIMIT)
+        for weights in settings.keys() & {"weights", "clip"}:
+            settings[weights].unlink()
 
 
 def hpsv2(comparison, make, architecture):
@@ -84,7 +86,6 @@ def hpsv2(comparison, make, architecture):
     img_score.model_dict.update(model=model, preprocess_val=prepare)
     score = lambda image, prompt: float(img_score.score(image, prompt, cp=weights)[0])
     comparison.compare("hpsv2", {"weights": weights, "tokenizer": CLIP_TOKENIZER}, score)
-    weights.unlink()
 
 
 def open_clip(comparison, make):
@@ -146,7 +147,6 @@ def image_reward(comparison, make):
     torch.save(model.state_dict(), weights)
     score = lambda image, prompt: model.score(prompt, image)
     comparison.compare("image-reward", {"weights": weights, "tokenizer": comparison.out}, score)
-    weights.unlink()
 
 
 def aesthetic(comparison, make):

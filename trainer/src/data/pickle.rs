@@ -99,9 +99,22 @@ fn stored(path: &Path) -> Result<Weights> {
     }
     let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
     let converted = folder.path().join("weights.safetensors");
-    convert(path, &converted)?;
+    convert(path, &converted).map_err(|error| match is_full(&error) {
+        true => error.context(format!(
+            "{} has no room for {} as safetensors: TMPDIR names another folder, or convert it once \
+             with ng-train convert",
+            folder.path().display(),
+            path.display()
+        )),
+        false => error,
+    })?;
     // The map outlives the file's name.
     Ok(Weights::open_file(&converted)?.called(path))
+}
+
+fn is_full(error: &anyhow::Error) -> bool {
+    let mut causes = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
+    causes.any(|cause| cause.kind() == io::ErrorKind::StorageFull)
 }
 
 /// Tensors that are read when asked for.
