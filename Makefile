@@ -5,6 +5,7 @@ RUNTIME := .runtime
 PYTHON  := $(RUNTIME)/venv/bin/python
 LIGHT   := $(RUNTIME)/light.stamp
 PARITY  := $(RUNTIME)/parity.stamp
+CUDA    := $(RUNTIME)/cuda.stamp
 CARGO   := cargo
 NG      := target/release
 OUT     := out
@@ -14,7 +15,7 @@ FUZZ    := 600
 test parity: export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help runtime parity-runtime build demo signs emoji test parity soak page bench gpu dist lint deny fuzz clean-runtime
+.PHONY: help runtime parity-runtime build cuda demo signs emoji test parity soak page bench gpu dist lint deny fuzz clean-runtime
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +27,8 @@ parity-runtime: $(PARITY) ## Add the Python references: diffusers and all of tor
 build: $(LIGHT) ## Build the programs into target/release
 	$(CARGO) build --release --workspace --locked
 	python3 setup/notices.py $(NG)/THIRD-PARTY.txt
+
+cuda: build $(CUDA) ## Build, and add what computes on NVIDIA GPUs (2.7 GB; driver 580 or newer)
 
 demo: build ## Align the embedded model, export it, sample it (out/demo)
 	OUT=$(OUT)/demo ./setup/demo.sh
@@ -82,7 +85,12 @@ $(LIGHT): setup/light.sh setup/libtorch.sh setup/requirements-light.txt
 	./setup/light.sh $(RUNTIME)
 	@touch $@
 
-$(PARITY): $(LIGHT) setup/parity.sh setup/requirements-parity.txt setup/requirements-optimum.txt \
+$(CUDA): $(LIGHT) setup/cuda.sh setup/requirements-cuda.txt
+	./setup/cuda.sh $(RUNTIME)
+	@touch $@
+
+$(PARITY): $(LIGHT) setup/parity.sh setup/requirements-parity.txt setup/requirements-cuda.txt \
+           setup/requirements-optimum.txt \
            setup/requirements-rewards.txt setup/requirements-image-reward.txt \
            setup/requirements-openai.txt
 	./setup/parity.sh $(RUNTIME)
