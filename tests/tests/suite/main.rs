@@ -5,6 +5,7 @@ mod algorithms;
 mod align;
 mod compare;
 mod determinism;
+mod documents;
 mod errors;
 mod eval;
 mod parity;
