@@ -99,15 +99,18 @@ fn stored(path: &Path) -> Result<Weights> {
     }
     let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
     let converted = folder.path().join("weights.safetensors");
-    convert(path, &converted).map_err(|error| match is_full(&error) {
-        true => error.context(format!(
-            "{} has no room for {} as safetensors: TMPDIR names another folder, or convert it once \
-             with ng-train convert",
+    let room = |error: anyhow::Error| {
+        if !is_full(&error) {
+            return error;
+        }
+        error.context(format!(
+            "{} has no room for {} as safetensors: TMPDIR names another folder, or convert it once with \
+             ng-train convert",
             folder.path().display(),
             path.display()
-        )),
-        false => error,
-    })?;
+        ))
+    };
+    convert(path, &converted).map_err(room)?;
     // The map outlives the file's name.
     Ok(Weights::open_file(&converted)?.called(path))
 }
