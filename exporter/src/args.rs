@@ -8,6 +8,7 @@ use clap::Parser;
 use crate::element::Float;
 use crate::export::Request;
 use crate::external::Placement;
+use crate::part::Part;
 use crate::precision::{Choice, Modulation, Precision};
 use crate::target::{Attention, Target};
 
@@ -33,6 +34,16 @@ pub struct Args {
     /// The folder to make; it appears when it is complete
     #[arg(short, long, value_name = "DIR")]
     out: PathBuf,
+    /// Make these graphs alone, separated by commas; by default all
+    #[arg(long, value_name = "PART", value_enum, value_delimiter = ',')]
+    only: Vec<Part>,
+    /// Say what would be written and how long that would take; write nothing
+    #[arg(long, conflicts_with_all = ["verify", "resume"])]
+    dry_run: bool,
+    /// When interrupted, leave what is written, and go on with what an interrupted export of the same files and
+    /// options left. Without it an interrupted export leaves nothing
+    #[arg(long)]
+    resume: bool,
     /// Merge the adapters of a LoRA file or folder, whoever trained it; repeatable, one after the other
     #[arg(long = "lora", value_name = "FILE[:SCALE]", value_parser = flow::lora::scaled_path)]
     loras: Vec<(PathBuf, f64)>,
@@ -137,12 +148,21 @@ pub struct Wrap {
 }
 
 impl Args {
+    /// Whether nothing is written.
+    pub fn is_dry(&self) -> bool {
+        self.dry_run
+    }
+
     /// What it means.
     pub fn request(self) -> Request {
         let available = || std::thread::available_parallelism().map_or(1, usize::from);
         Request {
             checkpoint: self.checkpoint,
             target: self.out,
+            parts: match self.only.as_slice() {
+                [] => Part::ALL.to_vec(),
+                only => Part::ALL.into_iter().filter(|part| only.contains(part)).collect(),
+            },
             loras: self.loras,
             choice: Choice {
                 target: self.target,
@@ -160,6 +180,7 @@ impl Args {
                 _ => Placement::Auto,
             },
             replace: self.force,
+            resume: self.resume,
             verify: self.verify,
             max_error: self.max_error,
             threads: self.threads.map_or_else(available, usize::from),

@@ -1,6 +1,7 @@
 //! Element types of floats.
 
 use flow::checkpoint::Dtype;
+use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
 
 use crate::proto::element;
@@ -61,12 +62,23 @@ impl Float {
 
     /// Appends `values` of this type, little-endian.
     pub fn append(self, bytes: &mut Vec<u8>, values: &[f32]) {
+        let start = bytes.len();
+        bytes.resize(start + values.len() * self.size(), 0);
+        let to = &mut bytes[start..];
+        let pairs = to.chunks_exact_mut(2);
         match self {
-            Self::F32 => bytes.extend(values.iter().flat_map(|x| x.to_le_bytes())),
-            Self::F16 => bytes.extend(values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes())),
-            Self::Bf16 => {
-                bytes.extend(values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()));
+            Self::F32 => to
+                .chunks_exact_mut(4)
+                .zip(values)
+                .for_each(|(to, x)| to.copy_from_slice(&x.to_le_bytes())),
+            Self::F16 => {
+                let mut halves = vec![f16::ZERO; values.len()];
+                halves.convert_from_f32_slice(values);
+                pairs.zip(halves).for_each(|(to, x)| to.copy_from_slice(&x.to_le_bytes()));
             }
+            Self::Bf16 => pairs
+                .zip(values)
+                .for_each(|(to, &x)| to.copy_from_slice(&bf16::from_f32(x).to_le_bytes())),
         }
     }
 

@@ -10,12 +10,13 @@ use flow::checkpoint::Weights;
 use flow::contents::{self, Belonging};
 use flow::lora::{Layers, Lora};
 use flow::pipeline::Pipeline;
-use flow::staged::Staged;
+use flow::staged::{self, Staged};
 use flow::tokens::Tokenizers;
 use indicatif::ProgressBar;
 
 use crate::description::{self, Description};
-use crate::external::{self, Placement, Written};
+use crate::external::data::JOURNAL;
+use crate::external::{self, Linked, Mode, Output, Placement, Written};
 use crate::graph::Graph;
 use crate::networks::record;
 use crate::part::Part;
@@ -25,6 +26,9 @@ use crate::verify::report::{Found, Report};
 use crate::verify::{self, Difference, blocks};
 use crate::weights::Source;
 
+pub mod plan;
+mod resume;
+
 /// What to export, and how.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -32,6 +36,8 @@ pub struct Request {
     pub checkpoint: PathBuf,
     /// Folder to make.
     pub target: PathBuf,
+    /// Graphs to make.
+    pub parts: Vec<Part>,
     /// Adapters to merge into the transformer and the text encoders, and their scales.
     pub loras: Vec<(PathBuf, f64)>,
     /// Target and precision.
@@ -40,6 +46,8 @@ pub struct Request {
     pub placement: Placement,
     /// Whether an earlier export there is replaced.
     pub replace: bool,
+    /// Whether an interrupted export is left, and one that was left is gone on with.
+    pub resume: bool,
     /// Whether the graphs must compute what the checkpoint does.
     pub verify: bool,
     /// Another limit of relative errors than the precision's.
@@ -69,86 +77,212 @@ pub struct Table<'a>(pub &'a [Summary]);
 /// Folders of a checkpoint that an export takes over as they are.
 const COPIED: [&str; 3] = ["tokenizer", "tokenizer_2", "scheduler"];
 
-/// Exports a whole pipeline: every graph, the configs and tokenizers; `bar` counts weights.
+/// What an export is made from, all of it checked but weights.
+struct Prepared<'a> {
+    request: &'a Request,
+    pipeline: Pipeline,
+    loras: Vec<Lora>,
+    graphs: Vec<(Part, Graph)>,
+    rest: Vec<Belonging>,
+}
+
+/// Exports the graphs asked for, the configs and tokenizers; `bar` counts weights.
 /// The target appears when everything was written and, if asked for, verified.
 ///
 /// # Errors
 /// When the checkpoint cannot be read, the target must not or cannot be written, a graph differs
-/// from its reference, or `stop` was set. Nothing is left behind then.
+/// from its reference, or `stop` was set. Nothing is left behind then, but for [`Request::resume`] what was
+/// written until `stop`, under a hidden name.
 pub fn export(request: &Request, bar: &ProgressBar, stop: &AtomicBool) -> Result<Vec<Summary>> {
-    let dialects = Part::ALL.map(|part| Ok((part, request.choice.dialect(part)?)));
-    let dialects = dialects.into_iter().collect::<Result<Vec<_>>>()?;
-    let pipeline = Pipeline::open(&request.checkpoint)?;
-    let loras = open_loras(&request.loras, &pipeline, bar)?;
-    check_apart(&request.checkpoint, &request.target)?;
-    check_target(&request.target, request.replace)?;
-    // What is copied is read once before the work: an export without tokenizers is of no use.
-    Tokenizers::open(&request.checkpoint, None)?;
-    let rest = rest(&request.checkpoint)?;
-    COPIED.iter().try_for_each(|folder| pipeline.check_folder(folder))?;
-    let staged = Staged::begin(&request.target)?;
-    let graphs: Vec<_> =
-        dialects.into_iter().map(|(part, d)| (part, record(&pipeline, part, d))).collect();
-    bar.set_length(graphs.iter().map(|(_, graph)| graph.n_parameters() as u64).sum());
-
-    let mut description = Description::new(&request.choice, &request.loras);
-    let mut summaries = Vec::with_capacity(graphs.len());
-    for (part, graph) in graphs {
-        bar.set_message(part.folder());
-        description.add(part, &graph);
-        let mut advance = |n: usize| {
-            bar.inc(n as u64);
-            check_stop(stop)
-        };
-        let writing =
-            Writing { pipeline: &pipeline, loras: &loras, root: staged.path(), request, bar };
-        let summary = writing.part(part, graph, &mut advance)?;
-        description.written(part, summary.written);
-        summaries.push(summary);
+    let prepared = Prepared::open(request, bar)?;
+    let mut staged = if request.resume {
+        let left = resume::fingerprint(&prepared)?;
+        let staged = Staged::resume(&request.target, |folder| resume::fits(folder, &left))?;
+        resume::begin(staged.path(), &left)?;
+        staged
+    } else {
+        Staged::begin(&request.target)?
+    };
+    prepared.check_space(staged.path())?;
+    let n_parameters = |(_, graph): &(Part, Graph)| graph.n_parameters() as u64;
+    bar.set_length(prepared.graphs.iter().map(n_parameters).sum());
+    let filled = prepared.fill(&mut staged, bar, stop);
+    if filled.is_err() && request.resume && stop.load(Ordering::Relaxed) {
+        staged.leave();
+        bail!("interrupted: the same command goes on from here");
     }
-    for file in &rest {
-        copy(&file.source, &staged.path().join(&file.path))?;
-    }
-    description.write(staged.path())?;
-    if request.verify {
-        let verifying = Verifying { pipeline: &pipeline, loras: &loras, request, stop };
-        verifying.run(staged.path(), &description, &mut summaries, bar)?;
+    let summaries = filled?;
+    if request.resume {
+        resume::end(staged.path())?;
     }
     check_target(&request.target, request.replace)?;
     staged.publish(request.replace)?;
     Ok(summaries)
 }
 
-/// Where parts come from and go to.
-struct Writing<'a> {
-    pipeline: &'a Pipeline,
-    loras: &'a [Lora],
-    root: &'a Path,
-    request: &'a Request,
-    bar: &'a ProgressBar,
-}
+impl<'a> Prepared<'a> {
+    fn open(request: &'a Request, bar: &ProgressBar) -> Result<Self> {
+        let dialects = request.parts.iter().map(|&part| Ok((part, request.choice.dialect(part)?)));
+        let dialects = dialects.collect::<Result<Vec<_>>>()?;
+        let pipeline = Pipeline::open(&request.checkpoint)?;
+        let loras = open_loras(&request.loras, &pipeline, bar)?;
+        check_apart(&request.checkpoint, &request.target)?;
+        check_target(&request.target, request.replace)?;
+        // What is copied is read once before the work: an export without tokenizers is of no use.
+        Tokenizers::open(&request.checkpoint, None)?;
+        let rest = rest(&request.checkpoint)?;
+        COPIED.iter().try_for_each(|folder| pipeline.check_folder(folder))?;
+        let graphs =
+            dialects.into_iter().map(|(part, d)| (part, record(&pipeline, part, d))).collect();
+        Ok(Self { request, pipeline, loras, graphs, rest })
+    }
 
-impl Writing<'_> {
+    /// What an export would write, without reading or writing it.
+    fn count(&self) -> Result<Vec<Summary>> {
+        let count = |(part, graph): &(Part, Graph)| {
+            let weights = self.pipeline.unread_weights(part.component())?;
+            let source = self.source(*part, &weights);
+            let folder = self.request.target.join(part.folder());
+            let (summary, _) =
+                self.make(*part, graph, source, &folder, Mode::Counted, &mut |_| Ok(()))?;
+            Ok(summary)
+        };
+        self.graphs.iter().map(count).collect()
+    }
+
+    fn source<'b>(&'b self, part: Part, weights: &'b Weights) -> Source<'b> {
+        Source { weights, loras: &self.loras, component: part.component() }
+    }
+
+    fn make(
+        &self,
+        part: Part,
+        graph: &Graph,
+        source: Source<'_>,
+        folder: &Path,
+        mode: Mode,
+        advance: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<(Summary, external::Made)> {
+        let (n_nodes, n_parameters) = (graph.nodes.len(), graph.n_parameters());
+        let metadata = description::metadata(part, &self.request.choice, graph, &self.pipeline)?;
+        let (name, placement) = (part.folder(), self.request.placement);
+        let output = Output { folder, name, placement, metadata: &metadata, mode };
+        let made = external::write(&output, graph.clone(), source, advance)?;
+        let written = made.written;
+        Ok((Summary { part, n_nodes, n_parameters, written, difference: None }, made))
+    }
+
+    /// Bytes of what is written beside graphs and weights.
+    fn rest_bytes(&self) -> u64 {
+        let size = |file: &Belonging| fs::metadata(&file.source).map_or(0, |found| found.len());
+        self.rest.iter().map(size).sum()
+    }
+
+    fn check_space(&self, folder: &Path) -> Result<()> {
+        let Some(n_free) = staged::free_bytes(folder) else { return Ok(()) };
+        let n_needed = self.count()?.iter().map(|summary| summary.written.n_bytes).sum::<u64>()
+            + self.rest_bytes();
+        let n_held = resume::n_bytes(folder);
+        ensure!(
+            n_needed <= n_free + n_held,
+            "{}: the export needs {}, but only {} are free there",
+            self.request.target.display(),
+            megabytes(n_needed - n_held),
+            megabytes(n_free)
+        );
+        Ok(())
+    }
+
+    fn fill(
+        &self,
+        staged: &mut Staged,
+        bar: &ProgressBar,
+        stop: &AtomicBool,
+    ) -> Result<Vec<Summary>> {
+        let mut description = Description::new(&self.request.choice, &self.request.loras);
+        let mut summaries = Vec::with_capacity(self.graphs.len());
+        let mut linked = Vec::new();
+        for (part, graph) in &self.graphs {
+            bar.set_message(part.folder());
+            description.add(*part, graph);
+            let mut advance = |n: usize| {
+                bar.inc(n as u64);
+                check_stop(stop)
+            };
+            let (summary, made) = self.part(*part, graph, staged.path(), bar, &mut advance)?;
+            if let Some(sum) = made.data {
+                staged.know(format!("{}/{}", part.folder(), external::DATA_FILE), sum);
+            }
+            linked.extend(made.linked.into_iter().map(|file| (*part, file)));
+            description.written(*part, summary.written);
+            summaries.push(summary);
+        }
+        bar.set_message("reading linked weights");
+        self.scan(&linked, staged, &|n| {
+            bar.inc(n as u64);
+            check_stop(stop)
+        })?;
+        for file in &self.rest {
+            copy(&file.source, &staged.path().join(&file.path))?;
+        }
+        description.write(staged.path())?;
+        if self.request.verify {
+            let verifying = Verifying { prepared: self, stop };
+            verifying.run(staged.path(), &description, &mut summaries, bar)?;
+        }
+        Ok(summaries)
+    }
+
     fn part(
         &self,
         part: Part,
-        graph: Graph,
+        graph: &Graph,
+        root: &Path,
+        bar: &ProgressBar,
         advance: &mut dyn FnMut(usize) -> Result<()>,
-    ) -> Result<Summary> {
-        let folder = self.root.join(part.folder());
-        fs::create_dir(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        let component = self.pipeline.dir.join(part.component().folder());
-        copy(&component.join("config.json"), &folder.join("config.json"))?;
-        let weights = self.pipeline.weights(part.component())?;
-        self.bar
-            .suspend(|| weights.notices().iter().for_each(|notice| eprintln!("note: {notice}")));
-        let source = Source { weights: &weights, loras: self.loras, component: part.component() };
-        let (n_nodes, n_parameters) = (graph.nodes.len(), graph.n_parameters());
-        let metadata = description::metadata(part, &self.request.choice, &graph, self.pipeline)?;
-        let placement = self.request.placement;
-        let written =
-            external::write(&folder, part.folder(), graph, source, placement, &metadata, advance)?;
-        Ok(Summary { part, n_nodes, n_parameters, written, difference: None })
+    ) -> Result<(Summary, external::Made)> {
+        let folder = root.join(part.folder());
+        let mode = if self.request.resume { Mode::Resumed } else { Mode::Written };
+        let created = match mode {
+            Mode::Resumed => resume::clear(&folder),
+            _ => fs::create_dir(&folder),
+        };
+        created.with_context(|| format!("cannot create {}", folder.display()))?;
+        let component = part.component().folder();
+        let config = self.pipeline.dir.join(component).join("config.json");
+        copy(&config, &folder.join("config.json"))?;
+        let weights = self.pipeline.unread_weights(part.component())?;
+        bar.suspend(|| weights.notices().iter().for_each(|notice| eprintln!("note: {notice}")));
+        let source = self.source(part, &weights);
+        let made = self.make(part, graph, source, &folder, mode, advance)?;
+        if let Some(sums) = self.pipeline.checksums() {
+            let is_linked = |file: &str| {
+                let path = self.pipeline.dir.join(file);
+                made.1.linked.iter().any(|linked| linked.file == path)
+            };
+            let is_here = |file: &str| Path::new(file).starts_with(component);
+            sums.check_where(|file| is_here(file) && !is_linked(file))?;
+        }
+        Ok(made)
+    }
+
+    /// Reads every linked file once: its numbers must be finite, its sum the checkpoint's where that lists it.
+    fn scan(
+        &self,
+        linked: &[(Part, Linked)],
+        staged: &mut Staged,
+        advance: &(dyn Fn(usize) -> Result<()> + Sync),
+    ) -> Result<()> {
+        let files: Vec<&Linked> = linked.iter().map(|(_, file)| file).collect();
+        let sums = external::scan(&files, advance)?;
+        for ((part, file), sum) in linked.iter().zip(sums) {
+            let listed = file.file.strip_prefix(&self.pipeline.dir).ok().and_then(Path::to_str);
+            if let (Some(sums), Some(listed)) = (self.pipeline.checksums(), listed) {
+                sums.compare(listed, sum)?;
+            }
+            staged.know(format!("{}/{}", part.folder(), file.name), sum);
+        }
+        Ok(())
     }
 }
 
@@ -169,9 +303,7 @@ fn open_loras(
 
 /// A verification of what was written.
 struct Verifying<'a> {
-    pipeline: &'a Pipeline,
-    loras: &'a [Lora],
-    request: &'a Request,
+    prepared: &'a Prepared<'a>,
     stop: &'a AtomicBool,
 }
 
@@ -184,13 +316,14 @@ impl Verifying<'_> {
         summaries: &mut [Summary],
         bar: &ProgressBar,
     ) -> Result<()> {
-        let (mut report, threads) = (Report::default(), self.request.threads);
+        let Prepared { request, pipeline, loras, .. } = self.prepared;
+        let (mut report, threads) = (Report::default(), request.threads);
         for summary in &mut *summaries {
             let part = summary.part;
             bar.set_message(format!("verifying {}", part.folder()));
-            let stages = blocks::compare(folder, part, self.pipeline, self.loras, threads)?;
+            let stages = blocks::compare(folder, part, pipeline, loras, threads)?;
             summary.difference = stages.last().map(|stage| stage.chained);
-            report.0.push(Found::new(part, stages, description, self.request.max_error));
+            report.0.push(Found::new(part, stages, description, request.max_error));
             check_stop(self.stop)?;
         }
         report.check().context("nothing was exported")?;
@@ -209,11 +342,12 @@ impl Verifying<'_> {
 
     /// What the trainer stored of the checkpoint, or of the one adapter merged as it was trained.
     fn reference(&self) -> Result<Option<Weights>> {
-        if self.request.choice.precision != Precision::F32 {
+        let request = self.prepared.request;
+        if request.choice.precision != Precision::F32 {
             return Ok(None);
         }
-        match self.request.loras.as_slice() {
-            [] => verify::stored(&self.request.checkpoint),
+        match request.loras.as_slice() {
+            [] => verify::stored(&request.checkpoint),
             [(path, 1.0)] if path.is_dir() => verify::stored(path),
             _ => Ok(None),
         }

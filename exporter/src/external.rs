@@ -8,16 +8,16 @@
 //! than half is never linked. The rest is written in order of first use, little-endian. Large tensors start on a page,
 //! so that a runtime can map them; a few bytes are not worth a seek and stay in the graph's file.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use flow::checkpoint::Weights;
+use flow::checksums::Sum;
 use prost::Message;
 
-use crate::element::Float;
 use crate::graph::{EXTENSIONS, Graph, Parameter, SCALE};
 use crate::precision::{Code, Storage};
 use crate::proto::{
@@ -27,6 +27,14 @@ use crate::proto::{
 use crate::weights::Source;
 use crate::weights::encode::encode;
 
+pub(crate) mod data;
+mod links;
+
+use data::DataFile;
+pub use data::Mode;
+pub use links::{Linked, Place, scan};
+use links::{in_place, link};
+
 /// The graph's file.
 pub const MODEL_FILE: &str = "model.onnx";
 /// The weights' file.
@@ -34,15 +42,8 @@ pub const DATA_FILE: &str = "model.onnx_data";
 
 /// Smaller tensors, in bytes, stay inside the graph's file.
 const MIN_EXTERNAL: usize = 1024;
-/// Larger tensors, in bytes, start at a multiple of [`PAGE`].
-const MIN_ALIGNED: usize = 64 << 10;
-const PAGE: u64 = 4096;
-/// Start of any other tensor.
-const CACHE_LINE: u64 = 64;
 /// Bytes of mapped weights that are held before they are given back.
 const HELD: usize = 64 << 20;
-/// Smaller files, in bytes, are copied where nobody chose.
-const MIN_LINKED: u64 = 1 << 30;
 
 /// Whether weights may stay in the checkpoint's files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -65,29 +66,53 @@ pub struct Written {
     pub n_linked: u64,
 }
 
-/// Writes `graph` as `name` with the values of its parameters out of `source` into `folder`; tensors stay in
-/// the checkpoint's files as `placement` says. `advance` hears how many bytes of weights
-/// were read since its last call, and stops the work by an error.
+/// What was made of one graph.
+#[derive(Clone, Debug, Default)]
+pub struct Made {
+    /// Sizes.
+    pub written: Written,
+    /// Files that must still be read once, by [`scan`].
+    pub linked: Vec<Linked>,
+    /// SHA-256 of [`DATA_FILE`], where it was written.
+    pub data: Option<Sum>,
+}
+
+/// Where a graph goes, and how.
+#[derive(Clone, Copy, Debug)]
+pub struct Output<'a> {
+    /// The folder.
+    pub folder: &'a Path,
+    /// The graph's name.
+    pub name: &'a str,
+    /// Whether tensors stay in the checkpoint's files.
+    pub placement: Placement,
+    /// What the graph says of itself.
+    pub metadata: &'a [(&'a str, String)],
+    /// What is done with bytes.
+    pub mode: Mode,
+}
+
+/// Writes `graph` with the values of its parameters out of `source`. `advance` hears how many numbers were read
+/// since its last call, and stops the work by an error.
 ///
 /// # Errors
 /// When a parameter is missing, is no float, is not finite or has another shape, or the folder cannot be
 /// written.
 pub fn write<'a>(
-    folder: &Path,
-    name: &str,
+    output: &Output<'_>,
     graph: Graph,
     source: impl Into<Source<'a>>,
-    placement: Placement,
-    metadata: &[(&str, String)],
     advance: &mut dyn FnMut(usize) -> Result<()>,
-) -> Result<Written> {
+) -> Result<Made> {
     let source = source.into();
+    let &Output { folder, name, placement, metadata, mode } = output;
     let mut writer = Writer {
         source,
         positive_scales: graph.dialect.table.positive_scales,
-        linked: linked_files(folder, &graph, source, placement)?,
+        linked: link(folder, &graph, source, placement, mode)?,
         data: None,
         folder,
+        mode,
         n_linked: 0,
         n_held: 0,
         advance,
@@ -98,7 +123,8 @@ pub fn write<'a>(
         initializer.extend(writer.tensors(parameter)?);
     }
     let n_linked = writer.n_linked;
-    let n_data_bytes = writer.data.map_or(Ok(0), DataFile::finish)?;
+    let linked = writer.linked.into_values().collect();
+    let (n_data_bytes, data) = writer.data.map_or(Ok((0, None)), DataFile::finish)?;
     let table = &graph.dialect.table;
     let is_extended = graph.nodes.iter().any(|node| node.domain.is_some());
     let model = ModelProto {
@@ -122,8 +148,12 @@ pub fn write<'a>(
             .map(|(key, value)| StringStringEntryProto::new(key, value.clone()))
             .collect(),
     };
-    let n_model_bytes = write_model(&folder.join(MODEL_FILE), &model)?;
-    Ok(Written { n_bytes: n_data_bytes + n_model_bytes, n_linked })
+    let n_model_bytes = match mode {
+        Mode::Counted => model.encoded_len() as u64,
+        Mode::Written | Mode::Resumed => write_model(&folder.join(MODEL_FILE), &model)?,
+    };
+    let written = Written { n_bytes: n_data_bytes + n_model_bytes, n_linked };
+    Ok(Made { written, linked, data })
 }
 
 /// Writes the graph's file and returns its size in bytes.
@@ -141,68 +171,14 @@ pub fn write_model(path: &Path, model: &ModelProto) -> Result<u64> {
     Ok(bytes.len() as u64)
 }
 
-/// File and first byte of `parameter` where the graph can read it there.
-fn in_place<'a>(parameter: &Parameter, source: Source<'a>) -> Option<(&'a Path, usize)> {
-    let (file, offset, dtype) = source.weights.in_place(&parameter.name)?;
-    let float = Float::of(dtype)?;
-    let fits = parameter.storage == Storage::Plain(float)
-        && parameter.len() * float.size() >= MIN_EXTERNAL
-        && !source.is_adapted(&parameter.name);
-    fits.then_some((file, offset))
-}
-
-/// Files of the checkpoint that the graph needs more than half of: their names in `folder`, where they now
-/// are, too.
-fn linked_files(
-    folder: &Path,
-    graph: &Graph,
-    source: Source<'_>,
-    placement: Placement,
-) -> Result<BTreeMap<PathBuf, String>> {
-    if placement == Placement::Copied {
-        return Ok(BTreeMap::new());
-    }
-    let mut needed: BTreeMap<&Path, u64> = BTreeMap::new();
-    for parameter in &graph.parameters {
-        if let Some((file, _)) = in_place(parameter, source) {
-            *needed.entry(file).or_default() += stored(parameter).2 as u64;
-        }
-    }
-    let mut linked = BTreeMap::new();
-    let mut taken = BTreeSet::from([MODEL_FILE.to_owned(), DATA_FILE.to_owned()]);
-    for (file, n_bytes) in needed {
-        let read = || format!("cannot read {}", file.display());
-        let size = file.metadata().with_context(read)?.len();
-        if 2 * n_bytes < size || (placement == Placement::Auto && size < MIN_LINKED) {
-            continue;
-        }
-        // A folder of the hub is full of links; what they point at can be linked again.
-        let real = file.canonicalize().with_context(read)?;
-        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if !taken.insert(name.clone()) {
-            continue;
-        }
-        match fs::hard_link(&real, folder.join(&name)) {
-            Ok(()) => _ = linked.insert(file.to_owned(), name),
-            // Another file system, or one without links: a copy does.
-            Err(_) if placement == Placement::Auto => {}
-            Err(why) => bail!(
-                "cannot link {} into the export ({why}): give an --out on the same file system, or \
-                 --copy-weights",
-                file.display()
-            ),
-        }
-    }
-    Ok(linked)
-}
-
 /// A graph's weights while they are written.
 struct Writer<'a, 'b> {
     source: Source<'a>,
     positive_scales: bool,
-    linked: BTreeMap<PathBuf, String>,
+    linked: BTreeMap<PathBuf, Linked>,
     data: Option<DataFile>,
     folder: &'b Path,
+    mode: Mode,
     n_linked: u64,
     /// Bytes of mapped weights read since they were last given back.
     n_held: usize,
@@ -212,94 +188,109 @@ struct Writer<'a, 'b> {
 impl Writer<'_, '_> {
     /// The initializers of one parameter: its values or codes, and the scales of codes.
     fn tensors(&mut self, parameter: &Parameter) -> Result<Vec<TensorProto>> {
-        if let Some((file, offset)) = in_place(parameter, self.source)
-            && let Some(name) = self.linked.get(file).cloned()
+        if let Some((file, offset, float)) = in_place(parameter, self.source)
+            && let Some(linked) = self.linked.get_mut(file)
         {
-            return Ok(vec![self.linked_tensor(parameter, &name, offset)?]);
+            let (dims, element, n_bytes) = stored(parameter);
+            let (name, range) = (parameter.name.clone(), offset..offset + n_bytes);
+            linked.tensors.push(Place { name, range, float });
+            self.n_linked += n_bytes as u64;
+            let mut tensor = tensor(parameter.name.clone(), &dims, element);
+            place(&mut tensor, &linked.name, offset as u64, n_bytes);
+            return Ok(vec![tensor]);
+        }
+        let (dims, element, n_bytes) = stored(parameter);
+        let mut tensors = vec![tensor(parameter.name.clone(), &dims, element)];
+        let n_scale_bytes = scale_bytes(parameter);
+        if self.is_known(n_bytes, n_scale_bytes)? {
+            self.keep(&mut tensors[0], n_bytes)?;
+            (self.advance)(parameter.len())?;
+            if n_scale_bytes > 0 {
+                let mut scales = scales(parameter);
+                self.keep(&mut scales, n_scale_bytes)?;
+                tensors.push(scales);
+            }
+            return Ok(tensors);
         }
         let values = self.source.of(parameter)?;
-        let (dims, element, n_bytes) = stored(parameter);
-        let mut tensor = TensorProto {
-            dims: dims.iter().map(|&n| n as i64).collect(),
-            data_type: Some(element),
-            name: Some(parameter.name.clone()),
-            ..TensorProto::default()
-        };
         let size = values.len();
         let source = self.source.weights;
         let positive = self.positive_scales;
         let mut pace = Pace { n_held: &mut self.n_held, advance: &mut *self.advance, source };
-        let scales = if n_bytes < MIN_EXTERNAL {
+        let of_blocks = if n_bytes < MIN_EXTERNAL {
             let mut raw = Vec::with_capacity(n_bytes);
-            let scales = encode(parameter, &values, positive, &mut |bytes| {
+            let of_blocks = encode(parameter, &values, positive, &mut |bytes| {
                 raw.extend_from_slice(bytes);
                 pace.passed(bytes.len() * size / n_bytes.max(1))
             })?;
-            tensor.raw_data = Some(raw);
-            scales
+            tensors[0].raw_data = Some(raw);
+            of_blocks
         } else {
-            let data = DataFile::in_folder(&mut self.data, self.folder)?;
+            let data = DataFile::in_folder(&mut self.data, self.folder, self.mode)?;
             let offset = data.begin(n_bytes)?;
-            let scales = encode(parameter, &values, positive, &mut |bytes| {
+            let of_blocks = encode(parameter, &values, positive, &mut |bytes| {
                 data.append(bytes)?;
                 pace.passed(bytes.len() * size / n_bytes.max(1))
             })?;
-            place(&mut tensor, DATA_FILE, offset, n_bytes);
-            scales
+            place(&mut tensors[0], DATA_FILE, offset, n_bytes);
+            of_blocks
         };
-        let mut tensors = vec![tensor];
-        if !scales.is_empty() {
-            tensors.push(self.scales(parameter, scales)?);
+        if !of_blocks.is_empty() {
+            let mut scales = scales(parameter);
+            if of_blocks.len() < MIN_EXTERNAL {
+                scales.raw_data = Some(of_blocks);
+            } else {
+                let data = DataFile::in_folder(&mut self.data, self.folder, self.mode)?;
+                let offset = data.begin(of_blocks.len())?;
+                data.append(&of_blocks)?;
+                place(&mut scales, DATA_FILE, offset, of_blocks.len());
+            }
+            tensors.push(scales);
         }
         Ok(tensors)
     }
 
-    fn scales(&mut self, parameter: &Parameter, bytes: Vec<u8>) -> Result<TensorProto> {
-        let mut tensor = TensorProto {
-            dims: scale_shape(parameter).into_iter().map(|n| n as i64).collect(),
-            data_type: Some(parameter.scale.element()),
-            name: Some(format!("{}{SCALE}", parameter.name)),
-            ..TensorProto::default()
-        };
-        if bytes.len() < MIN_EXTERNAL {
-            tensor.raw_data = Some(bytes);
-            return Ok(tensor);
+    /// Whether nothing need be computed: bytes are only counted, or were all written by an earlier run.
+    fn is_known(&mut self, n_bytes: usize, n_scale_bytes: usize) -> Result<bool> {
+        let is_outside = |n: usize| n == 0 || n >= MIN_EXTERNAL;
+        match self.mode {
+            Mode::Counted => Ok(true),
+            Mode::Resumed if is_outside(n_bytes) && is_outside(n_scale_bytes) => {
+                let data = DataFile::in_folder(&mut self.data, self.folder, self.mode)?;
+                Ok(data.holds(n_bytes + n_scale_bytes))
+            }
+            Mode::Resumed | Mode::Written => Ok(false),
         }
-        let data = DataFile::in_folder(&mut self.data, self.folder)?;
-        let offset = data.begin(bytes.len())?;
-        data.append(&bytes)?;
-        place(&mut tensor, DATA_FILE, offset, bytes.len());
-        Ok(tensor)
     }
 
-    /// A tensor in a linked file, read once to see that it is finite.
-    fn linked_tensor(
-        &mut self,
-        parameter: &Parameter,
-        file: &str,
-        offset: usize,
-    ) -> Result<TensorProto> {
-        let values = self.source.of(parameter)?;
-        let Storage::Plain(float) = parameter.storage else { unreachable!("codes are written") };
-        let n_bytes = values.len() * float.size();
-        let mut tensor = TensorProto {
-            dims: parameter.shape.iter().map(|&n| n as i64).collect(),
-            data_type: Some(float.element()),
-            name: Some(parameter.name.clone()),
-            ..TensorProto::default()
-        };
-        place(&mut tensor, file, offset as u64, n_bytes);
-        let source = self.source.weights;
-        let mut pace = Pace { n_held: &mut self.n_held, advance: &mut *self.advance, source };
-        let step = HELD / 8;
-        for start in (0..values.len()).step_by(step) {
-            let end = values.len().min(start + step);
-            values.as_they_are(float, start..end)?;
-            pace.passed(end - start)?;
+    /// Bytes that are known already.
+    fn keep(&mut self, tensor: &mut TensorProto, n_bytes: usize) -> Result<()> {
+        if n_bytes < MIN_EXTERNAL {
+            tensor.raw_data = Some(vec![0; n_bytes]);
+            return Ok(());
         }
-        self.n_linked += n_bytes as u64;
-        Ok(tensor)
+        let data = DataFile::in_folder(&mut self.data, self.folder, self.mode)?;
+        let offset = data.begin(n_bytes)?;
+        data.skip(n_bytes);
+        place(tensor, DATA_FILE, offset, n_bytes);
+        Ok(())
     }
+}
+
+/// An initializer without its values.
+fn tensor(name: String, dims: &[usize], element: i32) -> TensorProto {
+    TensorProto {
+        dims: dims.iter().map(|&n| n as i64).collect(),
+        data_type: Some(element),
+        name: Some(name),
+        ..TensorProto::default()
+    }
+}
+
+/// That of the scales of `parameter`.
+fn scales(parameter: &Parameter) -> TensorProto {
+    let name = format!("{}{SCALE}", parameter.name);
+    tensor(name, &scale_shape(parameter), parameter.scale.element())
 }
 
 /// Tells of progress, and gives memory back in time.
@@ -351,6 +342,15 @@ fn stored(parameter: &Parameter) -> (Vec<usize>, i32, usize) {
     }
 }
 
+fn scale_bytes(parameter: &Parameter) -> usize {
+    match parameter.storage {
+        Storage::Plain(_) => 0,
+        Storage::Coded { .. } => {
+            scale_shape(parameter).iter().product::<usize>() * parameter.scale.size()
+        }
+    }
+}
+
 fn scale_shape(parameter: &Parameter) -> Vec<usize> {
     let Storage::Coded { block: Some(block), .. } = parameter.storage else { return Vec::new() };
     let (n_out, n_blocks) = (parameter.shape[0], parameter.shape[1].div_ceil(block));
@@ -365,47 +365,6 @@ fn place(tensor: &mut TensorProto, file: &str, offset: u64, n_bytes: usize) {
         StringStringEntryProto::new("offset", offset.to_string()),
         StringStringEntryProto::new("length", n_bytes.to_string()),
     ];
-}
-
-/// The second file while it grows.
-struct DataFile {
-    path: PathBuf,
-    file: BufWriter<File>,
-    n_bytes: u64,
-}
-
-impl DataFile {
-    /// The one in `folder`, begun when it is first needed.
-    fn in_folder<'a>(slot: &'a mut Option<Self>, folder: &Path) -> Result<&'a mut Self> {
-        if slot.is_none() {
-            let path = folder.join(DATA_FILE);
-            let file = File::create(&path);
-            let file = file.with_context(|| format!("cannot create {}", path.display()))?;
-            *slot = Some(Self { path, file: BufWriter::with_capacity(1 << 20, file), n_bytes: 0 });
-        }
-        Ok(slot.as_mut().expect("made above"))
-    }
-
-    /// Where a tensor of `n_bytes` goes.
-    fn begin(&mut self, n_bytes: usize) -> Result<u64> {
-        let to = if n_bytes < MIN_ALIGNED { CACHE_LINE } else { PAGE };
-        let gap = self.n_bytes.next_multiple_of(to) - self.n_bytes;
-        self.append(&[0; PAGE as usize][..gap as usize])?;
-        Ok(self.n_bytes)
-    }
-
-    fn append(&mut self, bytes: &[u8]) -> Result<()> {
-        let written = self.file.write_all(bytes);
-        written.with_context(|| format!("cannot write {}", self.path.display()))?;
-        self.n_bytes += bytes.len() as u64;
-        Ok(())
-    }
-
-    fn finish(mut self) -> Result<u64> {
-        let flushed = self.file.flush().and_then(|()| self.file.get_ref().sync_all());
-        flushed.with_context(|| format!("cannot write {}", self.path.display()))?;
-        Ok(self.n_bytes)
-    }
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use clap::{CommandFactory, Parser};
 use exporter::args::{Args, Inspect, Verify, Wrap};
+use exporter::export::plan::plan;
 use exporter::export::{Table, export};
 use exporter::target::Target;
 use exporter::{inspect, tensorrt, verify};
@@ -62,6 +63,9 @@ fn say(text: impl std::fmt::Display) -> Result<()> {
 }
 
 fn run(args: Args) -> Result<()> {
+    if args.is_dry() {
+        return say(plan(&args.request())?);
+    }
     let stop = Arc::new(AtomicBool::new(false));
     let asked = Arc::clone(&stop);
     ctrlc::set_handler(move || asked.store(true, Ordering::Relaxed))

@@ -3,17 +3,22 @@
 use flow::pipeline::Component;
 
 /// One graph of an export.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub enum Part {
-    /// Tokens to the pooled CLIP vector.
+    /// Tokens to the pooled CLIP vector
+    #[value(name = "text_encoder")]
     TextEncoder,
-    /// Tokens to T5 states.
+    /// Tokens to T5 states
+    #[value(name = "text_encoder_2")]
     TextEncoder2,
-    /// Noisy latents, time and text to a velocity.
+    /// Noisy latents, time and text to a velocity
+    #[value(name = "transformer")]
     Transformer,
-    /// Latents to an image.
+    /// Latents to an image
+    #[value(name = "vae_decoder")]
     VaeDecoder,
-    /// An image to means and log-variances of latents.
+    /// An image to means and log-variances of latents
+    #[value(name = "vae_encoder")]
     VaeEncoder,
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 
-use crate::external::MODEL_FILE;
+use crate::description;
 
 /// Refuses `target` when something is there, unless it is an earlier export that `replace` gives up.
 pub(crate) fn check_target(target: &Path, replace: bool) -> Result<()> {
@@ -13,12 +13,11 @@ pub(crate) fn check_target(target: &Path, replace: bool) -> Result<()> {
     let Ok(found) = target.symlink_metadata() else { return Ok(()) };
     ensure!(replace, "{shown} exists: choose another --out, or replace it with --force");
     ensure!(found.is_dir(), "{shown} is not a folder: choose another --out");
-    let is_export = Path::new("transformer").join(MODEL_FILE);
     let is_empty = fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_none());
     ensure!(
-        is_empty || target.join(&is_export).is_file(),
+        is_empty || target.join(description::FILE).is_file(),
         "{shown} is not replaced: it is no earlier export (no {}): choose another --out",
-        is_export.display()
+        description::FILE
     );
     Ok(())
 }
@@ -39,8 +38,7 @@ mod tests {
         fs::write(target.join("cat.png"), "").unwrap();
         let message = check_target(&target, true).unwrap_err().to_string();
         assert!(message.contains("no earlier export"), "{message}");
-        fs::create_dir(target.join("transformer")).unwrap();
-        fs::write(target.join("transformer").join(MODEL_FILE), "").unwrap();
+        fs::write(target.join(description::FILE), "").unwrap();
         check_target(&target, true).unwrap();
     }
 }

@@ -151,6 +151,16 @@ fn is_finite(float: Float, bytes: &[u8]) -> bool {
     }
 }
 
+/// Index and value of the first number of `bytes` that is not finite.
+pub(crate) fn first_not_finite(float: Float, bytes: &[u8]) -> Option<(usize, f32)> {
+    if is_finite(float, bytes) {
+        return None;
+    }
+    let (dtype, shape) = (dtype(float), [bytes.len() / float.size()]);
+    let values = View { dtype, shape: &shape, bytes: bytes.into() }.to_f32().ok()?;
+    values.into_iter().enumerate().find(|(_, value)| !value.is_finite())
+}
+
 /// The checkpoint's own type for `float`.
 pub fn dtype(float: Float) -> Dtype {
     match float {

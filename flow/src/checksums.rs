@@ -14,12 +14,28 @@ use crate::checkpoint::{CheckpointError, read_bounded, write_atomically};
 
 type Result<T> = std::result::Result<T, CheckpointError>;
 /// SHA-256 of a file.
-pub(crate) type Sum = [u8; 32];
+pub type Sum = [u8; 32];
 
 /// Name of the list in its folder; `sha256sum -c` reads it, too.
 pub const FILE: &str = "SHA256SUMS";
 /// Bytes hashed at a time.
 const CHUNK: usize = 1 << 20;
+
+/// The sum of bytes that come piece by piece.
+#[derive(Clone, Default)]
+pub struct Summing(Sha256);
+
+impl Summing {
+    /// These follow.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The sum of all.
+    pub fn finish(self) -> Sum {
+        self.0.finalize().into()
+    }
+}
 
 /// The list of one folder.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,7 +103,7 @@ impl Checksums {
     }
 
     /// The listed sum of `file`.
-    pub(crate) fn sum(&self, file: &str) -> Option<Sum> {
+    pub fn sum(&self, file: &str) -> Option<Sum> {
         self.sums.get(file).copied()
     }
 
@@ -123,7 +139,11 @@ impl Checksums {
         self.compare(file, Sha256::digest(bytes).into())
     }
 
-    fn compare(&self, file: &str, found: Sum) -> Result<()> {
+    /// Compares `file`, whose sum is `found`; one that is not listed passes.
+    ///
+    /// # Errors
+    /// When it differs.
+    pub fn compare(&self, file: &str, found: Sum) -> Result<()> {
         if self.sum(file).is_none_or(|listed| listed == found) {
             return Ok(());
         }

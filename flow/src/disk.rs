@@ -59,6 +59,32 @@ fn claim(file: &File, path: &Path) -> bool {
     own.is_ok_and(|own| fs::metadata(path).map(id).is_ok_and(|there| there == own))
 }
 
+/// A folder that a writer left in `home` when it was to be called `name`, and its lock: the first that `fits`.
+pub(crate) fn adopt(
+    home: &Path,
+    name: &OsStr,
+    fits: impl Fn(&Path) -> bool,
+) -> io::Result<Option<(TempDir, File)>> {
+    let prefix = hidden(name);
+    for entry in fs::read_dir(home)? {
+        let entry = entry?;
+        if !entry.file_name().to_string_lossy().starts_with(&prefix)
+            || !entry.file_type()?.is_dir()
+            || !fits(&entry.path())
+        {
+            continue;
+        }
+        let left = entry.path();
+        if let Some(lock) = File::open(&left).ok().filter(|lock| claim(lock, &left)) {
+            let (work, _lock_of_nothing) = begin_folder(home, name)?;
+            // Over the empty folder, which is gone with that.
+            fs::rename(left, work.path())?;
+            return Ok(Some((work, lock)));
+        }
+    }
+    Ok(None)
+}
+
 /// Removes what killed writers left in `folder` under hidden names that begin with `prefix`, and returns
 /// how many there were. What is still being written stays.
 pub(crate) fn remove_leftovers(folder: &Path, prefix: &str) -> io::Result<usize> {

@@ -44,6 +44,33 @@ impl Staged {
         Ok(Self { work, _lock: lock, target, known: BTreeMap::new() })
     }
 
+    /// Begins `target` with what an earlier writer of it left when it was stopped, if `fits` says of that folder
+    /// that it can be gone on with; else as [`Staged::begin`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn resume(target: &Path, fits: impl Fn(&Path) -> bool) -> Result<Self> {
+        let target = std::path::absolute(target).map_err(CheckpointError::io(target))?;
+        let name = target.file_name().unwrap_or_default();
+        let home = target.ancestors().skip(1).find(|folder| folder.exists());
+        let home = home.unwrap_or(Path::new("/"));
+        let adopted = disk::adopt(home, name, fits).map_err(CheckpointError::io(home))?;
+        match adopted {
+            Some((work, lock)) => Ok(Self { work, _lock: lock, target, known: BTreeMap::new() }),
+            None => Self::begin(&target),
+        }
+    }
+
+    /// Leaves the folder under its hidden name, for [`Staged::resume`].
+    pub fn leave(self) {
+        let _path = self.work.keep();
+    }
+
+    /// Takes the sum of the file `file` of the folder from who read it.
+    pub fn know(&mut self, file: String, sum: Sum) {
+        self.known.insert(file, sum);
+    }
+
     /// Where to put the contents.
     pub fn path(&self) -> &Path {
         self.work.path()
@@ -97,6 +124,14 @@ impl Staged {
         disk::sync_folder(parent)
             .map_err(|reason| CheckpointError::Io { path: self.target, reason })
     }
+}
+
+/// Bytes that can still be written where `target` is to be, if the file system says so.
+pub fn free_bytes(target: &Path) -> Option<u64> {
+    let target = std::path::absolute(target).ok()?;
+    let home = target.ancestors().find(|folder| folder.exists())?;
+    let found = rustix::fs::statvfs(home).ok()?;
+    Some(found.f_bavail.saturating_mul(found.f_frsize))
 }
 
 /// Removes what killed writers left in `folder`, and returns how many there were; what is still being
@@ -240,6 +275,26 @@ mod tests {
         assert!(living.path().exists());
         drop(living);
         assert_eq!(entries(home.path()), ["new"]);
+    }
+
+    #[test]
+    fn what_was_left_is_gone_on_with_where_it_fits() {
+        let home = tempfile::tempdir().unwrap();
+        let target = home.path().join("new");
+        staged(&target, "half").leave();
+        let holds = |text: &'static str| {
+            move |folder: &Path| fs::read_to_string(folder.join("file")).is_ok_and(|t| t == text)
+        };
+        let living = Staged::resume(&target, holds("half")).unwrap();
+        let other = Staged::resume(&target, holds("half")).unwrap();
+        assert!(!other.path().join("file").exists(), "what somebody writes is not taken away");
+        drop(other);
+        living.publish(false).unwrap();
+        assert_eq!(entries(home.path()), ["new"]);
+        let target = home.path().join("newer");
+        staged(&target, "half").leave();
+        drop(Staged::resume(&target, holds("other")).unwrap());
+        assert_eq!(entries(home.path()), ["new"], "what does not fit is removed");
     }
 
     #[test]

@@ -33,10 +33,12 @@ impl Scratch {
         let request = Request {
             checkpoint,
             target,
+            parts: Part::ALL.to_vec(),
             loras: Vec::new(),
             choice: Choice::default(),
             placement: Placement::Auto,
             replace: false,
+            resume: false,
             verify: true,
             max_error: None,
             threads: 1,
@@ -230,6 +232,78 @@ fn an_interrupted_export_leaves_nothing() {
     let stopped = export(&scratch.request, &ProgressBar::hidden(), &AtomicBool::new(true));
     assert!(stopped.unwrap_err().to_string().contains("interrupted"));
     scratch.assert_nothing_left();
+}
+
+/// Every file of the export, `export.json` and sums too.
+fn files(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut found = Vec::new();
+    for path in list(folder).unwrap() {
+        if path.is_dir() {
+            found.extend(files(&path));
+        } else {
+            found.push((path.clone(), fs::read(path).unwrap()));
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn the_same_checkpoint_makes_the_same_bytes_stopped_or_not() {
+    let mut scratch = Scratch::new("tiny-schnell");
+    scratch.request.verify = false;
+    scratch.request.replace = true;
+    for precision in [Precision::F16, Precision::Int4] {
+        scratch.request.choice.precision = precision;
+        scratch.export().unwrap();
+        let once = files(&scratch.request.target);
+        assert!(once.len() > 15);
+        scratch.export().unwrap();
+        assert!(once == files(&scratch.request.target), "{precision:?}: two exports differ");
+        scratch.request.resume = true;
+        let bar = ProgressBar::hidden();
+        let stopped = export(&scratch.request, &bar, &AtomicBool::new(true)).unwrap_err();
+        assert!(stopped.to_string().contains("goes on from here"), "{stopped}");
+        assert_eq!(list(scratch.home.path()).unwrap().len(), 3, "what was written is left");
+        scratch.export().unwrap();
+        assert!(once == files(&scratch.request.target), "{precision:?}: a resumed export differs");
+        assert_eq!(list(scratch.home.path()).unwrap().len(), 2);
+        scratch.request.resume = false;
+    }
+}
+
+#[test]
+fn what_was_left_by_other_options_is_not_gone_on_with() {
+    let mut scratch = Scratch::new("tiny-schnell");
+    (scratch.request.verify, scratch.request.resume) = (false, true);
+    let stopped = export(&scratch.request, &ProgressBar::hidden(), &AtomicBool::new(true));
+    stopped.unwrap_err();
+    scratch.request.choice.precision = Precision::Int8;
+    scratch.export().unwrap();
+    assert_eq!(list(scratch.home.path()).unwrap().len(), 2, "what does not fit is removed");
+    let data = |export: &Path| fs::read(export.join("transformer/model.onnx_data")).unwrap();
+    let resumed = data(&scratch.request.target);
+    (scratch.request.replace, scratch.request.resume) = (true, false);
+    scratch.export().unwrap();
+    assert!(resumed == data(&scratch.request.target));
+}
+
+#[test]
+fn a_plan_says_what_is_written_then_and_writes_nothing() {
+    let mut scratch = Scratch::new("tiny-flux");
+    scratch.request.verify = false;
+    for precision in [Precision::F32, Precision::Bf16, Precision::Int4] {
+        scratch.request.choice = Choice { precision, ..Choice::default() };
+        scratch.request.parts = vec![Part::TextEncoder2, Part::Transformer];
+        let planned = plan::plan(&scratch.request).unwrap().to_string();
+        scratch.assert_nothing_left();
+        let summaries = scratch.export().unwrap();
+        let table = Table(&summaries).to_string();
+        assert!(planned.starts_with(&table), "{planned}\n{table}");
+        assert!(planned.contains("time: about") && planned.contains("free there"), "{planned}");
+        assert!(!scratch.request.target.join("text_encoder").exists());
+        fs::remove_dir_all(&scratch.request.target).unwrap();
+    }
 }
 
 #[test]

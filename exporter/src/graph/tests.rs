@@ -1,5 +1,7 @@
 //! Small networks recorded, written and run by ONNX Runtime, against loops in f64.
 
+use std::path::Path;
+
 use anyhow::Result;
 use clap::ValueEnum;
 use flow::checkpoint::{Entry, Weights, write_tensors};
@@ -11,7 +13,7 @@ use prost::Message;
 
 use super::{Builder, Kind, Size, Value};
 use crate::element::Float;
-use crate::external::{self, MODEL_FILE, Placement};
+use crate::external::{self, MODEL_FILE, Mode, Output, Placement};
 use crate::part::Part;
 use crate::precision::Choice;
 use crate::proto::ModelProto;
@@ -87,19 +89,15 @@ impl Case {
             let tensor = port.r#type.as_mut().and_then(|kind| kind.tensor_type.as_mut());
             tensor.expect("a tensor").shape = None;
         }
-        external::write(
-            folder.path(),
-            "case",
-            graph,
-            &weights,
-            Placement::Copied,
-            &[],
-            &mut |_| Ok(()),
-        )?;
+        external::write(&output(folder.path(), &[]), graph, &weights, &mut |_| Ok(()))?;
         let mut model = Model::open(folder.path().join(MODEL_FILE), &Options::default())?;
         let fed: Vec<_> = self.fed.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         model.run(&fed, &names.iter().map(String::as_str).collect::<Vec<_>>())
     }
+}
+
+fn output<'a>(folder: &'a Path, metadata: &'a [(&'a str, String)]) -> Output<'a> {
+    Output { folder, name: "case", placement: Placement::Copied, metadata, mode: Mode::Written }
 }
 
 #[track_caller]
@@ -465,15 +463,8 @@ fn a_written_model_decodes_to_what_was_recorded() -> Result<()> {
     let graph = ops.finish(&[("y", kept, vec!["batch".into(), 2.into()])]);
     let weights = Weights::open(folder.path(), "w")?;
     let metadata = [("component", "sum".to_owned())];
-    external::write(
-        folder.path(),
-        "sum",
-        graph.clone(),
-        &weights,
-        Placement::Copied,
-        &metadata,
-        &mut |_| Ok(()),
-    )?;
+    let output = output(folder.path(), &metadata);
+    external::write(&output, graph.clone(), &weights, &mut |_| Ok(()))?;
     let model = ModelProto::decode(std::fs::read(folder.path().join(MODEL_FILE))?.as_slice())?;
     assert_eq!((model.ir_version, model.opset_import[0].version), (Some(11), Some(23)));
     assert_eq!(model.metadata_props[0].key.as_deref(), Some("component"));

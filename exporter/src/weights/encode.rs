@@ -5,15 +5,21 @@
 //! extreme is exact and no code is left out; where scales must be positive it is the least that holds all.
 //! fp8 (E4M3): the largest magnitude becomes 448. Codes are chosen for the scale as it is stored.
 
-use anyhow::{Result, ensure};
+use std::ops::Range;
 
-use super::Values;
+use anyhow::{Result, bail, ensure};
+use rayon::prelude::*;
+
+use super::{Values, first_not_finite};
 use crate::element::Float;
 use crate::graph::Parameter;
 use crate::precision::{Code, Storage};
 
 /// Elements converted at a time.
-const CHUNK: usize = 1 << 20;
+const CHUNK: usize = 1 << 18;
+/// Chunks converted before they are handed on, for each of at most [`MAX_THREADS`] threads.
+const AHEAD: usize = 4;
+const MAX_THREADS: usize = 16;
 /// Largest number of E4M3.
 const E4M3_MAX: f32 = 448.0;
 
@@ -59,28 +65,24 @@ pub fn encode(
 }
 
 fn plain(float: Float, values: &Values<'_>, sink: Sink<'_>) -> Result<()> {
-    let mut bytes = Vec::new();
-    for start in (0..values.len()).step_by(CHUNK) {
-        let range = start..values.len().min(start + CHUNK);
+    let make = |range: Range<usize>| {
         if let Some(bytes) = values.as_they_are(float, range.clone())? {
-            sink(bytes)?;
-            continue;
+            return Ok(bytes.to_vec());
         }
-        bytes.clear();
         let part = values.f32(range)?;
-        float.append(&mut bytes, &part);
-        if float == Float::F16 {
-            let beyond = part.iter().find(|x| !float.round(**x).is_finite());
-            if let Some(beyond) = beyond {
-                anyhow::bail!(
-                    "{} holds {beyond}, beyond f16: choose another --precision, or bf16",
-                    values.name()
-                );
-            }
+        let bytes = float.bytes(&part);
+        if float == Float::F16
+            && let Some((at, _)) = first_not_finite(float, &bytes)
+        {
+            bail!(
+                "{} holds {}, beyond f16: choose another --precision, or bf16",
+                values.name(),
+                part[at]
+            );
         }
-        sink(&bytes)?;
-    }
-    Ok(())
+        Ok(bytes)
+    };
+    in_order(values.len(), CHUNK, make, |bytes| sink(&bytes))
 }
 
 /// Codes `[N, K]`, blocks along rows, the last of each row filled up; scales `[N, ⌈K/block⌉]`.
@@ -92,11 +94,9 @@ fn rows(
     whole: Option<f32>,
     sink: Sink<'_>,
 ) -> Result<Vec<u8>> {
-    let (mut of_blocks, mut bytes, mut codes) = (Vec::new(), Vec::new(), Vec::new());
-    let step = (CHUNK / n_in).max(1) * n_in;
-    for start in (0..values.len()).step_by(step) {
-        bytes.clear();
-        for row in values.f32(start..values.len().min(start + step))?.chunks_exact(n_in) {
+    let make = |range: Range<usize>| {
+        let (mut of_blocks, mut bytes, mut codes) = (Vec::new(), Vec::new(), Vec::new());
+        for row in values.f32(range)?.chunks_exact(n_in) {
             for part in row.chunks(block) {
                 let scale = match whole {
                     Some(scale) => scale,
@@ -115,9 +115,14 @@ fn rows(
                 pack(scales.code, &codes, &mut bytes);
             }
         }
-        sink(&bytes)?;
-    }
-    Ok(scales.float.bytes(&of_blocks))
+        Ok((bytes, of_blocks))
+    };
+    let mut all = Vec::new();
+    in_order(values.len(), (CHUNK / n_in).max(1) * n_in, make, |(bytes, of_blocks)| {
+        all.extend(of_blocks);
+        sink(&bytes)
+    })?;
+    Ok(scales.float.bytes(&all))
 }
 
 /// Codes `[K, N]`, blocks along columns; scales `[⌈K/block⌉, N]`, or one.
@@ -130,13 +135,11 @@ fn columns(
     sink: Sink<'_>,
 ) -> Result<Vec<u8>> {
     let (values_f32, n_out) = (values.f32(0..values.len())?, values.len() / n_in);
-    let (mut of_blocks, mut bytes, mut codes) = (Vec::new(), Vec::new(), Vec::new());
-    let band_size = if whole.is_some() { block.min(32) } else { block };
-    let mut band = vec![0; band_size * n_out];
-    for first in (0..n_in).step_by(band_size) {
-        let height = band_size.min(n_in - first);
+    let make = |range: Range<usize>| {
+        let (mut of_blocks, mut bytes, mut codes) = (Vec::new(), Vec::new(), Vec::new());
+        let mut band = vec![0; range.len() * n_out];
         for (column, row) in values_f32.chunks_exact(n_in).enumerate() {
-            let part = &row[first..first + height];
+            let part = &row[range.clone()];
             let scale = match whole {
                 Some(scale) => scale,
                 None => scales.of(part, values)?,
@@ -150,21 +153,47 @@ fn columns(
                 band[i * n_out + column] = *code;
             }
         }
-        bytes.clear();
-        pack(scales.code, &band[..height * n_out], &mut bytes);
-        sink(&bytes)?;
+        pack(scales.code, &band, &mut bytes);
+        Ok((bytes, of_blocks))
+    };
+    let mut all = Vec::new();
+    let height = if whole.is_some() { block.min(32) } else { block };
+    in_order(n_in, height, make, |(bytes, of_blocks)| {
+        all.extend(of_blocks);
+        sink(&bytes)
+    })?;
+    all.extend(whole);
+    Ok(scales.float.bytes(&all))
+}
+
+/// Hands `take` what `make` makes of each piece of `step` of `0..n`, in order; several are made at a time.
+fn in_order<T: Send>(
+    n: usize,
+    step: usize,
+    make: impl Fn(Range<usize>) -> Result<T> + Sync,
+    mut take: impl FnMut(T) -> Result<()>,
+) -> Result<()> {
+    let at_once = step * AHEAD * rayon::current_num_threads().min(MAX_THREADS);
+    for first in (0..n).step_by(at_once) {
+        let starts: Vec<usize> = (first..n.min(first + at_once)).step_by(step).collect();
+        let make = |start: usize| make(start..n.min(start + step));
+        let made: Vec<Result<T>> = starts.into_par_iter().map(make).collect();
+        made.into_iter().try_for_each(|made| take(made?))?;
     }
-    of_blocks.extend(whole);
-    Ok(scales.float.bytes(&of_blocks))
+    Ok(())
 }
 
 fn whole_scale(scales: Scales, values: &Values<'_>) -> Result<f32> {
     let mut extremes = [0.0f32; 2];
-    for start in (0..values.len()).step_by(CHUNK) {
-        let part = values.f32(start..values.len().min(start + CHUNK))?;
-        extremes[0] = part.iter().copied().fold(extremes[0], f32::min);
-        extremes[1] = part.iter().copied().fold(extremes[1], f32::max);
-    }
+    let make = |range: Range<usize>| {
+        let part = values.f32(range)?;
+        let low = part.iter().copied().fold(0.0, f32::min);
+        Ok([low, part.iter().copied().fold(0.0, f32::max)])
+    };
+    in_order(values.len(), CHUNK, make, |[low, high]| {
+        extremes = [extremes[0].min(low), extremes[1].max(high)];
+        Ok(())
+    })?;
     scales.of(&extremes, values)
 }
 
