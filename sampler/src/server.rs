@@ -24,6 +24,7 @@ pub mod job;
 pub mod jobs;
 pub mod listen;
 pub mod log;
+pub mod loras;
 pub mod metrics;
 pub mod openai;
 pub mod page;

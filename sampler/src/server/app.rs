@@ -8,12 +8,12 @@ use axum::{
     http::{HeaderName, HeaderValue, StatusCode, header::CONTENT_TYPE},
     middleware::{Next, from_fn_with_state},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::{delete, get, post},
 };
 use serde_json::json;
 
 use super::{
-    identity::new_id, jobs, metrics::Answer, openai, page, refusal::Refusal, sdapi,
+    identity::new_id, jobs, loras, metrics::Answer, openai, page, refusal::Refusal, sdapi,
     service::Service,
 };
 
@@ -36,6 +36,8 @@ pub fn app(service: Arc<Service>) -> Router {
         .route("/api/jobs/{id}/cancel", post(jobs::cancel))
         .route("/api/jobs/{id}/events", get(jobs::progress))
         .route("/api/jobs/{id}/images/{index}", get(jobs::image))
+        .route("/api/loras", get(loras::list).post(loras::load))
+        .route("/api/loras/{name}", delete(loras::unload))
         .route("/api/capabilities", get(page::capabilities))
         .route("/sdapi/v1/txt2img", post(sdapi::txt2img))
         .route("/sdapi/v1/progress", get(sdapi::progress))

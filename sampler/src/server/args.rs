@@ -101,6 +101,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub grace: u32,
 
+    /// Folder of LoRAs that clients may load by their names; the models need slots for them.
+    #[arg(long, value_name = "DIR")]
+    pub loras: Option<PathBuf>,
+
     #[command(flatten)]
     pub runtime: RuntimeArgs,
 
@@ -168,6 +172,7 @@ fn open(cards: &[Card], options: &Options) -> Result<Vec<Engine>> {
 fn settings(args: &ServeArgs, cards: Vec<Card>, guard: Guard, precision: String) -> Settings {
     Settings {
         cards,
+        loras: args.loras.clone(),
         provider: args.runtime.provider.clone(),
         precision,
         queue: args.queue as usize,

@@ -44,8 +44,6 @@ pub struct Ask {
     pub image: Request,
     /// By default 1.
     pub count: Option<usize>,
-    /// Style by name, with its scale.
-    pub lora: Option<(String, f32)>,
     pub encoding: Encoding,
     pub previews: usize,
 }
@@ -59,6 +57,11 @@ impl Card {
     /// Whether the model embeds guidance.
     pub fn guides(&self) -> bool {
         self.export.pipeline.transformer.guidance_embeds
+    }
+
+    /// Whether it can take LoRAs at run time.
+    pub fn has_slots(&self) -> bool {
+        self.export.description.lora_slots.is_some()
     }
 
     /// The drawing that `ask` means for model number `model`, which this card describes.
@@ -88,8 +91,8 @@ impl Card {
             let why = format!("model {} embeds no guidance; leave it out", self.name);
             return Err(invalid(names.guidance, why));
         }
-        if let Some((name, _)) = &ask.lora {
-            let why = format!("{name:?} cannot be used: model {} has no LoRA slots", self.name);
+        if !ask.image.loras.is_empty() && !self.has_slots() {
+            let why = format!("model {} has no slots; export it with --lora-slots", self.name);
             return Err(invalid("lora", why));
         }
         let seed = ask.image.seed.unwrap_or_else(random_seed);
@@ -103,12 +106,13 @@ impl Card {
                     "size" => names.size,
                     "steps" => names.steps,
                     "guidance" => names.guidance,
+                    "loras" => "lora",
                     field => field,
                 };
                 invalid(field, error.why)
             })?;
-        let Ask { lora, encoding, previews, .. } = ask;
-        Ok(Drawing { model, first, count, lora, encoding, previews })
+        let Ask { encoding, previews, .. } = ask;
+        Ok(Drawing { model, first, count, encoding, previews })
     }
 
     fn check_size(&self, image: &Request, limits: Limits, field: &str) -> Result<(), Refusal> {

@@ -12,8 +12,6 @@ pub struct Drawing {
     /// The first image; the others differ in their seeds.
     pub first: Image,
     pub count: usize,
-    /// Style by name, with its scale.
-    pub lora: Option<(String, f32)>,
     pub encoding: Encoding,
     /// Previews of each image, spread evenly over the steps.
     pub previews: usize,
@@ -32,7 +30,7 @@ impl Drawing {
 
     /// Whether images of both may share a run of the networks.
     pub fn fits(&self, other: &Self) -> bool {
-        (self.model, &self.lora) == (other.model, &other.lora) && self.first.goes_with(&other.first)
+        self.model == other.model && self.first.goes_with(&other.first)
     }
 
     /// Whether a preview is due after the `call`-th of `calls` network calls of an image.

@@ -54,12 +54,12 @@ pub async fn create(
         seed: seed(f, "seed")?,
         guidance: f.number(NAMES.guidance, 0.0..=100.0)?.map(|scale| scale as f32),
         shift: f.number("shift", 0.01..=100.0)?,
+        loras: lora(f)?,
         ..Request::default()
     };
     let ask = Ask {
         image,
         count: f.integer(NAMES.count, 1..=1000)?.map(|n| n as usize),
-        lora: lora(f)?,
         encoding: encoding(f)?,
         previews: f.integer("previews", 0..=MAX_PREVIEWS)?.unwrap_or(0) as usize,
     };
@@ -175,6 +175,9 @@ fn status_of(service: &Service, job: &Job, board: &Board) -> Value {
             json!({"seed": seed, "url": url})
         })
         .collect();
+    let loras: Vec<Value> = (image.loras.iter())
+        .map(|(lora, scale)| json!({"name": lora.name, "scale": scale}))
+        .collect();
     let error = match &board.state {
         JobState::Failed(why) => Some(why),
         _ => None,
@@ -192,7 +195,7 @@ fn status_of(service: &Service, job: &Job, board: &Board) -> Value {
         "guidance": image.guidance,
         "shift": image.shift,
         "notices": image.notices,
-        "lora": drawing.lora.as_ref().map(|(name, scale)| json!({"name": name, "scale": scale})),
+        "loras": loras,
         "images_ahead": service.queue.ahead(&job.id),
         "step": board.step,
         "of": board.of,

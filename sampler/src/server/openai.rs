@@ -130,9 +130,10 @@ impl Wish {
             seed: seed(f, "seed")?,
             guidance: f.number(NAMES.guidance, 0.0..=20.0)?.map(|scale| scale as f32),
             shift: f.number("shift", 0.01..=100.0)?,
+            loras: lora(f)?,
             ..Request::default()
         };
-        let ask = Ask { image, count, lora: lora(f)?, encoding: encoding(f)?, previews: partial };
+        let ask = Ask { image, count, encoding: encoding(f)?, previews: partial };
         fields.finish()?;
         Ok(Self { model, ask, stream, look })
     }
@@ -208,17 +209,17 @@ pub fn seed(f: &mut Fields, field: &str) -> Result<Option<u64>, Refusal> {
 }
 
 /// `lora: {name, scale}`.
-pub fn lora(f: &mut Fields) -> Result<Option<(String, f32)>, Refusal> {
-    let Some(mut lora) = f.object("lora")? else { return Ok(None) };
+pub fn lora(f: &mut Fields) -> Result<Vec<(String, f64)>, Refusal> {
+    let Some(mut lora) = f.object("lora")? else { return Ok(Vec::new()) };
     let name = lora.text("name")?;
     if lora.text("path")?.is_some() {
         let why = "files are not read for clients; load the style and give its name";
         return Err(lora.invalid("path", why));
     }
-    let scale = lora.number("scale", -10.0..=10.0)?.unwrap_or(1.0) as f32;
+    let scale = lora.number("scale", -10.0..=10.0)?.unwrap_or(1.0);
     let name = name.ok_or_else(|| lora.invalid("name", "it is missing"))?;
     lora.finish()?;
-    Ok(Some((name, scale)))
+    Ok(vec![(name, scale)])
 }
 
 /// `output_format` and `output_compression`.

@@ -61,6 +61,7 @@ pub async fn capabilities(State(service): State<Arc<Service>>) -> Json<Value> {
                 "height": side,
                 "multiple": card.multiple(),
                 "guidance": card.guides(),
+                "loras": card.export.loras(),
             })
         })
         .collect();

@@ -1,6 +1,7 @@
 //! What the handlers share: the models' cards, the queue, the store, limits, metrics and log.
 
 use std::{
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -26,6 +27,8 @@ use super::{
 pub struct Service {
     /// At least one.
     pub cards: Vec<Card>,
+    /// Folder of the LoRAs that clients may load.
+    pub loras: Option<PathBuf>,
     /// What computes, and in which type; for metrics.
     pub provider: String,
     pub precision: String,
@@ -49,6 +52,7 @@ pub struct Service {
 /// Settings of a [`Service`].
 pub struct Settings {
     pub cards: Vec<Card>,
+    pub loras: Option<PathBuf>,
     pub provider: String,
     pub precision: String,
     /// Images that may wait.
@@ -82,6 +86,7 @@ impl Service {
     pub fn new(settings: Settings) -> Arc<Self> {
         Arc::new(Self {
             cards: settings.cards,
+            loras: settings.loras,
             provider: settings.provider,
             precision: settings.precision,
             queue: Queue::new(settings.queue),

@@ -69,6 +69,7 @@ pub(crate) fn settings() -> Settings {
     let export = Arc::new(Export::open(&EXPORT.1, None).unwrap());
     Settings {
         cards: vec![Card { name: "signs".to_owned(), created: 1, export }],
+        loras: None,
         provider: "cpu".to_owned(),
         precision: "f32".to_owned(),
         queue: 64,

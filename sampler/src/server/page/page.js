@@ -112,6 +112,8 @@ function adopt(model) {
     field[side].step = field[side].min = model.multiple;
   }
   show('[data-if="guidance"]', model.guidance);
+  field.lora.replaceChildren(new Option("none", ""), ...model.loras.map((name) => new Option(name, name)));
+  show('[data-if="lora"]', model.loras.length > 0);
 }
 
 function show(selector, on) {
@@ -128,9 +130,6 @@ async function start() {
   field.solver.value = capabilities.defaults.solver;
   field.steps.value = capabilities.defaults.steps;
   field.steps.max = capabilities.limits.steps;
-  const loras = capabilities.loras ?? [];
-  field.lora.replaceChildren(new Option("none", ""), ...loras.map((name) => new Option(name, name)));
-  show('[data-if="lora"]', loras.length > 0);
   adopt(capabilities.models[0]);
   field.model.addEventListener("change", () => adopt(modelOf(field.model.value)));
   await listHistory();
