@@ -29,6 +29,7 @@ mod elements;
 mod library;
 mod model;
 mod options;
+mod placement;
 mod port;
 mod provider;
 mod tensor;

@@ -21,7 +21,7 @@ use ort::{
 
 use crate::{
     Binding, Cancel, Data, ElementType, Options, Port, Tensor, cancel::one_line, elements,
-    library::environment, port::names, provider,
+    library::environment, placement, port::names, provider,
 };
 
 /// A loaded ONNX graph.
@@ -58,6 +58,8 @@ impl Model {
             .with_context(|| {
                 format!("cannot open ONNX model {} on {}", path.display(), options.provider)
             })?;
+        placement::check(&session, options.provider)
+            .with_context(|| format!("cannot run ONNX model {}", path.display()))?;
         let ports = |outlets: &[ort::value::Outlet]| outlets.iter().map(Port::of).collect();
         let (inputs, outputs) = (ports(session.inputs()), ports(session.outputs()));
         let overridable = session.overridable_initializers();

@@ -12,7 +12,7 @@ use ort::{
     session::builder::SessionBuilder,
 };
 
-use crate::{Options, Profile, Provider, cancel::one_line, library};
+use crate::{Options, Profile, Provider, cancel::one_line, library, placement};
 
 /// A shared library that a provider cannot do without.
 struct Needed {
@@ -159,9 +159,13 @@ pub(crate) fn register(
         }
         Provider::TensorRtRtx => return rtx(environment, builder, options),
     };
-    let builder = registered.map_err(|error| one_line(error.message()))?;
-    // What no GPU kernel takes would otherwise move to the CPU without a word.
-    builder.with_disable_cpu_fallback().map_err(|error| one_line(error.message()))
+    remembering(registered.map_err(|error| one_line(error.message()))?)
+}
+
+/// What a provider does not take moves to the CPU without a word; see [`placement::check`].
+fn remembering(builder: SessionBuilder) -> Result<SessionBuilder> {
+    let builder = builder.with_config_entry(placement::RECORD, "1");
+    builder.map_err(|error| one_line(error.message()))
 }
 
 /// Without TF32, whose 10 bits would make the precision of a graph another than it says, and without
@@ -222,8 +226,7 @@ fn rtx(
         option("nv_runtime_cache_path", folder.display().to_string()),
     ];
     let builder = builder.with_devices([device], Some(&settings));
-    let builder = builder.map_err(|error| one_line(error.message()))?;
-    builder.with_disable_cpu_fallback().map_err(|error| one_line(error.message()))
+    remembering(builder.map_err(|error| one_line(error.message()))?)
 }
 
 /// The shapes and the folder of an engine.
