@@ -81,7 +81,7 @@ deny: $(LIGHT) ## Check licences, sources and versions of every crate (cargo-den
 clean-runtime: ## Remove .runtime
 	rm -rf $(RUNTIME)
 
-$(LIGHT): setup/light.sh setup/libtorch.sh setup/requirements-light.txt
+$(LIGHT): setup/light.sh setup/debian.sh setup/libtorch.sh setup/requirements-light.txt
 	./setup/light.sh $(RUNTIME)
 	@touch $@
 

@@ -12,18 +12,11 @@ mkdir -p "$3"
 out=$(cd "$3" && pwd)
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 
-missing=()
-for tool in patchelf xz strip; do command -v $tool > /dev/null || missing+=("${tool/#xz/xz-utils}"); done
-missing=("${missing[@]/#strip/binutils}")
-if [ ${#missing[@]} -gt 0 ]; then
-  if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"
-  else
-    echo "error: missing Debian packages: run \`apt-get install ${missing[*]}\` as root" >&2
-    exit 1
-  fi
-fi
+. setup/debian.sh
+need patchelf command -v patchelf
+need xz-utils command -v xz
+need binutils command -v strip
+install_missing
 
 packages=$(echo "$runtime"/venv/lib/python3*/site-packages)
 work=$(mktemp -d)
@@ -41,7 +34,7 @@ set_of() { # set_of NAME PROGRAM...: the folder of an archive, without libraries
     mv "$work"/manual/*.1 "$root/man/man1/"
     mv "$work"/manual/* "$root/completions/"
   done
-  cp LICENSE-APACHE LICENSE-MIT "$root/licences/"
+  cp LICENSE-APACHE LICENSE-MIT "$programs/THIRD-PARTY.txt" "$root/licences/"
   cp CHANGELOG.md "$root/"
   cp -L "$runtime/lib/libonnxruntime.so" "$root/lib/"
   cp "$packages"/onnxruntime/LICENSE "$root/licences/onnxruntime-LICENSE"

@@ -10,18 +10,10 @@ runtime=$(cd "$1" && pwd)
 exec 9> "$runtime/lock"
 flock 9
 
-missing=()
-command -v c++ > /dev/null || missing+=(g++)
-python3 -c 'import ensurepip, venv' 2> /dev/null || missing+=(python3 python3-venv)
-if [ ${#missing[@]} -gt 0 ]; then
-  if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"
-  else
-    echo "error: missing Debian packages: run \`apt-get install ${missing[*]}\` as root" >&2
-    exit 1
-  fi
-fi
+. "$here/debian.sh"
+need g++ command -v c++
+need "python3 python3-venv" python3 -c 'import ensurepip, venv'
+install_missing
 command -v cargo > /dev/null || {
   echo "error: no cargo on the path: install Rust 1.92 or newer with rustup" >&2
   exit 1

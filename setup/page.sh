@@ -6,18 +6,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 runtime=$(cd "$1" && pwd)
 
-missing=()
-command -v chromium > /dev/null || missing+=(chromium fonts-dejavu-core)
-command -v chromedriver > /dev/null || missing+=(chromium-driver)
-if [ ${#missing[@]} -gt 0 ]; then
-  if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"
-  else
-    echo "error: missing Debian packages: run \`apt-get install ${missing[*]}\` as root" >&2
-    exit 1
-  fi
-fi
+. setup/debian.sh
+need "chromium fonts-dejavu-core" command -v chromium
+need chromium-driver command -v chromedriver
+install_missing
 if ! cmp -s setup/requirements-page.txt "$runtime/page/requirements.txt"; then
   rm -rf "$runtime/page.part" "$runtime/page"
   "$runtime/venv/bin/python" -m pip install --disable-pip-version-check --quiet --no-deps \
