@@ -18,7 +18,13 @@ fn main() -> Result<()> {
     for depth in DEPTHS {
         let folder = home.path().join(depth.to_string());
         let half = json!(depth / 2);
-        variant::configs(&folder, &[("num_layers", half.clone()), ("num_single_layers", half)])?;
+        variant::configs(
+            &folder,
+            &[
+                ("transformer", "num_layers", half.clone()),
+                ("transformer", "num_single_layers", half),
+            ],
+        )?;
         let again = training_mb(&folder, &[])?;
         let kept = training_mb(&folder, &["--plain"])?;
         let ratio = format!("{:.1}×", kept / again);

@@ -139,11 +139,11 @@ impl Size {
         variant::random(
             &model,
             &[
-                ("num_attention_heads", json!(heads)),
-                ("attention_head_dim", json!(width)),
-                ("axes_dims_rope", json!(axes)),
-                ("num_layers", json!(double)),
-                ("num_single_layers", json!(single)),
+                ("transformer", "num_attention_heads", json!(heads)),
+                ("transformer", "attention_head_dim", json!(width)),
+                ("transformer", "axes_dims_rope", json!(axes)),
+                ("transformer", "num_layers", json!(double)),
+                ("transformer", "num_single_layers", json!(single)),
             ],
         )?;
         Ok(model)

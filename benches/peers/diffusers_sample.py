@@ -1,38 +1,101 @@
-"""The peer of `ng-sample`: images from a pipeline folder by diffusers, one after another.
+"""The peers of `ng-sample`: images by diffusers from a pipeline folder, or by Optimum from an export, one
+after another.
 
     python benches/peers/diffusers_sample.py MODEL --prompt TEXT --side 32 --steps 8 -o a.png
+    PYTHONPATH=.runtime/optimum python benches/peers/diffusers_sample.py EXPORT --optimum ...
 
 Prints one JSON object an image: {"milliseconds": {"load": …, "image": …}}, where `image` is text,
 steps, decoder and PNG. Imports only what it needs, so that a cold start is a fair one.
+With --install-size it prints the bytes of the packages that it needs instead.
 """
 
 import argparse
 import json
+import re
 import time
+from importlib import metadata
 from pathlib import Path
 
-import torch
-from diffusers import FluxPipeline
-from diffusers.utils import logging
+
+def diffusers_pipeline(args):
+    import torch
+    from diffusers import FluxPipeline
+
+    return FluxPipeline.from_pretrained(
+        args.model, torch_dtype=torch.float32, local_files_only=True,
+    )
+
+
+def optimum_pipeline(args):
+    from onnxruntime import SessionOptions
+    from optimum.onnxruntime import ORTFluxPipeline
+    from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast
+
+    def tokenizer(folder):
+        """Read by hand: Optimum's transformers is older than the folder."""
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        names = ("bos_token", "eos_token", "pad_token", "unk_token", "model_max_length")
+        settings = {name: config[name] for name in names if name in config}
+        whole = folder / "tokenizer.json"
+        if whole.is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=str(whole), **settings)
+        return CLIPTokenizerFast(
+            vocab_file=str(folder / "vocab.json"), merges_file=str(folder / "merges.txt"), **settings,
+        )
+
+    options = SessionOptions()
+    options.intra_op_num_threads = args.threads
+    return ORTFluxPipeline.from_pretrained(
+        args.model, provider="CPUExecutionProvider", local_files_only=True, session_options=options,
+        tokenizer=tokenizer(args.model / "tokenizer"),
+        tokenizer_2=tokenizer(args.model / "tokenizer_2"),
+    )
+
+
+def install_size(roots):
+    """Bytes of `roots` and of all they require without extras, as installed here."""
+    waiting, seen, size = list(roots), set(), 0
+    while waiting:
+        name = waiting.pop().lower().replace("_", "-")
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            package = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+        files = [package.locate_file(file) for file in package.files or []]
+        size += sum(Path(file).stat().st_size for file in files if Path(file).is_file())
+        for requirement in package.requires or []:
+            if "extra ==" not in requirement:
+                waiting.append(re.match(r"[\w.-]+", requirement)[0])
+    return size
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--side", type=int, required=True, help="pixels")
+    parser.add_argument("--optimum", action="store_true")
+    parser.add_argument("--install-size", action="store_true")
+    parser.add_argument("--prompt", default="")
+    parser.add_argument("--side", type=int, default=32, help="pixels")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-n", type=int, default=1)
-    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("-o", "--out", type=Path, default=Path("image.png"))
     args = parser.parse_args()
+    if args.install_size:
+        more = ["optimum-onnx", "onnxruntime"] if args.optimum else []
+        print(install_size(["torch", "diffusers", "transformers", *more]))
+        return
+
+    import torch
+    from diffusers.utils import logging
 
     torch.set_num_threads(args.threads)
     logging.disable_progress_bar()
     start = time.perf_counter()
-    pipe = FluxPipeline.from_pretrained(
-        args.model, torch_dtype=torch.float32, local_files_only=True,
-    )
+    pipe = optimum_pipeline(args) if args.optimum else diffusers_pipeline(args)
     pipe.set_progress_bar_config(disable=True)
     load = time.perf_counter() - start
     length = min(pipe.tokenizer_2.model_max_length, 512)

@@ -1,4 +1,4 @@
-//! The measured model with another transformer: wider, deeper, without weights of its own.
+//! The measured model with other networks: wider, deeper, without weights of its own.
 
 use std::fs;
 use std::path::Path;
@@ -9,26 +9,30 @@ use serde_json::Value;
 
 use crate::program;
 
-/// Fills `folder` with the configs and tokenizers of [`program::model`], `changes` made in the transformer's.
+/// What is changed: a folder of the model, a key of its config, and the new value.
+pub type Change<'a> = (&'a str, &'a str, Value);
+
+/// Fills `folder` with the configs and tokenizers of [`program::model`], `changes` made.
 ///
 /// # Errors
 /// When a file cannot be read or written.
-pub fn configs(folder: &Path, changes: &[(&str, Value)]) -> Result<()> {
+pub fn configs(folder: &Path, changes: &[Change<'_>]) -> Result<()> {
     let model = program::root().join(program::model());
     copy(&model, folder)?;
-    let path = folder.join("transformer/config.json");
-    let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
-    for (key, value) in changes {
+    for (component, key, value) in changes {
+        let path = folder.join(component).join("config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
         config[key] = value.clone();
+        fs::write(&path, config.to_string())?;
     }
-    Ok(fs::write(&path, config.to_string())?)
+    Ok(())
 }
 
 /// Such a model at `out` with random weights.
 ///
 /// # Errors
 /// When a file cannot be written or `ng-train init` fails.
-pub fn random(out: &Path, changes: &[(&str, Value)]) -> Result<()> {
+pub fn random(out: &Path, changes: &[Change<'_>]) -> Result<()> {
     let home = tempfile::tempdir().context("cannot make a folder for the configs")?;
     configs(home.path(), changes)?;
     let mut command = Command::new(program::built("ng-train")?);
