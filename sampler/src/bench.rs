@@ -2,7 +2,7 @@
 
 use std::{
     env, fs,
-    io::Write,
+    io::{Write, stderr},
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
@@ -78,6 +78,9 @@ impl Spread {
 pub fn run(args: &Bench, mut lines: impl Write) -> Result<()> {
     let (folder, options) = run::engine_options(&args.engine)?;
     let options = Options { memory: Memory::Keep, ..options };
+    if let Some(notice) = options.notice() {
+        writeln!(stderr(), "note: {notice}")?;
+    }
     let cold = Spread::of((0..args.starts).map(|_| cold_start()).collect::<Result<Vec<_>>>()?);
     let mut engine = Engine::open(&folder, &options)?;
     let base = Request { seed: Some(0), ..run::request(&args.image)? };

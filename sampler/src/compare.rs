@@ -1,6 +1,9 @@
 //! Several models, or a model with several LoRAs, from the same seeds on one sheet.
 
-use std::{io::Write, path::Path};
+use std::{
+    io::{Write, stderr},
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result, bail};
 use flow::{checkpoint::write_atomically, lora::scaled_path, prompts::Prompt, usage::Usage};
@@ -16,7 +19,7 @@ use crate::{
     sheet::Layout,
 };
 
-/// Makes the sheet: a row an image, a column a model, and after each model its LoRAs.
+/// Makes the sheet: a row an image, a column a model, and after each model its LoRAs, all named on it.
 ///
 /// # Errors
 /// As a run of `generate`; also when the models' sizes differ and none was typed.
@@ -25,11 +28,18 @@ pub fn run(args: &Compare, mut lines: impl Write) -> Result<()> {
         let out = args.out.display();
         bail!(Usage(format!("--out {out}: end its name in .png, .jpg or .webp")));
     };
+    if args.models.len() + args.loras.len() < 2 {
+        bail!(Usage("nothing to compare: give --model twice, or a --lora".into()));
+    }
     outputs::check_writable(outputs::parent(&args.out))?;
     let prompts = prompts(args)?;
     let base = Request { seed: Some(0), ..run::request(&args.image)? };
     let options = args.runtime.options(Memory::Keep)?;
-    let mut columns: Vec<Vec<Picture>> = Vec::new();
+    if let Some(notice) = options.notice() {
+        writeln!(stderr(), "note: {notice}")?;
+    }
+    let (mut columns, mut names): (Vec<Vec<Picture>>, Vec<String>) = Default::default();
+    let mut rows = Vec::new();
     let first = settings::seed(&args.image.seed).map_err(Usage)?;
     let first = first.unwrap_or_else(crate::export::random_seed);
     for model in &args.models {
@@ -49,14 +59,29 @@ pub fn run(args: &Compare, mut lines: impl Write) -> Result<()> {
                 }
             }
             columns.push(pictures(&mut engine, &jobs)?);
-            let lora = lora.map_or_else(String::new, |lora| format!(" with {lora}"));
-            writeln!(lines, "column {}: {}{lora}", columns.len(), model.display())?;
+            rows = jobs.iter().map(|job| format!("seed {}: {}", job.seed, job.prompt)).collect();
+            let with = |name: &str| lora.map_or_else(String::new, |_| format!(" with {name}"));
+            let typed = with(lora.map_or("", String::as_str));
+            writeln!(lines, "column {}: {}{typed}", columns.len(), model.display())?;
+            names.push(model_name(args, model, &engine) + &with(&file_name(lora)));
         }
     }
-    let sheet = sheet(&columns)?;
+    let sheet = sheet(&columns, &names, &rows)?;
     write_atomically(&args.out, &format.encode(&sheet, None)?)?;
     writeln!(lines, "{}, a row an image from seed {first} on", args.out.display())?;
     Ok(())
+}
+
+/// The folder's name where it tells the models apart, else all of what was typed.
+fn model_name(args: &Compare, model: &Path, engine: &Engine) -> String {
+    let of = |other: &PathBuf| other.file_name() == model.file_name();
+    let unique = args.models.iter().filter(|other| of(other)).count() == 1;
+    if unique { engine.export().name.clone() } else { model.display().to_string() }
+}
+
+/// What was typed as a LoRA, without its folder.
+fn file_name(typed: Option<&String>) -> String {
+    typed.map_or("", |typed| typed.rsplit('/').next().unwrap_or(typed)).to_owned()
 }
 
 fn prompts(args: &Compare) -> Result<Vec<Prompt>> {
@@ -65,7 +90,7 @@ fn prompts(args: &Compare) -> Result<Vec<Prompt>> {
         (None, Some(file)) => {
             let read = run::read_prompts(file)?;
             for notice in read.notices() {
-                writeln!(std::io::stderr(), "note: {}: {notice}", file.display())?;
+                writeln!(stderr(), "note: {}: {notice}", file.display())?;
             }
             Ok(read.prompts)
         }
@@ -93,15 +118,15 @@ fn pictures(engine: &mut Engine, jobs: &[Job]) -> Result<Vec<Picture>> {
     all.0.into_iter().collect()
 }
 
-fn sheet(columns: &[Vec<Picture>]) -> Result<Picture> {
+fn sheet(columns: &[Vec<Picture>], names: &[String], rows: &[String]) -> Result<Picture> {
     let first = columns.first().and_then(|column| column.first()).context("no image was made")?;
     let (width, height) = (first.width, first.height);
     let same = |picture: &Picture| (picture.width, picture.height) == (width, height);
     if !columns.iter().flatten().all(same) {
         bail!(Usage("the models make images of different sizes: give --width and --height".into()));
     }
-    let rows = columns[0].len();
-    let layout = Layout::new(rows, columns.len(), width, height)?;
-    let by_row = (0..rows).flat_map(|row| columns.iter().map(move |column| column[row].clone()));
-    Ok(layout.draw(&by_row.collect::<Vec<_>>()))
+    let n_rows = columns[0].len();
+    let layout = Layout::new(n_rows, columns.len(), width, height)?;
+    let by_row = (0..n_rows).flat_map(|row| columns.iter().map(move |column| column[row].clone()));
+    layout.draw_labelled(&by_row.collect::<Vec<_>>(), names, rows)
 }

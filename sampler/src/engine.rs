@@ -2,7 +2,7 @@
 //!
 //! ```no_run
 //! # fn main() -> anyhow::Result<()> {
-//! use sampler::{engine::{Engine, Options, Progress, Watch}, request::Request};
+//! use sampler::{engine::{Engine, Options, Watch}, request::Request};
 //!
 //! struct Quiet;
 //! impl Watch for Quiet {
@@ -25,7 +25,7 @@ use std::{
 };
 
 use anyhow::{Context, Error, Result};
-use flow::{latents::LatentSize, path::weights, solver::Walk};
+use flow::{path::weights, solver::Walk};
 use onnx::{Cancel, Cancelled, Provider};
 
 use crate::{
@@ -33,6 +33,7 @@ use crate::{
     export::Export,
     networks::{Condition, Decoder, Encoder, Settings, TextEncoders, Transformer},
     picture::Picture,
+    progress::Progress,
     report::{Stages, timed},
     request::Job,
     sample::{denoise, skipped},
@@ -40,8 +41,13 @@ use crate::{
     texts::Texts,
 };
 
-/// Sides in latent cells of a preview, at most: 256 pixels for FLUX.
-const PREVIEW: usize = 32;
+/// Image tokens of a batch together, at most: those of one FLUX image of 512×512, which alone leaves no
+/// processor idle.
+const BATCH_TOKENS: usize = 1024;
+
+/// Said before a wait that can be long.
+const BUILDS: &str = "engines that were not built before on this GPU are built now, which takes \
+                      minutes for a large model; they are kept for the next run";
 
 /// How an engine runs.
 #[derive(Clone, Debug)]
@@ -56,6 +62,23 @@ pub struct Options {
     pub memory: Memory,
     /// Where TensorRT keeps its engines.
     pub engines: Option<PathBuf>,
+    /// Images that may share each call of the transformer, at least 1. Above 1 their bits are those
+    /// they have alone where [`Options::batches_exactly`] says so.
+    pub batch: usize,
+}
+
+impl Options {
+    /// What a person should know before networks are opened.
+    pub fn notice(&self) -> Option<&'static str> {
+        self.provider.builds_engines().then_some(BUILDS)
+    }
+
+    /// Whether an image of weights of `precision` has in company the bits it has alone: the CPU's
+    /// products of repacked f32 weights take each row by itself. Other kernels are chosen by the
+    /// number of rows.
+    pub fn batches_exactly(&self, precision: &str) -> bool {
+        self.provider == Provider::Cpu && self.memory != Memory::Low && precision == "f32"
+    }
 }
 
 impl Default for Options {
@@ -67,6 +90,7 @@ impl Default for Options {
             device: 0,
             memory: Memory::Keep,
             engines: None,
+            batch: 1,
         }
     }
 }
@@ -118,6 +142,11 @@ pub struct Finished {
 
 /// Follows jobs while they are made.
 pub trait Watch {
+    /// Job `index` is begun.
+    fn begin(&mut self, index: usize) {
+        let _ = index;
+    }
+
     /// Job `index` has taken a step.
     fn step(&mut self, index: usize, progress: &mut Progress<'_>) {
         let _ = (index, progress);
@@ -127,30 +156,14 @@ pub trait Watch {
     fn done(&mut self, index: usize, image: Result<Finished>);
 }
 
-/// Where a job is.
-pub struct Progress<'a> {
-    /// Network calls done, from 1.
-    pub step: usize,
-    /// Network calls in all.
-    pub of: usize,
-    x0: &'a [f32],
-    size: LatentSize,
-    decoder: &'a mut Decoder,
-    cancel: &'a Cancel,
-}
-
-impl Progress<'_> {
-    /// The image as the network expects it to end, at most 256 pixels a side: its latents are made
-    /// smaller before they are decoded.
-    ///
-    /// # Errors
-    /// When the decoder fails.
-    pub fn preview(&mut self) -> Result<Picture> {
-        let latents = self.size.unpack(self.x0);
-        let longest = self.size.width.max(self.size.height);
-        let (latents, size) = shrunk(&latents, &self.size, longest.div_ceil(PREVIEW));
-        self.decoder.decode(&latents, &size, self.cancel)
-    }
+/// A job whose prompt is read.
+struct Row<'a> {
+    index: usize,
+    job: &'a Job,
+    condition: Arc<Condition>,
+    /// The packed state it starts from.
+    start: Vec<f32>,
+    stages: Stages,
 }
 
 /// Whether a job failed because it was cancelled.
@@ -226,58 +239,114 @@ impl Engine {
         Ok(())
     }
 
-    /// Makes an image of every job and tells `watch`, in order. Jobs that fail do not keep others
-    /// from being made.
+    /// Makes an image of every job and tells `watch`. Neighbours that go together share the calls of
+    /// the transformer, up to [`Engine::most`]. Jobs that fail do not keep others from being made.
     pub fn generate(&mut self, jobs: &[Job], watch: &mut dyn Watch) {
-        for (index, job) in jobs.iter().enumerate() {
-            let image = self.image(index, job, watch);
-            watch.done(index, image);
+        let mut first = 0;
+        while let Some(job) = jobs.get(first) {
+            let company = jobs[first..].iter().take(self.most(job));
+            let n = company.take_while(|other| job.goes_with(other)).count();
+            self.draw(first, &jobs[first..first + n], watch);
+            first += n;
         }
     }
 
-    fn image(&mut self, index: usize, job: &Job, watch: &mut dyn Watch) -> Result<Finished> {
-        let mut stages = Stages::default();
-        let before = self.busy();
+    /// How many jobs like `job` share the calls of the transformer.
+    pub fn most(&self, job: &Job) -> usize {
+        (BATCH_TOKENS / job.size.tokens()).clamp(1, self.options.batch)
+    }
+
+    /// Makes the images of jobs that go together, numbered from `first`.
+    fn draw(&mut self, first: usize, jobs: &[Job], watch: &mut dyn Watch) {
+        let mut rows = Vec::with_capacity(jobs.len());
+        for (index, job) in (first..).zip(jobs) {
+            watch.begin(index);
+            match self.row(index, job) {
+                Ok(row) => rows.push(row),
+                Err(error) => watch.done(index, Err(error)),
+            }
+        }
+        match self.sample(&mut rows, watch) {
+            Ok(x0) => {
+                for (row, x0) in rows.into_iter().zip(x0) {
+                    watch.done(row.index, self.finish(row.job, &x0, row.stages));
+                }
+            }
+            Err(error) if rows.len() == 1 => watch.done(rows[0].index, Err(error)),
+            // One of them may be at fault alone.
+            Err(_) => rows.iter().for_each(|row| {
+                self.draw(row.index, std::slice::from_ref(row.job), watch);
+            }),
+        }
+    }
+
+    fn row<'a>(&mut self, index: usize, job: &'a Job) -> Result<Row<'a>> {
+        if job.cancel.is_cancelled() {
+            return Err(Cancelled.into());
+        }
+        let (mut stages, before) = (Stages::default(), self.busy());
         let (condition, text) = self.condition(job)?;
         stages.text = text;
         let start = self.start(job, &mut stages)?;
+        stages.networks = self.busy().saturating_sub(before);
+        Ok(Row { index, job, condition, start, stages })
+    }
+
+    /// The packed x0 of each row.
+    fn sample(&mut self, rows: &mut [Row<'_>], watch: &mut dyn Watch) -> Result<Vec<Vec<f32>>> {
+        let Some(&Row { job: first, .. }) = rows.first() else { return Ok(Vec::new()) };
+        let (size, of) = (first.size, first.plan.len());
         let painters = self.painters()?;
+        let (mut time, before) = (Duration::ZERO, painters.busy());
         let Painters { transformer, decoder } = painters;
-        let guidance: Vec<f32> = job.guidance.into_iter().collect();
-        let mask = if job.skip { skipped(job.plan.len()) } else { Vec::new() };
-        let x0 = timed(&mut stages.sample, || {
-            let mut network = transformer.conditioned(
-                &job.size,
-                &[condition],
-                &guidance,
-                &job.loras,
-                &job.cancel,
-            )?;
-            denoise(&mut network, &job.plan, &mask, start, |step, walk: &Walk| {
-                if job.cancel.is_cancelled() {
+        let conditions: Vec<_> = rows.iter().map(|row| row.condition.clone()).collect();
+        let guidance: Vec<f32> = rows.iter().filter_map(|row| row.job.guidance).collect();
+        let cancels: Vec<_> = rows.iter().map(|row| row.job.cancel.clone()).collect();
+        let cancel = Cancel::of_all(&cancels);
+        let mask = if first.skip { skipped(of) } else { Vec::new() };
+        let start: Vec<f32> = rows.iter().flat_map(|row| &row.start).copied().collect();
+        let n = start.len() / rows.len();
+        let x0 = timed(&mut time, || {
+            let mut network =
+                transformer.conditioned(&size, &conditions, &guidance, &first.loras, &cancel)?;
+            denoise(&mut network, &first.plan, &mask, start, |step, walk: &Walk| {
+                if cancel.is_cancelled() {
                     return Err(Cancelled.into());
                 }
-                let (step, of, cancel) = (step + 1, job.plan.len(), &job.cancel);
-                let size = job.size;
-                watch.step(index, &mut Progress { step, of, x0: walk.x0(), size, decoder, cancel });
+                for (row, x0) in rows.iter().zip(walk.x0().chunks_exact(n)) {
+                    let (step, cancel) = (step + 1, &row.job.cancel);
+                    if !cancel.is_cancelled() {
+                        watch
+                            .step(row.index, &mut Progress { step, of, x0, size, decoder, cancel });
+                    }
+                }
                 Ok(())
             })
         })?;
-        let latents = job.size.unpack(&x0);
+        let busy = self.painters()?.busy().saturating_sub(before);
+        for row in rows {
+            row.stages.sample = time;
+            row.stages.networks += busy;
+        }
+        Ok(x0.chunks_exact(n).map(<[f32]>::to_vec).collect())
+    }
+
+    /// The image of a packed x0.
+    fn finish(&mut self, job: &Job, x0: &[f32], mut stages: Stages) -> Result<Finished> {
+        let (latents, painters) = (job.size.unpack(x0), self.painters()?);
+        let before = painters.busy();
+        let decoder = &mut painters.decoder;
         let picture =
             timed(&mut stages.decode, || decoder.decode(&latents, &job.size, &job.cancel))?;
+        stages.networks += painters.busy().saturating_sub(before);
         stages.load = self.load;
-        stages.networks = self.busy().saturating_sub(before);
         Ok(Finished { picture, latents, stages, precision: self.precision() })
     }
 
     /// Time that the open networks have spent in runs.
     fn busy(&self) -> Duration {
         let text = self.encoders.as_ref().map_or(Duration::ZERO, TextEncoders::busy);
-        let painters = self.painters.as_ref().map_or(Duration::ZERO, |painters| {
-            painters.transformer.busy() + painters.decoder.busy()
-        });
-        text + painters
+        text + self.painters.as_ref().map_or(Duration::ZERO, Painters::busy)
     }
 
     /// The packed state that `job` starts from.
@@ -357,8 +426,12 @@ impl Engine {
             return Settings { options, ..Settings::default() };
         }
         let (export, gpu) = (&self.export, device::name(provider, device));
-        let profiles =
-            tensorrt::profiles(&export.pipeline, export.default_side(), export.text_lengths());
+        let profiles = tensorrt::profiles(
+            &export.pipeline,
+            export.default_side(),
+            export.text_lengths(),
+            self.options.batch,
+        );
         let root = self.options.engines.as_deref();
         let version = onnx::tensorrt_version().unwrap_or_default();
         let engines = Some(tensorrt::folder(root, export.folder(), &gpu, &version));
@@ -367,6 +440,11 @@ impl Engine {
 }
 
 impl Painters {
+    /// Time spent in runs so far.
+    fn busy(&self) -> Duration {
+        self.transformer.busy() + self.decoder.busy()
+    }
+
     fn open(export: &Export, settings: &Settings) -> Result<Self> {
         let pipeline = &export.pipeline;
         thread::scope(|scope| {
@@ -381,43 +459,4 @@ impl Painters {
 /// What a thread returned; its panic goes on here.
 fn joined<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
     thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-}
-
-/// The mean of every `factor`×`factor` cells, as far as whole ones go.
-fn shrunk(latents: &[f32], size: &LatentSize, factor: usize) -> (Vec<f32>, LatentSize) {
-    if factor <= 1 {
-        return (latents.to_vec(), *size);
-    }
-    let small = LatentSize {
-        height: (size.height / factor).max(1),
-        width: (size.width / factor).max(1),
-        ..*size
-    };
-    let cells = |side: usize, at: usize| (at * factor)..((at + 1) * factor).min(side);
-    let mean = |z: usize, y: usize, x: usize| {
-        let (rows, columns) = (cells(size.height, y), cells(size.width, x));
-        let n = (rows.len() * columns.len()) as f32;
-        let row = |y: usize| &latents[(z * size.height + y) * size.width..][columns.clone()];
-        rows.flat_map(row).sum::<f32>() / n
-    };
-    let places = (0..small.channels).flat_map(|z| {
-        (0..small.height).flat_map(move |y| (0..small.width).map(move |x| (z, y, x)))
-    });
-    (places.map(|(z, y, x)| mean(z, y, x)).collect(), small)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_preview_is_the_mean_of_its_cells() {
-        let size = LatentSize { channels: 2, height: 4, width: 6 };
-        let latents: Vec<f32> = (0..48u8).map(f32::from).collect();
-        let (small, to) = shrunk(&latents, &size, 2);
-        assert_eq!((to.height, to.width, small.len()), (2, 3, 12));
-        assert_eq!(small[..3], [3.5, 5.5, 7.5]);
-        assert_eq!(small[6], 27.5);
-        assert_eq!(shrunk(&latents, &size, 1), (latents, size));
-    }
 }

@@ -7,18 +7,15 @@ use flow::checkpoint::{Entry, write_atomically, write_tensors};
 
 use crate::{
     device,
-    engine::{Engine, Finished, Memory, Progress, Watch},
+    engine::{Engine, Finished, Memory, Watch},
     format::Format,
     parameters::Parameters,
     picture::Picture,
+    progress::Progress,
     report::{Device, Line, Report, Stages, timed},
     request::Job,
     run::{Image, Run},
 };
-
-/// Said before a wait that can be long.
-const BUILDS: &str = "engines that were not built before on this GPU are built now, which takes \
-                      minutes for a large model; they are kept for the next run";
 
 /// Makes every image of `run`, telling `lines` about each.
 ///
@@ -37,8 +34,8 @@ pub fn run(run: &Run, lines: impl Write) -> Result<()> {
     for notice in &run.notices {
         report.notice(notice)?;
     }
-    if run.options.provider.builds_engines() {
-        report.notice(BUILDS)?;
+    if let Some(notice) = run.options.notice() {
+        report.notice(notice)?;
     }
     let mut engine = Engine::closed(run.export.clone(), &run.options);
     let jobs: Vec<Job> = run.images.iter().map(|image| image.job.clone()).collect();

@@ -1,11 +1,11 @@
 //! Images from an exported FLUX pipeline: tokenise, encode, sample, decode, write.
 //!
 //! - [`request`], [`export`]: what one image should be; what a model's folder makes of it.
-//! - [`engine`]: the networks, loaded once, for many requests: progress, previews, cancelling.
+//! - [`engine`], [`progress`]: the networks, loaded once, for many requests: previews, cancelling.
 //! - [`networks`], [`sample`], [`texts`], [`adapters`], [`tensorrt`]: what the engine runs.
 //! - [`args`], [`runtime`] → [`run`] → [`generate`]: a run of the program.
 //! - [`server`]: requests over HTTP.
-//! - [`outputs`], [`picture`], [`format`], [`exif`], [`parameters`], [`settings`], [`sheet`],
+//! - [`outputs`], [`picture`], [`format`], [`exif`], [`parameters`], [`settings`], [`sheet`], [`label`],
 //!   [`device`], [`report`]: what goes in and comes out.
 //! - [`bench`], [`compare`]: stages measured; models side by side.
 //! - [`inspect`], [`infotext`]: what pictures and models say of themselves.
@@ -26,10 +26,12 @@ pub mod format;
 pub mod generate;
 pub mod infotext;
 pub mod inspect;
+pub mod label;
 pub mod networks;
 pub mod outputs;
 pub mod parameters;
 pub mod picture;
+pub mod progress;
 pub mod report;
 pub mod request;
 pub mod run;

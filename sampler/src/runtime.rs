@@ -50,6 +50,7 @@ impl RuntimeArgs {
             device: usize::from(self.device),
             memory,
             engines: self.engines.clone(),
+            ..defaults
         })
     }
 }

@@ -4,6 +4,7 @@
 //!   may ask, [`body`] and [`fields`] read what is asked, [`refusal`] says why not.
 //! - [`ask`] → [`drawing`] → [`job`]: a request's wishes, what they mean, and its way through the
 //!   [`queue`] to the [`worker`], the one thread that owns the networks.
+//! - [`loras`]: styles that are loaded while the server runs.
 //! - [`events`], [`metrics`], [`log`], [`store`]: what can be seen of it.
 //! - [`listen`]: sockets, and going down.
 //!

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 
-use crate::picture::Picture;
+use crate::{label::Label, picture::Picture};
 
 /// Most pixels a sheet may have, 3 bytes each.
 const MAX_PIXELS: usize = 1 << 28;
@@ -10,6 +10,8 @@ const MAX_PIXELS: usize = 1 << 28;
 const MIN_CELL: usize = 96;
 /// Pixels around every image.
 const GAP: usize = 4;
+/// Pixels of an image's width for each time that its label is enlarged.
+const LABEL: usize = 256;
 
 /// Where the images of a sheet go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,20 +54,66 @@ impl Layout {
     /// The sheet on white; `pictures` row by row, each of the size the layout was made for.
     pub fn draw(&self, pictures: &[Picture]) -> Picture {
         let (width, height) = self.size();
-        let mut rgb = vec![255; width * height * 3];
+        let mut sheet = blank(width, height);
         for (index, picture) in pictures.iter().enumerate() {
-            let left = GAP + index % self.columns * (self.width * self.scale + GAP);
-            let top = GAP + index / self.columns * (self.height * self.scale + GAP);
-            for y in 0..self.height * self.scale {
-                for x in 0..self.width * self.scale {
-                    let from = 3 * (y / self.scale * self.width + x / self.scale);
-                    let to = 3 * ((top + y) * width + left + x);
-                    rgb[to..to + 3].copy_from_slice(&picture.rgb[from..from + 3]);
-                }
+            let (row, column) = (index / self.columns, index % self.columns);
+            self.put(picture, column, GAP + row * (self.height * self.scale + GAP), &mut sheet);
+        }
+        sheet
+    }
+
+    /// The same with a text over each column, and over each row.
+    ///
+    /// # Errors
+    /// When the sheet would be larger than 2²⁸ pixels.
+    pub fn draw_labelled(
+        &self,
+        pictures: &[Picture],
+        columns: &[String],
+        rows: &[String],
+    ) -> Result<Picture> {
+        let (cell, (width, height)) = (self.width * self.scale, self.size());
+        let label = |text: &String, width| Label::new(text, width, (cell / LABEL).max(1));
+        let columns: Vec<Label> = columns.iter().map(|text| label(text, cell)).collect();
+        let rows: Vec<Label> = rows.iter().map(|text| label(text, width - 2 * GAP)).collect();
+        let head = columns.iter().map(Label::height).max().unwrap_or(0);
+        let height = height + head + rows.iter().map(Label::height).sum::<usize>();
+        ensure!(
+            width.saturating_mul(height) <= MAX_PIXELS,
+            "the sheet would have {width}x{height} pixels, above the limit of {MAX_PIXELS}; make fewer \
+             images"
+        );
+        let (mut sheet, mut top) = (blank(width, height), GAP);
+        for (index, label) in columns.iter().enumerate() {
+            label.draw(&mut sheet, GAP + index * (cell + GAP), top);
+        }
+        top += head;
+        for (label, pictures) in rows.iter().zip(pictures.chunks(self.columns)) {
+            label.draw(&mut sheet, GAP, top);
+            top += label.height();
+            for (column, picture) in pictures.iter().enumerate() {
+                self.put(picture, column, top, &mut sheet);
+            }
+            top += self.height * self.scale + GAP;
+        }
+        Ok(sheet)
+    }
+
+    /// Draws `picture` enlarged into `sheet`.
+    fn put(&self, picture: &Picture, column: usize, top: usize, sheet: &mut Picture) {
+        let left = GAP + column * (self.width * self.scale + GAP);
+        for y in 0..self.height * self.scale {
+            for x in 0..self.width * self.scale {
+                let from = 3 * (y / self.scale * self.width + x / self.scale);
+                let to = 3 * ((top + y) * sheet.width + left + x);
+                sheet.rgb[to..to + 3].copy_from_slice(&picture.rgb[from..from + 3]);
             }
         }
-        Picture { width, height, rgb }
     }
+}
+
+fn blank(width: usize, height: usize) -> Picture {
+    Picture { width, height, rgb: vec![255; width * height * 3] }
 }
 
 #[cfg(test)]
@@ -98,6 +146,24 @@ mod tests {
         assert_eq!(at(99, 51), [0, 0, 0]);
         assert_eq!(at(101, 20), [255, 255, 255]);
         assert_eq!(at(104, 51), [200, 0, 0]);
+        Ok(())
+    }
+
+    #[test]
+    fn labels_make_room_for_themselves() -> Result<()> {
+        let black = Picture { width: 32, height: 16, rgb: vec![0; 32 * 16 * 3] };
+        let layout = Layout::new(2, 2, 32, 16)?;
+        let plain = layout.draw(&[]);
+        let texts = |texts: [&str; 2]| texts.map(str::to_owned).to_vec();
+        let sheet = layout.draw_labelled(
+            &vec![black; 4],
+            &texts(["base", "base with a longer name"]),
+            &texts(["seed 1", "seed 2"]),
+        )?;
+        // Two lines over the columns and one over each row.
+        assert_eq!((sheet.width, sheet.height), (plain.width, plain.height + 20 + 10 + 10));
+        let at = |x: usize, y: usize| sheet.rgb[3 * (y * sheet.width + x)];
+        assert_eq!([at(4, 33), at(4, 34), at(4, 81), at(4, 82)], [255, 0, 0, 255]);
         Ok(())
     }
 }

@@ -17,12 +17,13 @@ const SMALLEST: usize = 256;
 /// Pixels of the largest side that is decoded at once.
 const TILE: usize = 1024;
 
-/// Shapes of every graph's inputs for one image of a side from 256 pixels to `side`, the usual and
-/// largest, with rows of `text` CLIP and T5 tokens.
+/// Shapes of every graph's inputs for one to `batch` images, usually one, of a side from 256 pixels to
+/// `side`, the usual and largest, with rows of `text` CLIP and T5 tokens.
 pub fn profiles(
     pipeline: &Pipeline,
     side: usize,
     text: [usize; 2],
+    batch: usize,
 ) -> BTreeMap<&'static str, Profile> {
     let (config, vae) = (&pipeline.transformer, &pipeline.vae);
     let factor = vae.factor();
@@ -35,20 +36,26 @@ pub fn profiles(
     let tiles = [SMALLEST.min(side), TILE.min(side), TILE.min(side)].map(cells);
     let fixed = |name: &str, shape: &[usize]| (name.to_owned(), [0; 3].map(|_| shape.to_vec()));
     let [clip, t5] = text;
-    let tokens = |size: LatentSize| vec![1, size.tokens(), config.in_channels];
+    let together = |name: &str, shape: &[usize]| {
+        let of = |n: usize| [&[n], shape].concat();
+        (name.to_owned(), [of(1), of(1), of(batch)])
+    };
+    let tokens = |n: usize, size: &LatentSize| vec![n, size.tokens(), config.in_channels];
+    let [smallest, usual, largest] = &sides;
+    let tokens = [tokens(1, smallest), tokens(1, usual), tokens(batch, largest)];
     let ids = |size: LatentSize| vec![size.tokens(), 3];
     let latent = |size: LatentSize| vec![1, size.channels, size.height, size.width];
     let pixels = |size: LatentSize| vec![1, 3, size.height * factor, size.width * factor];
     let mut transformer = vec![
-        ("hidden_states".to_owned(), sides.map(tokens)),
-        fixed("encoder_hidden_states", &[1, t5, config.joint_attention_dim]),
-        fixed("pooled_projections", &[1, config.pooled_projection_dim]),
-        fixed("timestep", &[1]),
+        ("hidden_states".to_owned(), tokens),
+        together("encoder_hidden_states", &[t5, config.joint_attention_dim]),
+        together("pooled_projections", &[config.pooled_projection_dim]),
+        together("timestep", &[]),
         ("img_ids".to_owned(), sides.map(ids)),
         fixed("txt_ids", &[t5, 3]),
     ];
     if config.guidance_embeds {
-        transformer.push(fixed("guidance", &[1]));
+        transformer.push(together("guidance", &[]));
     }
     [
         (TEXT_ENCODER, vec![fixed("input_ids", &[1, clip])]),
@@ -92,14 +99,16 @@ mod tests {
     #[test]
     fn flux_at_1024_has_its_shapes() {
         let pipeline = Pipeline::known("flux.1-dev").unwrap();
-        let profiles = profiles(&pipeline, 1024, [77, 512]);
+        let profiles = profiles(&pipeline, 1024, [77, 512], 2);
         let text = profiles[TRANSFORMER].text(2);
         assert!(
-            text.starts_with("hidden_states:1x4096x64,encoder_hidden_states:1x512x4096,"),
+            text.starts_with("hidden_states:2x4096x64,encoder_hidden_states:2x512x4096,"),
             "{text}"
         );
-        assert!(text.ends_with("img_ids:4096x3,txt_ids:512x3,guidance:1"), "{text}");
-        assert!(profiles[TRANSFORMER].text(0).contains("img_ids:256x3"));
+        assert!(text.ends_with("img_ids:4096x3,txt_ids:512x3,guidance:2"), "{text}");
+        let text = profiles[TRANSFORMER].text(0);
+        assert!(text.starts_with("hidden_states:1x256x64") && text.contains("img_ids:256x3"));
+        assert!(profiles[TRANSFORMER].text(1).starts_with("hidden_states:1x4096x64"));
         assert_eq!(profiles[VAE_DECODER].text(1), "latent_sample:1x16x128x128");
         assert_eq!(profiles[TEXT_ENCODER].text(0), "input_ids:1x77");
     }

@@ -10,8 +10,9 @@ use clap::Parser;
 use flow::checkpoint::{Entry, write_tensors};
 use indicatif::ProgressBar;
 use sampler::{
-    engine::{Engine, Finished, Memory, Options, Progress, Watch, is_cancelled},
+    engine::{Engine, Finished, Memory, Options, Watch, is_cancelled},
     format::Format,
+    progress::Progress,
     request::{Job, Request, Rng},
 };
 use tempfile::TempDir;
@@ -101,6 +102,10 @@ fn bits_do_not_depend_on_company_threads_or_memory() {
         let found = images(&mut other, (0..7).map(request));
         assert!(found == seven, "{threads} threads, {memory:?}");
     }
+    let together = Options { threads: 2, batch: 4, ..Options::default() };
+    assert!(together.batches_exactly(&engine.precision()));
+    let mut together = Engine::open(&folder.path().join("export"), &together).unwrap();
+    assert!(images(&mut together, (0..7).map(request)) == seven, "in batches of four");
     let mapped = images(&mut open(&folder, 2, Memory::Low), [request(0)]);
     assert!(far(&mapped[0], &seven[0]) < 1e-4, "{}", far(&mapped[0], &seven[0]));
     assert!(seven[0] != seven[1]);
@@ -124,6 +129,32 @@ fn a_cancelled_job_ends_and_leaves_the_others_alone() {
     assert_eq!(seen.steps, [(0, 1, 3), (0, 2, 3), (0, 3, 3)]);
     assert_eq!(seen.preview, Some((48, 32)));
     assert_eq!(images(&mut engine, [request(0)]).len(), 1);
+}
+
+#[test]
+fn a_batch_goes_on_without_those_that_are_cancelled() {
+    let folder = export(&[]);
+    let options = Options { threads: 1, batch: 4, ..Options::default() };
+    let mut engine = Engine::open(&folder.path().join("export"), &options).unwrap();
+    let alone = images(&mut engine, [request(0)]).remove(0);
+    let other = Request { steps: Some(2), ..request(5) };
+    let four = jobs(&engine, (0..3).map(request).chain([other]));
+    four[2].cancel.cancel();
+    let stop = Some((2, four[1].cancel.clone()));
+    let mut seen = Seen { stop, ..Seen::default() };
+    engine.generate(&four, &mut seen);
+    // The third before it is begun, then the first, the second in the middle, and another plan.
+    let outcomes: Vec<bool> = seen.images.iter().map(Result::is_ok).collect();
+    assert_eq!(outcomes, [false, true, false, true]);
+    assert!(seen.images[1].as_ref().unwrap().latents == alone, "the first is as if alone");
+    let steps = [(0, 1, 3), (1, 1, 3), (0, 2, 3), (0, 3, 3), (3, 1, 2), (3, 2, 2)];
+    assert_eq!(seen.steps, steps);
+    // When all are cancelled the run they share is.
+    let both = jobs(&engine, (0..2).map(request));
+    both.iter().for_each(|job| job.cancel.cancel());
+    let mut seen = Seen::default();
+    engine.generate(&both, &mut seen);
+    assert!(seen.images.iter().all(|image| is_cancelled(image.as_ref().unwrap_err())));
 }
 
 #[test]

@@ -84,6 +84,8 @@ class Comparisons:
             self.script("ort_pipeline.py", out / "export", out / "images", extra_path=optimum)
         if name == "signs":
             self.script("server.py", model, "--programs", self.programs, "--out", out / "server")
+            self.script("bits.py", model, out / "export", "--programs", self.programs,
+                        "--out", out / "bits")
             self.script("openai_client.py", out / "export", "--programs", self.programs,
                         "--out", out / "openai", extra_path=Path(sys.prefix).parent / "openai")
         if name == "tiny-flux":

@@ -45,6 +45,7 @@ pub fn app(service: Arc<Service>) -> Router {
         .route("/sdapi/v1/samplers", get(sdapi::samplers))
         .route("/sdapi/v1/schedulers", get(sdapi::schedulers))
         .route("/sdapi/v1/sd-models", get(sdapi::sd_models))
+        .route("/sdapi/v1/loras", get(sdapi::loras))
         .route("/sdapi/v1/options", get(sdapi::options).post(sdapi::set_options))
         .route("/health", get(health))
         .route("/ready", get(ready))

@@ -42,6 +42,9 @@ const TOKEN: &str = "NG_SAMPLE_TOKEN";
 /// Fewest bytes of a token.
 const MIN_TOKEN: usize = 16;
 
+/// Images that share a call of the network where that changes none of them.
+const BATCH: usize = 4;
+
 /// Arguments of `serve`.
 #[derive(Clone, Debug, Args)]
 #[command(after_help = ADDRESSES)]
@@ -69,10 +72,10 @@ pub struct ServeArgs {
           value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub queue: u32,
 
-    /// Compatible images taken from the queue at a time.
-    #[arg(long, value_name = "N", default_value_t = 4,
-          value_parser = clap::value_parser!(u16).range(1..=64))]
-    pub batch: u16,
+    /// Waiting images of one size and plan that may share the calls of the network [default: 4 where
+    /// that leaves an image's bits alone, which is on the CPU with f32 weights, and 1 elsewhere].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub batch: Option<u16>,
 
     /// Most images of a request.
     #[arg(long, value_name = "N", default_value_t = 10,
@@ -101,7 +104,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub grace: u32,
 
-    /// Folder of LoRAs that clients may load by their names; the models need slots for them.
+    /// Folder of LoRAs that clients may name; the models need slots for them.
     #[arg(long, value_name = "DIR")]
     pub loras: Option<PathBuf>,
 
@@ -126,6 +129,9 @@ SIGTERM or Ctrl-C: no new work is taken, what was accepted is answered, the prog
 /// or the address.
 pub fn serve(args: &ServeArgs) -> Result<()> {
     let guard = guard(args)?;
+    if let Some(folder) = &args.loras {
+        ensure!(folder.is_dir(), "--loras {} is no folder", folder.display());
+    }
     let options = args.runtime.options(Memory::Keep)?;
     let cards: Vec<Card> =
         args.models.iter().map(|typed| card(typed, &options)).collect::<Result<_>>()?;
@@ -135,14 +141,19 @@ pub fn serve(args: &ServeArgs) -> Result<()> {
             bail!(Usage(message));
         }
     }
+    let options = Options { batch: batch(args, &cards, &options), ..options };
     let listener = std::net::TcpListener::bind(args.listen)
         .with_context(|| format!("cannot listen on {}", args.listen))?;
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
+    let log = Log { silent: false, prompts: args.log_prompts };
+    if let Some(notice) = options.notice() {
+        log.event("notice", json!({"notice": notice}));
+    }
     let engines = open(&cards, &options)?;
     let precision = engines.first().map(Engine::precision).unwrap_or_default();
-    let service = Service::new(settings(args, cards, guard, precision));
-    let worker = worker::start(service.clone(), engines, args.batch.into())?;
+    let service = Service::new(settings(args, cards, guard, precision, log));
+    let worker = worker::start(service.clone(), engines)?;
     let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let grace = Duration::from_secs(args.grace.into());
     let names: Vec<&str> = service.cards.iter().map(|card| card.name.as_str()).collect();
@@ -159,6 +170,13 @@ pub fn serve(args: &ServeArgs) -> Result<()> {
     Ok(())
 }
 
+/// Images that share a call of the network: as typed, else several where their bits stay the same.
+fn batch(args: &ServeArgs, cards: &[Card], options: &Options) -> usize {
+    let exactly = |card: &Card| options.batches_exactly(&card.export.description.precision);
+    let default = if cards.iter().all(exactly) { BATCH } else { 1 };
+    args.batch.map_or(default, usize::from)
+}
+
 /// Engines of all models, every network loaded.
 fn open(cards: &[Card], options: &Options) -> Result<Vec<Engine>> {
     let open = |card: &Card| {
@@ -169,7 +187,13 @@ fn open(cards: &[Card], options: &Options) -> Result<Vec<Engine>> {
     cards.iter().map(open).collect()
 }
 
-fn settings(args: &ServeArgs, cards: Vec<Card>, guard: Guard, precision: String) -> Settings {
+fn settings(
+    args: &ServeArgs,
+    cards: Vec<Card>,
+    guard: Guard,
+    precision: String,
+    log: Log,
+) -> Settings {
     Settings {
         cards,
         loras: args.loras.clone(),
@@ -187,7 +211,7 @@ fn settings(args: &ServeArgs, cards: Vec<Card>, guard: Guard, precision: String)
         },
         patience: Patience::default(),
         guard,
-        log: Log { silent: false, prompts: args.log_prompts },
+        log,
     }
 }
 

@@ -92,7 +92,10 @@ impl Card {
             return Err(invalid(names.guidance, why));
         }
         if !ask.image.loras.is_empty() && !self.has_slots() {
-            let why = format!("model {} has no slots; export it with --lora-slots", self.name);
+            let why = format!(
+                "model {} has no slots for LoRAs; export it with `ng-export --lora-slots`",
+                self.name
+            );
             return Err(invalid("lora", why));
         }
         let seed = ask.image.seed.unwrap_or_else(random_seed);

@@ -130,7 +130,8 @@ impl Job {
     /// A network call is done; `preview` if one was due.
     pub fn step(&self, preview: Option<Preview>) {
         self.board.send_modify(|board| {
-            board.step += 1;
+            // Images that are drawn again after their company failed take their steps twice.
+            board.step = (board.step + 1).min(board.of);
             board.previews.extend(preview);
         });
     }

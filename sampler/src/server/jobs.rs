@@ -24,6 +24,7 @@ use super::{
     events::{self, Frame},
     fields::Fields,
     job::{Board, Job, Source, State as JobState},
+    loras,
     openai::{lora, seed, solver},
     refusal::Refusal,
     service::Service,
@@ -65,6 +66,7 @@ pub async fn create(
     };
     fields.finish()?;
     let model = service.model(model.as_deref())?;
+    loras::ensure(&service, model, &ask.image.loras).await?;
     let job = service.submit(model, ask, NAMES, Source::Jobs, &request_id)?;
     let place = format!("/api/jobs/{}", job.id);
     Ok((StatusCode::ACCEPTED, [(LOCATION, place)], Json(status(&service, &job))).into_response())

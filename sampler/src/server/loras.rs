@@ -1,8 +1,13 @@
 //! LoRAs by name: which are there, loading and letting go while the server runs.
 //!
 //! Files come from one folder that the server was started with; clients name them and never their paths.
+//! A request that names one which is not loaded has it loaded first.
 
-use std::{fs, path::Path, sync::Arc};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use axum::{
     Json,
@@ -12,7 +17,7 @@ use axum::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{fields::Fields, refusal::Refusal, service::Service};
+use super::{ask::Card, fields::Fields, refusal::Refusal, service::Service};
 
 const EXTENSION: &str = "safetensors";
 
@@ -42,28 +47,66 @@ pub async fn load(
     let name = fields.text("name")?.ok_or_else(|| fields.invalid("name", "it is missing"))?;
     let model = service.model(fields.text("model")?.as_deref())?;
     fields.finish()?;
-    let Some(folder) = service.loras.clone() else {
+    let Some(folder) = &service.loras else {
         let message = "the server was started without --loras DIR";
         return Err(Refusal::new(StatusCode::CONFLICT, "no_lora_folder", message));
     };
-    let file = folder.join(format!("{name}.{EXTENSION}"));
-    if !is_plain(&name) || !file.is_file() {
-        let message =
-            format!("name: no LoRA {name:?}; there are {}", available(&folder).join(", "));
-        let param = Some("name".to_owned());
+    let Some(file) = file(folder, &name) else {
+        let names = available(folder).join(", ");
+        let message = format!("name: no LoRA {name:?}; there are: {names}");
         let refusal = Refusal::new(StatusCode::NOT_FOUND, "lora_not_found", message);
-        return Err(Refusal { param, ..refusal });
+        return Err(Refusal { param: Some("name".to_owned()), ..refusal });
+    };
+    let card = &service.cards[model];
+    let notes = read(card, &name, file, "name").await?;
+    Ok(Json(json!({"name": name, "model": card.name, "notes": notes})))
+}
+
+/// Has those of `loras` loaded that model number `model` can take and has not.
+///
+/// # Errors
+/// 400 with param `lora` when there is none of that name, or it is no LoRA of this model.
+pub async fn ensure(
+    service: &Service,
+    model: usize,
+    loras: &[(String, f64)],
+) -> Result<(), Refusal> {
+    let card = &service.cards[model];
+    let loaded = card.export.loras();
+    for (name, _) in loras.iter().filter(|(name, _)| card.has_slots() && !loaded.contains(name)) {
+        let folder = service.loras.as_deref();
+        let Some(file) = folder.and_then(|folder| file(folder, name)) else {
+            let names = known(service, card).join(", ");
+            let message = format!("lora: no LoRA {name:?}; there are: {names}");
+            return Err(Refusal::field("lora", "lora_not_found", message));
+        };
+        read(card, name, file, "lora").await?;
     }
-    let export = service.cards[model].export.clone();
-    let called = name.clone();
+    Ok(())
+}
+
+/// Names that a request may give `card`: those that are loaded and those of the folder.
+pub fn known(service: &Service, card: &Card) -> Vec<String> {
+    if !card.has_slots() {
+        return Vec::new();
+    }
+    let mut names = card.export.loras();
+    names.extend(service.loras.as_deref().map(available).unwrap_or_default());
+    names.sort();
+    names.dedup();
+    names
+}
+
+/// Loads `file` as `name`; what there is to say about it.
+async fn read(card: &Card, name: &str, file: PathBuf, field: &str) -> Result<Vec<String>, Refusal> {
+    let (export, called) = (card.export.clone(), name.to_owned());
     // Reading it takes a while, and the server's threads are few.
     let loaded = tokio::task::spawn_blocking(move || export.load_lora(&called, &file)).await;
     match loaded {
-        Ok(Ok(adapter)) => Ok(Json(
-            json!({"name": name, "model": service.cards[model].name, "notes": adapter.lines}),
-        )),
+        Ok(Ok(adapter)) => Ok(adapter.lines.clone()),
         Ok(Err(error)) => {
-            Err(Refusal::field("name", "lora_not_usable", format!("name: {error:#}")))
+            let message = format!("{field}: {}", format!("{error:#}").replace('\n', " "));
+            Err(Refusal::field(field, "lora_not_usable", message))
         }
         Err(_) => Err(Refusal::failed("the LoRA could not be read")),
     }
@@ -96,6 +139,12 @@ fn available(folder: &Path) -> Vec<String> {
         .collect();
     names.sort();
     names
+}
+
+/// The file called `name` in `folder`.
+fn file(folder: &Path, name: &str) -> Option<PathBuf> {
+    let file = folder.join(format!("{name}.{EXTENSION}"));
+    (is_plain(name) && file.is_file()).then_some(file)
 }
 
 /// Whether a name stays in its folder.

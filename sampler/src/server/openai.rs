@@ -25,6 +25,7 @@ use super::{
     events,
     fields::Fields,
     job::{Board, Job, Source, State as JobState},
+    loras,
     refusal::Refusal,
     service::{Service, Ticket},
 };
@@ -60,6 +61,7 @@ pub async fn generate(
 ) -> Result<Response, Refusal> {
     let wish = Wish::read(fields)?;
     let model = service.model(wish.model.as_deref())?;
+    loras::ensure(&service, model, &wish.ask.image.loras).await?;
     let job = service.submit(model, wish.ask, NAMES, Source::OpenAi, &request_id)?;
     let ticket = Ticket { service, job };
     let look = wish.look;
@@ -208,15 +210,18 @@ pub fn seed(f: &mut Fields, field: &str) -> Result<Option<u64>, Refusal> {
     Ok(seed.and_then(|seed| u64::try_from(seed).ok()))
 }
 
+/// Largest scale of a LoRA, either way.
+pub const MAX_SCALE: f64 = 10.0;
+
 /// `lora: {name, scale}`.
 pub fn lora(f: &mut Fields) -> Result<Vec<(String, f64)>, Refusal> {
     let Some(mut lora) = f.object("lora")? else { return Ok(Vec::new()) };
     let name = lora.text("name")?;
     if lora.text("path")?.is_some() {
-        let why = "files are not read for clients; load the style and give its name";
+        let why = "files are not read for clients; give the name of one in the server's folder";
         return Err(lora.invalid("path", why));
     }
-    let scale = lora.number("scale", -10.0..=10.0)?.unwrap_or(1.0);
+    let scale = lora.number("scale", -MAX_SCALE..=MAX_SCALE)?.unwrap_or(1.0);
     let name = name.ok_or_else(|| lora.invalid("name", "it is missing"))?;
     lora.finish()?;
     Ok(vec![(name, scale)])

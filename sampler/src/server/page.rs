@@ -17,7 +17,7 @@ use axum::{
 use flow::solver::{DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS};
 use serde_json::{Value, json};
 
-use super::service::Service;
+use super::{loras, service::Service};
 
 /// Nothing from elsewhere, and in nobody's frame.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
@@ -61,7 +61,7 @@ pub async fn capabilities(State(service): State<Arc<Service>>) -> Json<Value> {
                 "height": side,
                 "multiple": card.multiple(),
                 "guidance": card.guides(),
-                "loras": card.export.loras(),
+                "loras": loras::known(&service, card),
             })
         })
         .collect();

@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
 };
 
-use super::job::Job;
+use super::{drawing::Drawing, job::Job};
 
 /// First in, first out; images that fit the first may come along.
 pub struct Queue {
@@ -76,9 +76,9 @@ impl Queue {
         Ok(())
     }
 
-    /// Waits for work and takes up to `most` images that may share a run, in order. Empty once the
-    /// queue is closed and nothing is left.
-    pub fn take(&self, most: usize) -> Vec<Row> {
+    /// Waits for work and takes images that may share a run, in order, as many as `most` has for the
+    /// first drawing. Empty once the queue is closed and nothing is left.
+    pub fn take(&self, most: impl Fn(&Drawing) -> usize) -> Vec<Row> {
         let mut waiting = self.lock();
         while waiting.jobs.is_empty() {
             if waiting.closed {
@@ -86,6 +86,7 @@ impl Queue {
             }
             waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
         }
+        let most = waiting.jobs.front().map_or(0, |entry| most(&entry.job.drawing));
         let mut rows: Vec<Row> = Vec::new();
         for entry in &mut waiting.jobs {
             let fits = rows.first().is_none_or(|first| first.job.drawing.fits(&entry.job.drawing));

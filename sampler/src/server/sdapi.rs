@@ -22,7 +22,8 @@ use super::{
     encoded::Encoding,
     fields::Fields,
     job::{Board, Job, Source, State as JobState},
-    openai::{seed, unfinished},
+    loras,
+    openai::{MAX_SCALE, seed, unfinished},
     refusal::Refusal,
     service::{Service, Ticket},
 };
@@ -106,6 +107,7 @@ pub async fn txt2img(
     fields: Fields,
 ) -> Result<Json<Value>, Error> {
     let wish = Wish::read(&service, fields)?;
+    loras::ensure(&service, wish.model, &wish.ask.image.loras).await?;
     let job = service.submit(wish.model, wish.ask, NAMES, Source::Sdapi, &request_id)?;
     let ticket = Ticket { service, job };
     let board = ticket.job.ended().await;
@@ -178,6 +180,16 @@ pub async fn sd_models(State(service): State<Arc<Service>>) -> Json<Value> {
     Json(service.cards.iter().map(|card| model(&card.name)).collect())
 }
 
+/// `GET /sdapi/v1/loras`: what a prompt's `<lora:NAME:SCALE>` may name, of any model.
+pub async fn loras(State(service): State<Arc<Service>>) -> Json<Value> {
+    let mut names: Vec<String> =
+        service.cards.iter().flat_map(|card| loras::known(&service, card)).collect();
+    names.sort();
+    names.dedup();
+    let lora = |name: &String| json!({"name": name, "alias": name, "path": name, "metadata": {}});
+    Json(names.iter().map(lora).collect())
+}
+
 /// `GET /sdapi/v1/options`.
 pub async fn options(State(service): State<Arc<Service>>) -> Json<Value> {
     let model = service.checkpoint.load(Ordering::Relaxed);
@@ -214,8 +226,11 @@ impl Wish {
         let count = images(f, NAMES.count)? * images(f, "n_iter")?;
         let sampler = f.text("sampler_name")?;
         let sampler = sampler.or(f.text("sampler_index")?);
+        let typed = f.text("prompt")?.unwrap_or_default();
+        let (prompt, loras) = extra_networks(&typed).map_err(|why| f.invalid("prompt", &why))?;
         let image = Request {
-            prompt: f.text("prompt")?.unwrap_or_default(),
+            prompt,
+            loras,
             width: side(f, "width")?.map(|n| n as usize),
             height: side(f, "height")?.map(|n| n as usize),
             steps: f.integer(NAMES.steps, 1..=1000)?.map(|n| n as usize),
@@ -245,6 +260,29 @@ impl Wish {
         fields.finish()?;
         Ok(Self { model, ask, send_images, ignored })
     }
+}
+
+/// A prompt without the web UI's `<lora:NAME:SCALE>`, and what they ask for.
+///
+/// # Errors
+/// When one is of another kind, or has no number for a scale.
+fn extra_networks(typed: &str) -> Result<(String, Vec<(String, f64)>), String> {
+    let (mut prompt, mut loras, mut rest) = (String::new(), Vec::new(), typed);
+    while let Some(at) = rest.find("<lora:") {
+        let (before, tag) = rest.split_at(at);
+        let Some((tag, after)) = tag.split_once('>') else { break };
+        let (name, scale) = match tag["<lora:".len()..].split_once(':') {
+            Some((name, scale)) => (name, scale.trim().parse().ok()),
+            None => (&tag["<lora:".len()..], Some(1.0)),
+        };
+        let scale = scale.filter(|scale: &f64| scale.abs() <= MAX_SCALE);
+        let scale = scale.ok_or_else(|| format!("{tag}> is not <lora:NAME:SCALE>"))?;
+        loras.push((name.to_owned(), scale));
+        prompt.push_str(before);
+        rest = after;
+    }
+    prompt.push_str(rest);
+    Ok((if loras.is_empty() { prompt } else { prompt.trim().to_owned() }, loras))
 }
 
 /// The model of `override_settings`, else the option's.
@@ -300,6 +338,8 @@ fn response(ticket: &Ticket, board: &Board, send: bool, ignored: &[&str]) -> Val
         "height": image.height,
         "sampler_name": sampler_name(image.solver),
         "steps": image.steps,
+        "loras": image.loras.iter().map(|(lora, scale)| json!({"name": lora.name, "scale": scale}))
+            .collect::<Vec<_>>(),
         "batch_size": drawing.count,
         "sd_model_name": service.cards[drawing.model].name,
         "ignored": ignored,
@@ -333,4 +373,23 @@ fn state(current: Option<(&Arc<Job>, &Board)>) -> Value {
     json!({"skipped": false, "interrupted": false, "stopping_generation": false, "job": job,
            "job_count": count, "job_timestamp": "0", "job_no": number, "sampling_step": step,
            "sampling_steps": steps})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::extra_networks;
+
+    #[test]
+    fn loras_stand_in_the_prompt() {
+        let (prompt, loras) = extra_networks("a fox <lora:ink:0.8><lora:soft> <b>").unwrap();
+        assert_eq!(prompt, "a fox  <b>");
+        assert_eq!(loras, [("ink".to_owned(), 0.8), ("soft".to_owned(), 1.0)]);
+        for typed in ["<lora:ink:x>", "<lora:ink:0.5:0.8>", "<lora:ink:99>"] {
+            let why = extra_networks(typed).unwrap_err();
+            assert!(why.contains(typed), "{why}");
+        }
+        for typed in ["", "a <lora:b", " a  b "] {
+            assert_eq!(extra_networks(typed).unwrap(), (typed.to_owned(), Vec::new()));
+        }
+    }
 }

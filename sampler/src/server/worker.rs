@@ -12,24 +12,22 @@ use std::{
 use anyhow::{Result, anyhow};
 
 use crate::{
-    engine::{Engine, Finished, Progress, Watch, is_cancelled},
+    engine::{Engine, Finished, Watch, is_cancelled},
     parameters::Parameters,
+    progress::Progress,
     report::Stages,
     request::Job as Image,
 };
 
-use super::{job::Preview, metrics::Stage, queue::Row, service::Service};
+use super::{drawing::Drawing, job::Preview, metrics::Stage, queue::Row, service::Service};
 
-/// Starts the worker with an engine for each of the service's models. It takes up to `most` images at a
-/// time and ends when the queue is closed and empty.
-pub fn start(
-    service: Arc<Service>,
-    mut engines: Vec<Engine>,
-    most: usize,
-) -> io::Result<JoinHandle<()>> {
+/// Starts the worker with an engine for each of the service's models. It takes as many images at a time
+/// as an engine draws together, and ends when the queue is closed and empty.
+pub fn start(service: Arc<Service>, mut engines: Vec<Engine>) -> io::Result<JoinHandle<()>> {
     Builder::new().name("worker".into()).spawn(move || {
         let _alive = Alive(service.clone());
         loop {
+            let most = |drawing: &Drawing| engines[drawing.model].most(&drawing.first);
             let rows = service.queue.take(most);
             let Some(first) = rows.first() else { return };
             draw(&service, &mut engines[first.job.drawing.model], &rows);
@@ -48,7 +46,6 @@ impl Drop for Alive {
 
 fn draw(service: &Service, engine: &mut Engine, rows: &[Row]) {
     service.metrics.batch.observe(rows.len() as f64);
-    begin(service, rows.first());
     let images: Vec<Image> = rows.iter().map(|row| row.job.drawing.image(row.index)).collect();
     let mut desk = Desk { service, rows, images: &images, since: Instant::now() };
     // A panic over one drawing must not take the service with it.
@@ -66,11 +63,18 @@ struct Desk<'a> {
     service: &'a Service,
     rows: &'a [Row],
     images: &'a [Image],
-    /// When the image at hand was begun.
+    /// When the image before was done.
     since: Instant,
 }
 
 impl Watch for Desk<'_> {
+    fn begin(&mut self, index: usize) {
+        let job = &self.rows[index].job;
+        if job.begin() {
+            self.service.metrics.queue_wait.observe(job.queued.elapsed().as_secs_f64());
+        }
+    }
+
     fn step(&mut self, index: usize, progress: &mut Progress<'_>) {
         let Row { job, index: image } = &self.rows[index];
         let drawing = &job.drawing;
@@ -109,16 +113,6 @@ impl Watch for Desk<'_> {
             Err(error) => self.service.fail(&row.job, &error),
         }
         self.since = Instant::now();
-        begin(self.service, self.rows.get(index + 1));
-    }
-}
-
-/// The engine comes to `row`.
-fn begin(service: &Service, row: Option<&Row>) {
-    if let Some(Row { job, .. }) = row
-        && job.begin()
-    {
-        service.metrics.queue_wait.observe(job.queued.elapsed().as_secs_f64());
     }
 }
 

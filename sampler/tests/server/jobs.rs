@@ -29,7 +29,7 @@ async fn a_job_is_taken_in_watched_and_fetched() {
         previews.iter().map(|p| (p["image"].as_u64(), p["step"].as_u64())).collect();
     assert_eq!(
         places,
-        [(Some(0), Some(2)), (Some(0), Some(4)), (Some(1), Some(2)), (Some(1), Some(4))]
+        [(Some(0), Some(2)), (Some(1), Some(2)), (Some(0), Some(4)), (Some(1), Some(4))]
     );
     assert!(previews[0]["url"].as_str().unwrap().starts_with("data:image/png;base64,"));
     let status = rig.get(&format!("/api/jobs/{id}")).await.ok();

@@ -39,15 +39,19 @@ pub(crate) const PROMPT: &str = "red \"HAT\"";
 pub(crate) const LONG: usize = 200;
 
 /// The embedded model's export, made once.
-static EXPORT: LazyLock<(TempDir, PathBuf)> = LazyLock::new(|| {
+static EXPORT: LazyLock<(TempDir, PathBuf)> = LazyLock::new(|| export(&[]));
+
+/// The embedded model as `ng-export` with `options` writes it.
+pub(crate) fn export(options: &[&str]) -> (TempDir, PathBuf) {
     let home = tempfile::tempdir().unwrap();
     let folder = home.path().join("signs");
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/signs");
     let typed = [Path::new("ng-export"), &model, Path::new("--out"), &folder];
-    let request = exporter::args::Args::parse_from(typed.map(Path::as_os_str)).request();
+    let typed = typed.into_iter().chain(options.iter().map(Path::new)).map(Path::as_os_str);
+    let request = exporter::args::Args::parse_from(typed).request();
     exporter::export::export(&request, &ProgressBar::hidden(), &AtomicBool::new(false)).unwrap();
     (home, folder)
-});
+}
 
 pub(crate) struct Rig {
     pub service: Arc<Service>,
@@ -66,7 +70,11 @@ fn options() -> Options {
 }
 
 pub(crate) fn settings() -> Settings {
-    let export = Arc::new(Export::open(&EXPORT.1, None).unwrap());
+    settings_of(&EXPORT.1)
+}
+
+pub(crate) fn settings_of(folder: &Path) -> Settings {
+    let export = Arc::new(Export::open(folder, None).unwrap());
     Settings {
         cards: vec![Card { name: "signs".to_owned(), created: 1, export }],
         loras: None,
@@ -88,8 +96,9 @@ impl Rig {
 
     pub(crate) fn with(settings: Settings) -> Self {
         let rig = Self::without_worker(settings);
-        let engine = Engine::open(&EXPORT.1, &options()).unwrap();
-        worker::start(rig.service.clone(), vec![engine], 4).unwrap();
+        let options = Options { batch: 4, ..options() };
+        let engine = Engine::closed(rig.service.cards[0].export.clone(), &options);
+        worker::start(rig.service.clone(), vec![engine]).unwrap();
         rig
     }
 
