@@ -89,22 +89,22 @@ fn placed(session: &Session) -> ort::Result<Vec<Placed>> {
     let (mut subgraphs, mut n) = (ptr::null(), 0);
     #[expect(unsafe_code, reason = "both are written before they are read")]
     let subgraphs = {
-        ortsys![unsafe Session_GetEpGraphAssignmentInfo(session.ptr(), &mut subgraphs, &mut n)?];
+        ortsys![unsafe Session_GetEpGraphAssignmentInfo(session.ptr(), &raw mut subgraphs, &raw mut n)?];
         unsafe { pointers(subgraphs, n) }
     };
     for &subgraph in subgraphs {
         let (mut name, mut nodes, mut n) = (ptr::null(), ptr::null(), 0);
         #[expect(unsafe_code, reason = "the session owns all of it and outlives this function")]
         let (name, nodes) = {
-            ortsys![unsafe EpAssignedSubgraph_GetEpName(subgraph, &mut name)?];
-            ortsys![unsafe EpAssignedSubgraph_GetNodes(subgraph, &mut nodes, &mut n)?];
+            ortsys![unsafe EpAssignedSubgraph_GetEpName(subgraph, &raw mut name)?];
+            ortsys![unsafe EpAssignedSubgraph_GetNodes(subgraph, &raw mut nodes, &raw mut n)?];
             unsafe { (text(name), pointers(nodes, n)) }
         };
         for &node in nodes {
             let mut operator = ptr::null();
             #[expect(unsafe_code, reason = "as above")]
             let operator = {
-                ortsys![unsafe EpAssignedNode_GetOperatorType(node, &mut operator)?];
+                ortsys![unsafe EpAssignedNode_GetOperatorType(node, &raw mut operator)?];
                 unsafe { text(operator) }
             };
             placed.push(Placed { operator, on: name.clone() });
