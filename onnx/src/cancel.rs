@@ -60,7 +60,9 @@ impl Cancel {
             // A run that cannot be told goes on to its end and is then reported as cancelled.
             let _ = options.terminate();
         }
-        joined.drain(..).filter_map(|whole| whole.upgrade()).for_each(|whole| Self(whole).lose());
+        for whole in joined.drain(..).filter_map(|whole| whole.upgrade()) {
+            Self(whole).lose();
+        }
     }
 
     /// One of its parts was used.

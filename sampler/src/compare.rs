@@ -38,8 +38,8 @@ pub fn run(args: &Compare, mut lines: impl Write) -> Result<()> {
     if let Some(notice) = options.notice() {
         writeln!(stderr(), "note: {notice}")?;
     }
-    let (mut columns, mut names): (Vec<Vec<Picture>>, Vec<String>) = Default::default();
-    let mut rows = Vec::new();
+    let mut columns: Vec<Vec<Picture>> = Vec::new();
+    let (mut names, mut rows) = (Vec::new(), Vec::new());
     let first = settings::seed(&args.image.seed).map_err(Usage)?;
     let first = first.unwrap_or_else(crate::export::random_seed);
     for model in &args.models {

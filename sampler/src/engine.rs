@@ -274,9 +274,11 @@ impl Engine {
             }
             Err(error) if rows.len() == 1 => watch.done(rows[0].index, Err(error)),
             // One of them may be at fault alone.
-            Err(_) => rows.iter().for_each(|row| {
-                self.draw(row.index, std::slice::from_ref(row.job), watch);
-            }),
+            Err(_) => {
+                for row in rows {
+                    self.draw(row.index, std::slice::from_ref(row.job), watch);
+                }
+            }
         }
     }
 

@@ -21,23 +21,27 @@ impl Label {
     /// `text` for `width` pixels, letters enlarged `scale` times; broken at spaces, else where it must.
     pub fn new(text: &str, width: usize, scale: usize) -> Self {
         let n = (width / (LETTER * scale)).max(1);
-        let mut lines = vec![String::new()];
+        let (mut lines, mut line, mut used) = (Vec::new(), String::new(), 0);
         for word in text.split_whitespace() {
-            let mut word: Vec<char> = word.chars().collect();
-            let used = lines.last().map_or(0, |line| line.chars().count());
-            match lines.last_mut() {
-                Some(line) if used > 0 && used + 1 + word.len() <= n => line.push(' '),
-                Some(line) if line.is_empty() => {}
-                _ => lines.push(String::new()),
+            let letters: Vec<char> = word.chars().collect();
+            if used > 0 && used + 1 + letters.len() > n {
+                lines.push(std::mem::take(&mut line));
+                used = 0;
             }
-            while word.len() > n {
-                let rest = word.split_off(n);
-                lines.last_mut().into_iter().for_each(|line| line.extend(&word));
-                lines.push(String::new());
-                word = rest;
+            if used > 0 {
+                line.push(' ');
+                used += 1;
             }
-            lines.last_mut().into_iter().for_each(|line| line.extend(&word));
+            for letter in letters {
+                if used == n {
+                    lines.push(std::mem::take(&mut line));
+                    used = 0;
+                }
+                line.push(letter);
+                used += 1;
+            }
         }
+        lines.push(line);
         Self { lines, scale }
     }
 
@@ -59,7 +63,7 @@ impl Label {
     fn letter(&self, picture: &mut Picture, glyph: [u8; 8], left: usize, top: usize) {
         let side = LETTER * self.scale;
         for (y, x) in (0..side).flat_map(|y| (0..side).map(move |x| (y, x))) {
-            let is_set = glyph[y / self.scale] >> (x / self.scale) & 1 == 1;
+            let is_set = (glyph[y / self.scale] >> (x / self.scale)) & 1 == 1;
             if is_set && left + x < picture.width && top + y < picture.height {
                 let at = 3 * ((top + y) * picture.width + left + x);
                 picture.rgb[at..at + 3].fill(0);

@@ -151,7 +151,9 @@ fn a_batch_goes_on_without_those_that_are_cancelled() {
     assert_eq!(seen.steps, steps);
     // When all are cancelled the run they share is.
     let both = jobs(&engine, (0..2).map(request));
-    both.iter().for_each(|job| job.cancel.cancel());
+    for job in &both {
+        job.cancel.cancel();
+    }
     let mut seen = Seen::default();
     engine.generate(&both, &mut seen);
     assert!(seen.images.iter().all(|image| is_cancelled(image.as_ref().unwrap_err())));

@@ -105,8 +105,8 @@ async fn read(card: &Card, name: &str, file: PathBuf, field: &str) -> Result<Vec
     match loaded {
         Ok(Ok(adapter)) => Ok(adapter.lines.clone()),
         Ok(Err(error)) => {
-            let message = format!("{field}: {}", format!("{error:#}").replace('\n', " "));
-            Err(Refusal::field(field, "lora_not_usable", message))
+            let why = format!("{error:#}").replace('\n', " ");
+            Err(Refusal::field(field, "lora_not_usable", format!("{field}: {why}")))
         }
         Err(_) => Err(Refusal::failed("the LoRA could not be read")),
     }
