@@ -239,13 +239,7 @@ impl Wish {
             guidance: f.number(NAMES.guidance, 0.0..=100.0)?.map(|scale| scale as f32),
             ..Request::default()
         };
-        let ask = Ask {
-            image,
-            count: Some(count as usize),
-            encoding: Encoding::Png,
-            previews: 3,
-            ..Ask::default()
-        };
+        let ask = Ask { image, count: Some(count as usize), encoding: Encoding::Png, previews: 3 };
         f.choice("scheduler", &[SCHEDULER, "automatic"])?;
         f.text("force_task_id")?;
         let send_images = f.flag("send_images")?.unwrap_or(true);
