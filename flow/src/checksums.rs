@@ -72,16 +72,17 @@ impl Checksums {
     /// `known` files were hashed before.
     ///
     /// # Errors
-    /// When a file cannot be read, the list not be written, or a name not be listed.
+    /// When a file cannot be read or is not there, the list not be written, or a name not be listed.
     pub(crate) fn write(folder: &Path, known: &BTreeMap<String, Sum>) -> Result<()> {
         let mut files = Vec::new();
         list(folder, "", &mut files)?;
-        let (listed, unknown): (Vec<_>, Vec<_>) =
-            files.into_iter().partition(|file| known.contains_key(file));
-        let mut sums: BTreeMap<String, Sum> =
-            listed.into_iter().map(|file| (file.clone(), known[&file])).collect();
-        let found = sums_of(folder, &unknown)?;
-        sums.extend(unknown.into_iter().zip(found));
+        for path in known.keys().map(|file| folder.join(file)) {
+            File::open(&path).map_err(CheckpointError::io(&path))?;
+        }
+        files.retain(|file| !known.contains_key(file));
+        let found = sums_of(folder, &files)?;
+        let mut sums = known.clone();
+        sums.extend(files.into_iter().zip(found));
         fs::write(folder.join(FILE), text(&sums)).map_err(CheckpointError::io(&folder.join(FILE)))
     }
 
@@ -224,7 +225,11 @@ fn sums_of(folder: &Path, files: &[String]) -> Result<Vec<Sum>> {
     })
 }
 
-fn sum_of(path: &Path) -> io::Result<Sum> {
+/// SHA-256 of the file `path`.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn sum_of(path: &Path) -> io::Result<Sum> {
     let mut file = File::open(path)?;
     let mut sha = Sha256::new();
     let mut chunk = vec![0; CHUNK];

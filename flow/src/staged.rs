@@ -24,7 +24,7 @@ pub struct Staged {
     /// Says, as long as it is open, that somebody writes.
     _lock: File,
     target: PathBuf,
-    /// Sums of files that were carried over from finished folders.
+    /// Sums of files that were carried over from finished folders, or that others have told.
     known: BTreeMap<String, Sum>,
 }
 
@@ -99,6 +99,18 @@ impl Staged {
             self.known.insert(file.to_owned(), sum);
         }
         Ok(self.known.keys().cloned().collect())
+    }
+
+    /// Takes down the sum of a `file` that another process has written here and brought to disk, so that it
+    /// is not read once more.
+    ///
+    /// # Errors
+    /// When it is not there.
+    pub fn take_down(&mut self, file: &str, sum: Sum) -> Result<()> {
+        let path = self.path().join(file);
+        File::open(&path).map_err(CheckpointError::io(&path))?;
+        self.known.insert(file.to_owned(), sum);
+        Ok(())
     }
 
     /// Gives the folder its name; with `replace`, in place of a folder of that name.
@@ -295,6 +307,21 @@ mod tests {
         staged(&target, "half").leave();
         drop(Staged::resume(&target, holds("other")).unwrap());
         assert_eq!(entries(home.path()), ["new"], "what does not fit is removed");
+    }
+
+    #[test]
+    fn several_write_one_folder() {
+        let home = tempfile::tempdir().unwrap();
+        let target = home.path().join("new");
+        let mut first = staged(&target, "first");
+        fs::write(first.path().join("second"), "second").unwrap();
+        let sum = crate::checksums::sum_of(&first.path().join("second")).unwrap();
+        assert!(first.take_down("third", sum).is_err());
+        first.take_down("second", sum).unwrap();
+        first.publish(false).unwrap();
+        let list = Checksums::open(&target).unwrap().unwrap();
+        assert_eq!(list.files().collect::<Vec<_>>(), ["file", "second"]);
+        list.check_all().unwrap();
     }
 
     #[test]
