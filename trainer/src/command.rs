@@ -20,6 +20,7 @@ pub mod args;
 pub mod bench;
 pub mod compare;
 mod config;
+mod consolidate;
 mod convert;
 pub mod embed;
 pub mod eval;
@@ -129,9 +130,10 @@ fn carry_out(
             _ => unreachable!("the command line asks for one or the other"),
         },
         Command::Plan { .. } | Command::Bench { .. } => measure(&cli.command, compute),
-        Command::Convert { .. } | Command::Init { .. } | Command::Signs { .. } => {
-            make(&cli.command)
-        }
+        Command::Consolidate { .. }
+        | Command::Convert { .. }
+        | Command::Init { .. }
+        | Command::Signs { .. } => make(&cli.command),
     }
 }
 
@@ -200,6 +202,9 @@ fn measure(command: &Command, compute: device::Compute) -> Result<()> {
 /// Files for other commands.
 fn make(command: &Command) -> Result<()> {
     match command {
+        Command::Consolidate { from, out, shard_gb } => {
+            consolidate::run(from, out, (shard_gb * 1e9) as usize)
+        }
         Command::Convert { from, to, like } => convert::run(from, to, like.as_deref()),
         Command::Init { like, out, seed, zero, shard_gb } => init::run(&init::Options {
             like,

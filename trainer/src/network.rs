@@ -10,3 +10,4 @@ pub(crate) mod model;
 pub(crate) mod optimizer;
 pub(crate) mod reference;
 pub(crate) mod save;
+pub(crate) mod shards;

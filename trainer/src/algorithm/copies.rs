@@ -1,13 +1,17 @@
 //! Other values of the weights that train: a policy of the past, or the one a run started from.
 
 use anyhow::Result;
-use flow::checkpoint::{Entry, Weights};
+use flow::checkpoint::Entry;
 use flow::panics::caught;
 use tch::{Tensor, no_grad};
 
 use crate::network::condition::Condition;
 use crate::network::model::Model;
-use crate::tensor::parameters::{Parameters, later};
+use crate::network::shards::{self, Shards};
+use crate::tensor::parameters::Parameters;
+
+/// What its parts are called in a checkpoint.
+const KIND: &str = "behaviour";
 
 pub(crate) struct Copies {
     /// In f32, like the masters: this rank's part of each segment.
@@ -22,7 +26,7 @@ impl Copies {
         let wholes = if trained.shares_storage() {
             parts.iter().map(Tensor::shallow_clone).collect()
         } else {
-            trained.seen()
+            trained.seen().collect()
         };
         Self { parts, wholes }
     }
@@ -71,19 +75,14 @@ impl Copies {
         Ok(())
     }
 
-    /// What [`Copies::restore`] needs; nothing on other ranks than the first.
-    pub(crate) fn entries(&self, trained: &Parameters) -> Result<Vec<Entry<'static>>> {
-        let wholes = trained.wholes(self.parts.iter())?;
-        let entry = |(index, values)| later(format!("behaviour.{index}"), values);
-        Ok(wholes.iter().enumerate().map(entry).collect())
+    /// What of this rank [`Copies::restore`] needs.
+    pub(crate) fn entries(&self) -> Vec<Entry<'static>> {
+        shards::entries(KIND, &self.parts)
     }
 
-    /// Takes back what [`Copies::entries`] gave.
-    pub(crate) fn restore(&self, state: &Weights, trained: &Parameters) -> Result<()> {
-        for (index, part) in self.parts.iter().enumerate() {
-            let stored = Tensor::from_slice(&state.f32(&format!("behaviour.{index}"))?);
-            no_grad(|| part.shallow_clone().copy_(&trained.own_part(&stored)));
-        }
+    /// Takes back what [`Copies::entries`] gave, of whatever number of ranks.
+    pub(crate) fn restore(&self, state: &Shards, trained: &Parameters) -> Result<()> {
+        state.restore(KIND, &self.parts, trained)?;
         self.renew(trained)
     }
 }

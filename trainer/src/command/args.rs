@@ -164,6 +164,20 @@ pub enum Command {
         #[arg(short, long, alias = "output", value_name = "DIR")]
         out: PathBuf,
     },
+    /// Make a pipeline folder, or a file of adapters, of a run's checkpoint
+    ///
+    /// Runs of several processes leave a file a process in their checkpoints. What is written is what the run
+    /// would have ended with there: the moving average of the weights, where it keeps one. Memory: a tensor.
+    Consolidate {
+        /// Checkpoint, as in RUN/checkpoints/iteration-000050
+        from: PathBuf,
+        /// Folder to write; it must not exist
+        #[arg(short, long, alias = "output", value_name = "DIR")]
+        out: PathBuf,
+        /// Most GB (10⁹ bytes) of weights in one file
+        #[arg(long, value_name = "GB", default_value_t = MAX_SHARD_BYTES as f64 / 1e9)]
+        shard_gb: f64,
+    },
     /// Make a checkpoint of one kind from one of another
     ///
     /// FROM a file that PyTorch pickled (.pt, .pth, .bin, .ckpt), or the .bin.index.json of several, without

@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::Instant;
 
 use anyhow::Result;
+use cluster::Group;
 use flow::latents::LatentSize;
 use flow::models::transformer::{GUIDANCE, image_ids};
 use flow::noise::Noise;
@@ -118,8 +119,9 @@ fn engine(options: &Options<'_>) -> Result<Engine> {
     };
     let mut engine = Engine::new(config.clone(), parameters);
     let lora = LoraConfig { rank: options.lora_rank, ..LoraConfig::default() };
-    engine.adapt(Adapters::new(&lora, None, &segments, Noise::new(0), compute)?);
-    engine.train(&cluster::Group::alone());
+    let (noise, alone) = (Noise::new(0), Group::alone());
+    engine.adapt(Adapters::new(&lora, None, &segments, noise, compute, &alone)?);
+    engine.train();
     engine.recompute = !options.plain;
     Ok(engine)
 }

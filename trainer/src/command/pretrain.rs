@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
+use cluster::Group;
 use flow::checkpoint::{Dtype, MAX_SHARD_BYTES};
 use flow::latents::LatentSize;
 use flow::noise::Noise;
@@ -94,7 +95,8 @@ pub fn run(config: &PretrainConfig, device: Device) -> Result<()> {
     let data = read_captioned(&config.data)?;
     let weights = family(config.seed, Use::Weights);
     let compute = Compute { device, kind: Kind::Float };
-    let loading = Loading { compute, storage: Storage::Trainable, stream_text: false };
+    let storage = Storage::Trainable(Group::alone());
+    let loading = Loading { compute, storage, stream_text: false };
     let mut model = Model::open(&config.model, loading, Missing::Draw(weights))?;
     let images: Vec<&RgbImage> = data.iter().map(|(image, _)| image).collect();
     if let Some(stage) = &config.autoencoder {
@@ -143,7 +145,7 @@ fn train_autoencoder(
     seed: u64,
     images: &[&RgbImage],
 ) -> Result<f64> {
-    model.vae.train(&cluster::Group::alone());
+    model.vae.train();
     let mut optimizer = AdamW::new(config.optimizer.clone(), &[&model.vae]);
     let n_steps = config.image_passes / config.batch;
     let (rows, posterior) = (family(seed, Use::Batches), family(seed, Use::Posterior));
@@ -212,9 +214,9 @@ fn train_flow(
     captions: &[&str],
     size: &LatentSize,
 ) -> Result<Option<Vec<Tensor>>> {
-    model.engine.train(&cluster::Group::alone());
-    model.text_encoder.train(&cluster::Group::alone());
-    model.text_encoder_2.train(&cluster::Group::alone());
+    model.engine.train();
+    model.text_encoder.train();
+    model.text_encoder_2.train();
     let ids = model.tokenise(captions)?;
     let mut optimizer = AdamW::new(config.optimizer.clone(), &trained(model));
     let n_steps = config.image_passes / config.batch;
@@ -285,7 +287,7 @@ fn write(model: &Model, config: &PretrainConfig, averaged: Option<&[Tensor]>) ->
         part(Component::Vae, &model.vae, None),
     ];
     let target = Target { dir: &config.output, max_shard_bytes: MAX_SHARD_BYTES, before: None };
-    save::pipeline(model, target, &saved, |folder| {
+    save::pipeline(&model.pipeline.dir, target, &saved, |folder| {
         let vae = &model.pipeline.vae;
         let values =
             [("scaling_factor", vae.scaling_factor.into()), ("shift_factor", vae.shift().into())];

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use cluster::Group;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -31,6 +31,43 @@ pub(crate) fn all<T: Serialize + DeserializeOwned>(ranks: &Group, own: &T) -> Re
     let texts = ranks.all_gather_bytes(&serde_json::to_vec(own)?)?;
     let read = |text: &Vec<u8>| serde_json::from_slice(text).context("a rank of another version");
     texts.iter().map(read).collect()
+}
+
+/// What every rank's `own` came to, by rank.
+///
+/// # Errors
+/// On all ranks where any failed: its own error, or the first other's, which is named.
+pub(crate) fn outcomes<T: Serialize + DeserializeOwned>(
+    ranks: &Group,
+    own: Result<T>,
+) -> Result<Vec<T>> {
+    if ranks.world() == 1 {
+        return Ok(vec![own?]);
+    }
+    let told = own.as_ref().map_err(|error| format!("{error:#}"));
+    let told: Vec<Result<T, String>> = all(ranks, &serde_json::to_value(&told)?)?
+        .into_iter()
+        .map(serde_json::from_value)
+        .collect::<Result<_, _>>()
+        .context("a rank of another version")?;
+    own?;
+    let named = |(rank, outcome): (usize, Result<T, String>)| {
+        outcome.map_err(|why| anyhow!("rank {rank}: {why}"))
+    };
+    told.into_iter().enumerate().map(named).collect()
+}
+
+/// What the first rank's `work` comes to, on all ranks; the others do not do it.
+///
+/// # Errors
+/// Where it fails, on all ranks.
+pub(crate) fn of_first<T: Serialize + DeserializeOwned>(
+    ranks: &Group,
+    work: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    // In a list, since what is nothing would look as if nothing were there.
+    let own = if ranks.is_first() { work().map(|done| vec![done]) } else { Ok(Vec::new()) };
+    outcomes(ranks, own)?.into_iter().flatten().next().context("rank 0 has said nothing")
 }
 
 /// Which of `n` things are this rank's.
@@ -66,5 +103,8 @@ mod tests {
     fn a_process_that_is_alone_has_everything() {
         assert_eq!(own(&Group::alone(), 5).unwrap(), 0..5);
         assert_eq!(all(&Group::alone(), &"text".to_owned()).unwrap(), ["text"]);
+        assert_eq!(of_first(&Group::alone(), || Ok(5)).unwrap(), 5);
+        let failed = outcomes::<u8>(&Group::alone(), Err(anyhow!("full"))).unwrap_err();
+        assert_eq!(failed.to_string(), "full");
     }
 }

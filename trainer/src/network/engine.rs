@@ -5,7 +5,6 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use anyhow::Result;
-use cluster::Group;
 use flow::models::transformer::{Inputs, State, TransformerConfig};
 use flow::ops::Rope;
 use flow::ops::shapes::{Manifest, Shapes};
@@ -86,9 +85,9 @@ impl Engine {
         self.adapters.as_ref().map_or(&self.parameters, Adapters::parameters)
     }
 
-    /// Lets gradients accumulate on [`Engine::trained`], whose masters are divided among `group`.
-    pub(crate) fn train(&mut self, group: &Group) {
-        self.adapters.as_mut().map_or(&mut self.parameters, Adapters::parameters_mut).train(group);
+    /// Lets gradients accumulate on [`Engine::trained`].
+    pub(crate) fn train(&mut self) {
+        self.adapters.as_mut().map_or(&mut self.parameters, Adapters::parameters_mut).train();
     }
 
     /// Type of activations.
@@ -264,6 +263,7 @@ fn inject(state: &State<T>, upstream: &[Tensor; 3]) {
 
 #[cfg(test)]
 mod tests {
+    use cluster::Group;
     use flow::models::transformer::image_ids;
     use flow::noise::Noise;
     use tch::{Device, Kind};
@@ -294,14 +294,18 @@ mod tests {
     fn engine(depth: usize) -> Engine {
         let config = config(depth);
         let mut stream = 100;
-        let mut parameters =
-            Parameters::build(&segments(&config), Compute::CPU, Storage::Trainable, |_, shape| {
+        let mut parameters = Parameters::build(
+            &segments(&config),
+            Compute::CPU,
+            Storage::Trainable(Group::alone()),
+            |_, shape| {
                 stream += 1;
                 let n = shape.iter().product();
                 Ok(Tensor::from_slice(&Noise::new(5).normal(stream, n)) * 0.2)
-            })
-            .unwrap();
-        parameters.train(&Group::alone());
+            },
+        )
+        .unwrap();
+        parameters.train();
         Engine::new(config, parameters)
     }
 

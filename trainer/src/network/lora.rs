@@ -1,11 +1,11 @@
 //! Low-rank adapters (Hu et al. 2021) in training: W·x + (α/r)·B·A·x, with A `[r, n_in]`, B `[n_out, r]`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
-use flow::checkpoint::Dtype;
+use cluster::Group;
 use flow::lora::{A, B, Layers, Lora};
 use flow::noise::Noise;
 use flow::ops::ParamPath;
@@ -160,6 +160,7 @@ impl Adapters {
         segments: &[Manifest],
         noise: Noise,
         compute: Compute,
+        group: &Group,
     ) -> Result<Self> {
         config.validate()?;
         let manifests: Vec<Manifest> = segments.iter().map(|s| config.manifest(s)).collect();
@@ -191,7 +192,8 @@ impl Adapters {
             };
             Ok(Tensor::from_slice(&values))
         };
-        let parameters = Parameters::build(&manifests, compute, Storage::Trainable, value)?;
+        let parameters =
+            Parameters::build(&manifests, compute, Storage::Trainable(group.clone()), value)?;
         Ok(Self { parameters, scale })
     }
 
@@ -252,16 +254,9 @@ impl Adapters {
         self.parameters.is_trainable()
     }
 
-    /// Writes `pytorch_lora_weights.safetensors` into `folder`, with `averaged` in place of the current
-    /// values where given.
-    pub(crate) fn save(&self, folder: &Path, averaged: Option<&[Tensor]>) -> Result<()> {
-        let scale = |name: &str| if name.ends_with(B) { self.scale } else { 1.0 };
-        let parameters = &self.parameters;
-        let entries = match averaged {
-            Some(averaged) => parameters.scaled_entries(averaged.iter(), Dtype::F32, scale),
-            None => parameters.scaled_entries(parameters.masters(), Dtype::F32, scale),
-        }?;
-        Ok(flow::lora::write(folder, entries)?)
+    /// α/r.
+    pub(crate) fn scale(&self) -> f64 {
+        self.scale
     }
 
     pub(crate) fn parameters(&self) -> &Parameters {
@@ -294,9 +289,13 @@ fn factor(name: &str) -> (&str, bool) {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use crate::network::engine::segments;
     use crate::network::model::{Loading, Model};
+    use crate::network::save;
+    use crate::network::shards::{self, Layout, MASTER, Shards};
     use flow::latents::LatentSize;
     use flow::pipeline::Component;
 
@@ -315,7 +314,8 @@ mod tests {
         let segments = segments(&model.pipeline.transformer);
         let config = LoraConfig { rank: 3, alpha: 6.0, ..LoraConfig::default() };
         let noise = Noise::new(4);
-        let adapters = Adapters::new(&config, None, &segments, noise, Compute::CPU).unwrap();
+        let adapters =
+            Adapters::new(&config, None, &segments, noise, Compute::CPU, &Group::alone()).unwrap();
         model.engine.adapt(adapters);
         model
     }
@@ -356,7 +356,7 @@ mod tests {
     fn new_adapters_change_nothing_and_alone_are_trained() {
         let mut model = with_new_adapters(true);
         assert_eq!(velocity(&model), velocity(&self::model(false)));
-        model.engine.train(&cluster::Group::alone());
+        model.engine.train();
         model.engine.recompute = true;
         let (x_t, t, condition) = inputs(&model);
         model.engine.forward_backward(&x_t, &t, &condition, Tensor::ones_like);
@@ -372,7 +372,12 @@ mod tests {
     #[test]
     fn saved_adapters_read_back_alone_and_summed() {
         let (trained, home) = (with_adapters(false), tempfile::tempdir().unwrap());
-        trained.engine.adapters().unwrap().save(home.path(), None).unwrap();
+        let layout = Layout::of(&trained.engine).metadata().unwrap();
+        let masters = shards::entries(MASTER, trained.engine.trained().masters());
+        let file = home.path().join(shards::file_name(0, 1));
+        flow::checkpoint::write_tensors(&file, &masters, &[layout]).unwrap();
+        save::weights(&Shards::open(home.path()).unwrap(), home.path(), 1).unwrap();
+        std::fs::remove_file(file).unwrap();
         let expected = velocity(&trained);
         assert!(distance(&expected, &velocity(&model(false))) > 1e-2, "the case is not trivial");
         for scales in [&[1.0][..], &[0.25, 0.75]] {
@@ -393,7 +398,7 @@ mod tests {
         let noise = Noise::new(0);
         let from = config.open(&going_on.pipeline).unwrap();
         let new = |config: &LoraConfig| {
-            Adapters::new(config, from.as_ref(), &segments, noise, Compute::CPU)
+            Adapters::new(config, from.as_ref(), &segments, noise, Compute::CPU, &Group::alone())
         };
         going_on.engine.adapt(new(&config).unwrap());
         assert!(distance(&velocity(&going_on), &expected) < 1e-5);

@@ -53,7 +53,7 @@ pub(crate) enum Missing {
 }
 
 /// How a model is held.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(crate) struct Loading {
     /// Where tensors live, and what the transformer and the text encoders compute in; the autoencoder
     /// computes in f32.
@@ -111,7 +111,7 @@ impl Model {
         let of_text = if loading.stream_text { Storage::Streamed } else { Storage::Frozen };
         Ok(Self {
             engine: Engine::new(pipeline.transformer.clone(), transformer),
-            text_encoder: load(Component::TextEncoder, compute, of_text)?,
+            text_encoder: load(Component::TextEncoder, compute, of_text.clone())?,
             text_encoder_2: load(Component::TextEncoder2, compute, of_text)?,
             vae: load(Component::Vae, of_vae, Storage::Frozen)?,
             embeddings: None,

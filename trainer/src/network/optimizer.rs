@@ -3,13 +3,14 @@
 
 use anyhow::{Result, ensure};
 use cluster::{Group, Reduce};
-use flow::checkpoint::{Entry, Weights};
+use flow::checkpoint::Entry;
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::tensor::parameters::{Gradient, Parameters, later, numbers_of};
+use super::shards::{self, AVERAGE, Shards};
+use crate::tensor::parameters::{Gradient, Parameters, numbers_of};
 
 /// Settings of the optimiser.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
@@ -213,46 +214,31 @@ impl AdamW {
         self.ema.as_deref()
     }
 
-    /// Everything [`AdamW::restore`] needs, but for the step count, which is returned; nothing on other ranks
-    /// than the first.
-    pub(crate) fn entries(&self, parameters: &Parameters) -> Result<(Vec<Entry<'static>>, i64)> {
-        let mut entries = Vec::new();
-        for (kind, tensors) in self.states() {
-            let wholes = parameters.wholes(tensors.iter())?;
-            let wholes = wholes.iter().enumerate();
-            entries.extend(wholes.map(|(index, whole)| later(format!("{kind}.{index}"), whole)));
-        }
-        Ok((entries, self.step))
+    /// Everything of this rank that [`AdamW::restore`] needs, but for the step count.
+    pub(crate) fn entries(&self) -> Vec<Entry<'static>> {
+        self.states().flat_map(|(kind, tensors)| shards::entries(kind, tensors)).collect()
     }
 
-    /// Takes back what [`AdamW::entries`] gave.
+    /// Takes back what [`AdamW::entries`] gave, of whatever number of ranks.
+    ///
+    /// # Errors
+    /// When it does not fit `parameters`.
     pub(crate) fn restore(
         &mut self,
         parameters: &Parameters,
-        state: &Weights,
+        state: &Shards,
         step: i64,
     ) -> Result<()> {
         self.step = step;
         for (kind, tensors) in self.states() {
-            for (index, tensor) in tensors.iter().enumerate() {
-                let values = state.f32(&format!("{kind}.{index}"))?;
-                let part = parameters.own_part(&Tensor::from_slice(&values));
-                let n = tensor.size1()?;
-                ensure!(
-                    part.size1()? == n,
-                    "{}: {kind}.{index} has {} numbers, of which {} are this rank's and not {n}",
-                    state.path().display(),
-                    values.len(),
-                    part.size1()?,
-                );
-                tensor.shallow_clone().copy_(&part);
-            }
+            state.restore(kind, tensors, parameters)?;
         }
         Ok(())
     }
 
-    fn states(&self) -> impl Iterator<Item = (&'static str, &Vec<Tensor>)> {
-        let ema = self.ema.iter().map(|ema| ("ema", ema));
+    /// The flat tensors of each kind of state, like the masters.
+    pub(super) fn states(&self) -> impl Iterator<Item = (&'static str, &Vec<Tensor>)> {
+        let ema = self.ema.iter().map(|ema| (AVERAGE, ema));
         [("m", &self.m), ("v", &self.v)].into_iter().chain(ema)
     }
 }
@@ -302,12 +288,14 @@ mod tests {
         let shapes = Shapes::new();
         shapes.param(&ParamPath::root().at("w"), &[3]);
         let manifest = [shapes.manifest()];
-        let mut parameters =
-            Parameters::build(&manifest, Compute::CPU, Storage::Trainable, |_, _| {
-                Ok(Tensor::from_slice(&[1.0f32, -2.0, 0.5]))
-            })
-            .unwrap();
-        parameters.train(&Group::alone());
+        let mut parameters = Parameters::build(
+            &manifest,
+            Compute::CPU,
+            Storage::Trainable(Group::alone()),
+            |_, _| Ok(Tensor::from_slice(&[1.0f32, -2.0, 0.5])),
+        )
+        .unwrap();
+        parameters.train();
         parameters
     }
 
@@ -401,16 +389,15 @@ mod tests {
     #[test]
     fn a_restored_optimiser_goes_on_to_the_bit() {
         let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("state.safetensors");
+        let file = dir.path().join(shards::file_name(0, 1));
         let (a, b) = (one_segment(), one_segment());
         let mut of_a = AdamW::new(config(), &[&a]);
         push(&a, &[0.3, -1.0, 2.0]);
         of_a.step(&[&a], 1.0).unwrap();
-        let (entries, step) = of_a.entries(&a).unwrap();
-        flow::checkpoint::write_tensors(&file, &entries, &[]).unwrap();
-        drop(entries);
+        flow::checkpoint::write_tensors(&file, &of_a.entries(), &[]).unwrap();
         let mut of_b = AdamW::new(config(), &[&b]);
-        of_b.restore(&b, &Weights::open_file(&file).unwrap(), step).unwrap();
+        let state = Shards::open(dir.path()).unwrap();
+        of_b.restore(&b, &state, of_a.n_steps()).unwrap();
         no_grad(|| {
             let (from, to) = (a.masters().next().unwrap(), b.masters().next().unwrap());
             to.shallow_clone().copy_(from);

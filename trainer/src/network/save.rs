@@ -11,7 +11,7 @@ use flow::staged::Staged;
 use serde_json::Value;
 use tch::Tensor;
 
-use crate::network::model::Model;
+use super::shards::Shards;
 use crate::tensor::parameters::Parameters;
 
 /// New values of one component.
@@ -24,9 +24,6 @@ pub(crate) struct Saved<'a> {
     pub(crate) dtype: Dtype,
 }
 
-/// A run's state in its checkpoint.
-pub(crate) const STATE: &str = "training_state.safetensors";
-
 /// Where a folder is written, and how.
 #[derive(Clone, Copy)]
 pub(crate) struct Target<'a> {
@@ -38,17 +35,17 @@ pub(crate) struct Target<'a> {
     pub(crate) before: Option<&'a Path>,
 }
 
-/// Writes `model` as a pipeline folder: `saved` components anew, the rest as it is. `finish` may add files
+/// Writes a pipeline folder: `saved` components anew, the rest as `source` has it. `finish` may add files
 /// before the folder gets its name.
 pub(crate) fn pipeline(
-    model: &Model,
+    source: &Path,
     target: Target<'_>,
     saved: &[Saved<'_>],
     finish: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<()> {
     let mut staged = Staged::begin(target.dir)?;
     let anew: Vec<Component> = saved.iter().map(|part| part.component).collect();
-    carry_over(&model.pipeline.dir, &mut staged, &anew, target.before)?;
+    carry_over(source, &mut staged, &anew, target.before)?;
     for part in saved {
         let folder = staged.path().join(part.component.folder());
         let entries = match part.averaged {
@@ -61,32 +58,40 @@ pub(crate) fn pipeline(
     Ok(staged.publish(true)?)
 }
 
-/// Writes what a run trained: a pipeline folder, or the adapters alone. All ranks call it; the first one
-/// writes.
+/// Writes what a run trained, from the files of a checkpoint: a pipeline folder with the rest of `source`, or
+/// the adapters alone. `finish` as in [`pipeline`].
+///
+/// # Errors
+/// When something cannot be read or written.
 pub(crate) fn trained(
-    model: &Model,
-    averaged: Option<&[Tensor]>,
+    shards: &Shards,
+    source: &Path,
     target: Target<'_>,
     finish: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<()> {
-    let parameters = model.engine.trained();
-    let wholes = match averaged {
-        Some(averaged) => parameters.wholes(averaged.iter()),
-        None => parameters.wholes(parameters.masters()),
-    }?;
-    if !parameters.group().is_first() {
-        return Ok(());
+    let mut staged = Staged::begin(target.dir)?;
+    if !shards.layout()?.is_of_adapters() {
+        carry_over(source, &mut staged, &[Component::Transformer], target.before)?;
     }
-    let averaged = Some(&*wholes);
-    let Some(adapters) = model.engine.adapters() else {
-        let component = Component::Transformer;
-        let saved = Saved { component, parameters, averaged, dtype: Dtype::F32 };
-        return pipeline(model, target, &[saved], finish);
-    };
-    let staged = Staged::begin(target.dir)?;
-    adapters.save(staged.path(), averaged)?;
+    weights(shards, staged.path(), target.max_shard_bytes)?;
     finish(staged.path())?;
     Ok(staged.publish(true)?)
+}
+
+/// Writes the weights that trained into `folder`, a tensor at a time: where a pipeline has its transformer's,
+/// or as a file of adapters.
+///
+/// # Errors
+/// As [`trained`].
+pub(crate) fn weights(shards: &Shards, folder: &Path, max_shard_bytes: usize) -> Result<()> {
+    let layout = shards.layout()?;
+    let entries = shards.weights(&layout)?;
+    if layout.is_of_adapters() {
+        return Ok(flow::lora::write(folder, entries)?);
+    }
+    let component = Component::Transformer;
+    let folder = folder.join(component.folder());
+    Ok(write_sharded(&folder, component.stem(), &entries, max_shard_bytes)?)
 }
 
 /// Copies what belongs to the pipeline folder `source`, without the weights of the components `anew`;

@@ -63,7 +63,6 @@ fn weights(model: &Model) -> String {
         .engine
         .trained()
         .seen()
-        .iter()
         .map(|seen| {
             let sums = [seen.sum(Kind::Double), seen.abs().sum(Kind::Double)];
             sums.map(|sum| format!("{:x}", sum.double_value(&[]).to_bits())).concat()

@@ -17,9 +17,9 @@ use super::lock::Lock;
 use super::progress::Progress;
 use super::report::Report;
 use super::resume::Held;
-use super::starvation::Starvation;
+use super::state::{self, Course, Moment, Restored};
 use super::update::{self, Recorder};
-use super::{agreement, interrupt, log, record, state};
+use super::{agreement, interrupt, log, record};
 use crate::algorithm::Algorithm;
 use crate::data::prompts;
 use crate::group::experience::{self, Experience, Sources, Stage, Watch};
@@ -29,6 +29,7 @@ use crate::network::model::Model;
 use crate::network::optimizer::AdamW;
 use crate::network::reference;
 use crate::network::save::{self, Target};
+use crate::network::shards::Shards;
 use crate::reward::Rewards;
 use crate::tensor::device::Compute;
 use tch::Tensor;
@@ -78,8 +79,10 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
     if ranks.is_first() {
         state::remove_leftovers(&config.output)?;
     }
-    let found = state::newest(&config.output, ranks.is_first())?;
-    if found.as_ref().is_some_and(|it| it.iteration >= config.iterations) && is_whole(&aligned) {
+    let found = state::newest(&config.output, ranks)?;
+    if found.as_ref().is_some_and(|it| it.iteration >= config.iterations)
+        && ranks::of_first(ranks, || Ok(is_whole(&aligned)))?
+    {
         if ranks.is_first() {
             println!("{}", aligned.display());
             let n = config.iterations;
@@ -97,22 +100,22 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
     let mut algorithm = config.setting()?.open(grid);
     algorithm.begin(model.engine.trained());
     let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
-    let (held, mut start, mut changed) = (Held::of(config, &model)?, 0, Vec::new());
+    let (held, mut start) = (Held::of(config, &model)?, 0);
+    let mut restored = Restored::default();
     if let Some(position) = &found {
-        changed = state::restore(position, &held, &mut optimizer, &model, algorithm.kept())?;
+        restored = state::restore(position, &held, &mut optimizer, &model, algorithm.kept())?;
         algorithm.resume(model.engine.trained());
         start = position.iteration;
     }
     agreement::check(config, &train_prompts, start, &model)?;
     let plan = config.group.rollout.steps(grid)?;
     if ranks.is_first() {
-        introduce(config, options, &model, train_prompts.len(), &changed)?;
+        introduce(config, options, &model, train_prompts.len(), &restored.changed)?;
     }
     let report = || Report::open(config, found.as_ref(), &model, &size, &plan);
     let mut run = Run {
         config,
         held,
-        idle: 0,
         options,
         report: ranks.is_first().then(report).transpose()?,
         order: Order::new(train_prompts.len(), config.group.seed),
@@ -125,7 +128,7 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
         saved: start,
         newest: found.map(|position| position.folder),
         seconds: [None; 4],
-        starvation: Starvation::default(),
+        course: restored.course,
     };
     if ranks.is_first() {
         record::append(config, options, start)?;
@@ -161,8 +164,6 @@ fn introduce(
 struct Run<'a> {
     config: &'a AlignConfig,
     held: Held,
-    /// Iterations in a row in which nothing was learnt.
-    idle: usize,
     options: &'a Options,
     prompts: Vec<Prompt>,
     order: Order,
@@ -178,7 +179,7 @@ struct Run<'a> {
     newest: Option<PathBuf>,
     /// What each stage took in the last iteration.
     seconds: [Option<f64>; 4],
-    starvation: Starvation,
+    course: Course,
 }
 
 /// Whether the finished model in `folder` is what it was when it was finished.
@@ -230,7 +231,8 @@ impl Run<'_> {
             let done = iteration + 1;
             let [is_late, is_asked] = self.ends()?;
             let is_last = done == total || is_late;
-            let is_idle = !is_last && self.idle > 0 && self.idle == self.config.stop_after_idle;
+            let is_idle =
+                !is_last && self.course.idle > 0 && self.course.idle == self.config.stop_after_idle;
             let stop = (is_asked || is_idle) && !is_last;
             if stop || is_last || done.is_multiple_of(self.config.save_every) {
                 self.save(done)?;
@@ -243,7 +245,7 @@ impl Run<'_> {
                 "nothing was learnt in {} iterations, the last being {done}: the rewards of every group are \
                  alike, or spread less than their std_floor (look at the samples and at reward_std in \
                  metrics.jsonl; stop_after_idle = 0 goes on all the same)",
-                self.idle
+                self.course.idle
             );
             if is_last {
                 break;
@@ -327,7 +329,10 @@ impl Run<'_> {
         for fault in faults {
             progress.say(&format!("warning: {}: {fault}", numbered()));
         }
-        self.starvation.see(&self.config.group, &experience.scores).with_context(numbered)?;
+        self.course
+            .starvation
+            .see(&self.config.group, &experience.scores)
+            .with_context(numbered)?;
         watch.enter(Stage::Update).with_context(numbered)?;
         let mut recorder = self
             .options
@@ -348,7 +353,7 @@ impl Run<'_> {
         let outcome = outcome.map_err(Error::msg).flatten().with_context(numbered)?;
         let [rollout, decode, reward] = experience.seconds;
         self.seconds = [rollout, decode, reward, outcome.seconds].map(Some);
-        self.idle = if outcome.n_updates == 0 { self.idle + 1 } else { 0 };
+        self.course.idle = if outcome.n_updates == 0 { self.course.idle + 1 } else { 0 };
         self.algorithm.finish(self.model.engine.trained(), self.optimizer.n_steps())?;
         if let Some(recorder) = recorder {
             recorder.write()?;
@@ -380,30 +385,41 @@ impl Run<'_> {
     }
 
     fn save(&mut self, done: usize) -> Result<()> {
-        let config = self.config;
         self.report.iter().try_for_each(Report::sync)?;
         interrupt::enter(format!("saving iteration {done}"), None);
-        let (kept, before) = (self.algorithm.kept(), self.newest.as_deref());
-        let (held, model, optimizer) = (&self.held, &self.model, &self.optimizer);
-        let folder = state::save(config, held, done, model, optimizer, kept, before)
+        let moment = Moment {
+            config: self.config,
+            held: &self.held,
+            course: &self.course,
+            done,
+            model: &self.model,
+            optimizer: &self.optimizer,
+            kept: self.algorithm.kept(),
+        };
+        let folder = moment
+            .save(self.newest.as_deref())
             .with_context(|| format!("cannot save after iteration {done}"))?;
         (self.saved, self.newest) = (done, Some(folder));
         Ok(())
     }
 
-    /// Puts the finished model where people look for it.
+    /// Puts the finished model where people look for it: what the last checkpoint holds, read a tensor at a
+    /// time.
     fn publish(&self) -> Result<()> {
         let folder = self.config.output.join(ALIGNED);
         interrupt::enter("writing the finished model".to_owned(), None);
         if let Some(averaged) = self.optimizer.averaged() {
             self.model.engine.trained().assign(averaged)?;
         }
-        let (max_shard_bytes, before) = (self.config.max_shard_bytes(), self.newest.as_deref());
-        let target = Target { dir: &folder, max_shard_bytes, before };
-        save::trained(&self.model, None, target, |folder| reference::write(&self.model, folder))?;
-        if self.report.is_some() {
-            println!("{}", folder.display());
-        }
+        let Some(last) = self.newest.as_deref().filter(|_| self.options.ranks.is_first()) else {
+            return Ok(());
+        };
+        let (dir, max_shard_bytes) = (&*folder, self.config.max_shard_bytes());
+        let target = Target { dir, max_shard_bytes, before: Some(last) };
+        save::trained(&Shards::open(last)?, &self.model.pipeline.dir, target, |folder| {
+            reference::write(&self.model, folder)
+        })?;
+        println!("{}", folder.display());
         Ok(())
     }
 }

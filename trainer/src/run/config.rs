@@ -173,7 +173,7 @@ impl AlignConfig {
     /// The model, ready to train; what trains is divided among `ranks`.
     pub(crate) fn load(&self, compute: Compute, ranks: &Group) -> Result<Model> {
         let storage = match (&self.lora, self.stream) {
-            (None, _) => Storage::Trainable,
+            (None, _) => Storage::Trainable(ranks.clone()),
             (Some(_), false) => Storage::Frozen,
             (Some(_), true) => Storage::Streamed,
         };
@@ -185,9 +185,10 @@ impl AlignConfig {
             let (segments, noise) =
                 (segments(&model.pipeline.transformer), family(self.group.seed, Use::Weights));
             let from = lora.open(&model.pipeline)?;
-            model.engine.adapt(Adapters::new(lora, from.as_ref(), &segments, noise, compute)?);
+            let adapters = Adapters::new(lora, from.as_ref(), &segments, noise, compute, ranks)?;
+            model.engine.adapt(adapters);
         }
-        model.engine.train(ranks);
+        model.engine.train();
         model.engine.recompute = self.recompute || self.stream;
         model.engine.rounds_alike = self.setting()?.feels_rounding();
         Ok(model)

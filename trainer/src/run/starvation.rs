@@ -1,6 +1,7 @@
 //! A run whose rewards are gone trains nothing, and must not look as if it did.
 
 use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
 
 use crate::group::GroupConfig;
 use crate::reward::Scores;
@@ -12,7 +13,7 @@ const MAX_SHARE: f64 = 0.05;
 const SEEN: usize = 20;
 
 /// Counts groups that no reward has scored.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Deserialize, Serialize)]
 pub(crate) struct Starvation {
     in_a_row: usize,
     iterations: usize,

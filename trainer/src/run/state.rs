@@ -1,27 +1,43 @@
-//! Complete checkpoints of a run: a pipeline folder that also holds everything `--resume` needs.
+//! Complete checkpoints of a run. Each rank writes its own file, and none waits for another meanwhile; when
+//! all have, the first lists what every file must be and gives the folder its name. Where one process holds
+//! everything, the folder is what diffusers loads as well.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use flow::checkpoint::{Weights, write_tensors};
-use flow::checksums::Checksums;
-use flow::staged;
+use cluster::Group;
+use flow::checkpoint::{Entry, write_tensors};
+use flow::checksums::{self, Checksums, Sum};
+use flow::pipeline::Component;
+use flow::staged::{self, Staged};
+use serde::{Deserialize, Serialize};
 
 use super::config::AlignConfig;
 use super::resume::Held;
+use super::starvation::Starvation;
 use crate::algorithm::Copies;
+use crate::group::ranks;
 use crate::network::model::Model;
 use crate::network::optimizer::AdamW;
-use crate::network::save::{self, Target};
-use crate::tensor::parameters::later;
+use crate::network::save;
+use crate::network::shards::{self, Layout, MASTER, Shards};
 
 /// Folder of checkpoints in the output folder.
 const CHECKPOINTS: &str = "checkpoints";
-/// Optimiser, weights in full precision and position.
-const FILE: &str = save::STATE;
-/// What the run holds to, in the state's metadata.
+/// Metadata of the state: iterations done, the optimiser's steps, what the run holds to, and how it went.
+const ITERATION: &str = "iteration";
+const STEP: &str = "optimizer_step";
 const HELD: &str = "held";
+const COURSE: &str = "course";
+
+/// What a run counts beside its iterations.
+#[derive(Debug, Default, Deserialize, Serialize)]
+pub(crate) struct Course {
+    /// Iterations in a row in which nothing was learnt.
+    pub(crate) idle: usize,
+    pub(crate) starvation: Starvation,
+}
 
 /// A checkpoint found.
 pub(crate) struct Position {
@@ -31,37 +47,51 @@ pub(crate) struct Position {
 }
 
 impl Position {
-    /// Reads all of it: every file is what it was when it was finished, and the state is of this iteration.
-    fn check(&self) -> Result<()> {
-        let state = self.folder.join(FILE);
+    /// Reads this rank's share of it: every file is what it was when it was finished, and the state is of
+    /// this iteration.
+    fn check(&self, ranks: &Group) -> Result<()> {
         if let Some(list) = Checksums::open(&self.folder)? {
-            list.check_all()?;
+            let files = list.files().enumerate();
+            let own = files.filter(|(index, _)| index % ranks.world() == ranks.rank());
+            let own: Vec<&str> = own.map(|(_, file)| file).collect();
+            list.check_where(|file| own.contains(&file))?;
         }
-        let weights = Weights::open_file(&state)?;
-        let iteration = weights.metadata("iteration").unwrap_or("unknown");
+        let state = Shards::open(&self.folder)?;
+        let iteration = state.metadata(ITERATION)?;
         ensure!(
             iteration == self.iteration.to_string(),
             "{}: is the state of iteration {iteration}, not of {}",
-            state.display(),
+            self.folder.display(),
             self.iteration
         );
         Ok(())
     }
 }
 
-/// The checkpoint of `output` with the most iterations that is whole; where it `says` so, which were not.
+/// The checkpoint of `output` with the most iterations that is whole, the same on all ranks; the first says
+/// which were not.
 ///
 /// # Errors
 /// When there are some, and none is whole.
-pub(crate) fn newest(output: &Path, says: bool) -> Result<Option<Position>> {
+pub(crate) fn newest(output: &Path, ranks: &Group) -> Result<Option<Position>> {
+    let home = output.join(CHECKPOINTS);
+    let names = || {
+        let names = all(output)?.into_iter().filter_map(|position| {
+            let name = position.folder.file_name()?.to_str()?.to_owned();
+            Some((position.iteration, name))
+        });
+        Ok(names.collect::<Vec<_>>())
+    };
     let mut damage = Vec::new();
-    for position in all(output)?.into_iter().rev() {
-        match position.check() {
-            Err(error) => damage.push(format!("{error:#}")),
-            Ok(()) if damage.is_empty() => return Ok(Some(position)),
-            Ok(()) => {
+    for (iteration, name) in ranks::of_first(ranks, names)?.into_iter().rev() {
+        let position = Position { folder: home.join(name), iteration };
+        let own = position.check(ranks).err().map(|error| format!("{error:#}"));
+        match ranks::all(ranks, &own)?.into_iter().flatten().next() {
+            Some(why) => damage.push(why),
+            None if damage.is_empty() => return Ok(Some(position)),
+            None => {
                 let (damage, folder) = (damage.join("; "), position.folder.display());
-                if says {
+                if ranks.is_first() {
                     eprintln!(
                         "warning: {damage}; going on from {folder}, the newest that is whole"
                     );
@@ -74,7 +104,7 @@ pub(crate) fn newest(output: &Path, says: bool) -> Result<Option<Position>> {
         damage.is_empty(),
         "{}; no checkpoint is whole: remove {} to begin anew",
         damage.join("; "),
-        output.join(CHECKPOINTS).display()
+        home.display()
     );
     Ok(None)
 }
@@ -114,80 +144,138 @@ fn all(output: &Path) -> Result<Vec<Position>> {
     Ok(found)
 }
 
-/// Writes the checkpoint of iteration `done` and removes all but the newest. `behaviour` is what rolls out,
-/// where that is not what trains; `before` is the checkpoint before. Returns its folder.
-pub(crate) fn save(
-    config: &AlignConfig,
-    held: &Held,
-    done: usize,
-    model: &Model,
-    optimizer: &AdamW,
-    behaviour: Option<&Copies>,
-    before: Option<&Path>,
-) -> Result<PathBuf> {
-    let dir = config.output.join(CHECKPOINTS).join(format!("iteration-{done:06}"));
-    let trained = model.engine.trained();
-    let (mut entries, step) = optimizer.entries(trained)?;
-    let masters = trained.wholes(trained.masters())?;
-    let masters = masters.iter().enumerate();
-    entries.extend(masters.map(|(index, master)| later(format!("master.{index}"), master)));
-    if let Some(copies) = behaviour {
-        entries.extend(copies.entries(trained)?);
-    }
-    let target = Target { dir: &dir, max_shard_bytes: config.max_shard_bytes(), before };
-    save::trained(model, optimizer.averaged(), target, |folder| {
-        let metadata = [
-            ("iteration", done.to_string()),
-            ("optimizer_step", step.to_string()),
-            ("config", serde_json::to_string(config)?),
-            (HELD, serde_json::to_string(held)?),
-        ];
-        Ok(write_tensors(&folder.join(FILE), &entries, &metadata)?)
-    })?;
-    if !trained.group().is_first() {
-        return Ok(dir);
-    }
-    let mut older = all(&config.output)?;
-    older.retain(|position| position.iteration != done);
-    older.truncate((older.len() + 1).saturating_sub(config.keep));
-    for position in older {
-        staged::remove(&position.folder)?;
-    }
-    Ok(dir)
+/// A run after some of its iterations.
+pub(crate) struct Moment<'a> {
+    pub(crate) config: &'a AlignConfig,
+    pub(crate) held: &'a Held,
+    pub(crate) course: &'a Course,
+    /// Iterations done.
+    pub(crate) done: usize,
+    pub(crate) model: &'a Model,
+    pub(crate) optimizer: &'a AdamW,
+    /// What the algorithm keeps beside the weights that train.
+    pub(crate) kept: Option<&'a Copies>,
 }
 
-/// Takes weights, optimiser and `behaviour` back to `position`, and returns what has changed since that may.
+impl Moment<'_> {
+    /// Writes the checkpoint and removes all but the newest of those before; `before` is the last one. All
+    /// ranks call it. Returns the folder.
+    ///
+    /// # Errors
+    /// On all ranks where one cannot write; nothing is removed then.
+    pub(crate) fn save(&self, before: Option<&Path>) -> Result<PathBuf> {
+        let ranks = self.model.engine.trained().group();
+        let home = self.config.output.join(CHECKPOINTS);
+        let dir = home.join(format!("iteration-{:06}", self.done));
+        let mut staged = None;
+        let begin = || {
+            // The folder's place under its hidden name, too.
+            fs::create_dir_all(&home).with_context(|| format!("making {}", home.display()))?;
+            let staged = staged.insert(Staged::begin(&dir)?);
+            let name = staged.path().file_name().unwrap_or_default();
+            Ok(name.to_string_lossy().into_owned())
+        };
+        let hidden = home.join(ranks::of_first(ranks, begin)?);
+        let name = |rank| shards::file_name(rank, ranks.world());
+        let written = self.write(&hidden.join(name(ranks.rank())));
+        let written = match &mut staged {
+            Some(staged) => written.and_then(|sum| self.complete(staged, before).map(|()| sum)),
+            None => written,
+        };
+        let sums = ranks::outcomes(ranks, written)?;
+        ranks::of_first(ranks, || {
+            let Some(mut staged) = staged.take() else { return Ok(()) };
+            for (rank, sum) in sums.iter().enumerate() {
+                staged.take_down(&name(rank), *sum).with_context(|| {
+                    format!("rank {rank} has written elsewhere: all ranks share the output folder")
+                })?;
+            }
+            staged.publish(true)?;
+            self.remove_older()
+        })?;
+        Ok(dir)
+    }
+
+    /// Writes this rank's file.
+    fn write(&self, path: &Path) -> Result<Sum> {
+        let engine = &self.model.engine;
+        let mut entries: Vec<Entry<'_>> = shards::entries(MASTER, engine.trained().masters());
+        entries.extend(self.optimizer.entries());
+        entries.extend(self.kept.into_iter().flat_map(Copies::entries));
+        let metadata = [
+            (ITERATION, self.done.to_string()),
+            (STEP, self.optimizer.n_steps().to_string()),
+            ("config", serde_json::to_string(self.config)?),
+            (HELD, serde_json::to_string(self.held)?),
+            (COURSE, serde_json::to_string(self.course)?),
+            Layout::of(engine).metadata()?,
+        ];
+        write_tensors(path, &entries, &metadata)?;
+        checksums::sum_of(path).with_context(|| format!("cannot read {}", path.display()))
+    }
+
+    /// Puts what is not a rank's own beside the files of ranks.
+    fn complete(&self, staged: &mut Staged, before: Option<&Path>) -> Result<()> {
+        let engine = &self.model.engine;
+        if engine.adapters().is_none() {
+            let source = &self.model.pipeline.dir;
+            save::carry_over(source, staged, &[Component::Transformer], before)?;
+        }
+        if engine.trained().group().world() == 1 {
+            let shards = Shards::open(staged.path())?;
+            save::weights(&shards, staged.path(), self.config.max_shard_bytes())?;
+        }
+        Ok(())
+    }
+
+    fn remove_older(&self) -> Result<()> {
+        let mut older = all(&self.config.output)?;
+        older.retain(|position| position.iteration < self.done);
+        older.truncate((older.len() + 1).saturating_sub(self.config.keep));
+        for position in older {
+            staged::remove(&position.folder)?;
+        }
+        Ok(())
+    }
+}
+
+/// What [`restore`] found.
+#[derive(Default)]
+pub(crate) struct Restored {
+    pub(crate) course: Course,
+    /// What has changed since, of what may.
+    pub(crate) changed: Vec<String>,
+}
+
+/// Takes weights, optimiser and what the algorithm keeps back to `position`, whatever number of ranks it is of.
+///
+/// # Errors
+/// When it is of another run, or cannot be read.
 pub(crate) fn restore(
     position: &Position,
     held: &Held,
     optimizer: &mut AdamW,
     model: &Model,
-    behaviour: Option<&Copies>,
-) -> Result<Vec<String>> {
-    let path = position.folder.join(FILE);
-    let state = Weights::open_file(&path)?;
-    let field = |key: &str| {
-        state.metadata(key).with_context(|| format!("{}: no {key} in its metadata", path.display()))
-    };
-    let step = field("optimizer_step")?.parse().context("optimizer_step is no number")?;
-    let before = Held::read(state.metadata(HELD)).with_context(|| path.display().to_string())?;
+    kept: Option<&Copies>,
+) -> Result<Restored> {
+    let state = Shards::open(&position.folder)?;
+    let at = || position.folder.display().to_string();
+    let step = state.metadata(STEP)?.parse().context("optimizer_step is no number")?;
+    let before = Held::read(state.metadata(HELD)?).with_context(at)?;
     let changed = held.check(&before)?;
+    let course = serde_json::from_str(state.metadata(COURSE)?).with_context(at)?;
+    ensure!(
+        state.layout()? == Layout::of(&model.engine),
+        "{}: is the state of other weights than those of {}",
+        position.folder.display(),
+        model.pipeline.dir.display()
+    );
     let trained = model.engine.trained();
-    for (index, master) in trained.masters().enumerate() {
-        let values = state.f32(&format!("master.{index}"))?;
-        let part = trained.own_part(&tch::Tensor::from_slice(&values));
-        ensure!(
-            part.size1()? == master.size1()?,
-            "{}: master.{index} has {} numbers",
-            path.display(),
-            values.len()
-        );
-        tch::no_grad(|| master.shallow_clone().copy_(&part));
-    }
+    state.restore(MASTER, trained.masters(), trained)?;
     trained.refresh()?;
-    if let Some(copies) = behaviour {
+    if let Some(copies) = kept {
         copies.restore(&state, trained)?;
     }
     optimizer.restore(trained, &state, step)?;
-    Ok(changed)
+    Ok(Restored { course, changed })
 }

@@ -62,10 +62,10 @@ impl Gradient {
 }
 
 /// How parameters are held.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub(crate) enum Storage {
-    /// In f32, so that they can train.
-    Trainable,
+    /// In f32, divided among these ranks, so that they can train.
+    Trainable(Group),
     /// In the compute type.
     Frozen,
     /// On disk, read a segment at a time: for networks larger than memory.
@@ -93,7 +93,8 @@ pub(crate) struct Parameters {
 }
 
 impl Parameters {
-    /// Takes each manifest as one segment and its values from `value(name, shape)`, any float type.
+    /// Takes each manifest as one segment and its values from `value(name, shape)`, any float type. What may
+    /// train is divided: of no more than one segment is the whole held in f32.
     pub(crate) fn build(
         manifests: &[Manifest],
         compute: Compute,
@@ -101,8 +102,14 @@ impl Parameters {
         mut value: impl FnMut(&str, &[usize]) -> Result<Tensor>,
     ) -> Result<Self> {
         let Compute { device, kind } = compute;
-        let stored = if storage == Storage::Trainable { Kind::Float } else { kind };
-        let mut segments = Vec::with_capacity(manifests.len());
+        let (stored, group) = match storage {
+            Storage::Trainable(group) => (Kind::Float, group),
+            Storage::Frozen | Storage::Streamed => (kind, Group::alone()),
+        };
+        let (segments, views) = (Vec::with_capacity(manifests.len()), RefCell::default());
+        let (source, changed, trainable, version) = (None, None, false, Cell::new(0));
+        let mut parameters =
+            Self { segments, views, source, changed, device, kind, trainable, group, version };
         for manifest in manifests {
             let places = places(manifest);
             let master = Tensor::empty([manifest.n_elements() as i64], (stored, device));
@@ -111,14 +118,8 @@ impl Parameters {
                     .with_context(|| format!("parameter {}", place.name))?;
                 no_grad(|| place.narrow(&master).copy_(&values.reshape([-1])));
             }
-            segments.push(Segment { places, master });
+            parameters.hold(Segment { places, master });
         }
-        let views = RefCell::default();
-        let (group, version) = (Group::alone(), Cell::new(0));
-        let (source, changed, trainable) = (None, None, false);
-        let mut parameters =
-            Self { segments, views, source, changed, device, kind, trainable, group, version };
-        parameters.make_views();
         Ok(parameters)
     }
 
@@ -129,8 +130,12 @@ impl Parameters {
         compute: Compute,
         storage: Storage,
     ) -> Result<Self> {
-        if storage != Storage::Streamed {
-            return Self::build(manifests, compute, storage, |name, _| tensor(&weights, name));
+        if !matches!(storage, Storage::Streamed) {
+            return Self::build(manifests, compute, storage, |name, _| {
+                let values = tensor(&weights, name)?;
+                weights.release();
+                Ok(values)
+            });
         }
         let Compute { device, kind } = compute;
         let nothing = || Tensor::empty([0], (kind, device));
@@ -160,27 +165,23 @@ impl Parameters {
                 }
             }
         }
-        self.make_views();
+        self.segments.iter().for_each(|segment| self.make_views(segment));
         self.version.set(self.version.get() + 1);
         Ok(())
     }
 
-    /// Lets gradients accumulate on every view, and divides the masters among `group`.
+    /// Lets gradients accumulate on every view.
     ///
     /// # Panics
     /// When they were not loaded as [`Storage::Trainable`].
-    pub(crate) fn train(&mut self, group: &Group) {
+    pub(crate) fn train(&mut self) {
         assert!(
             self.source.is_none() && self.masters().all(|m| m.kind() == Kind::Float),
             "parameters in f32 train"
         );
         self.trainable = true;
-        self.group = group.clone();
-        self.make_views();
-        if group.world() > 1 {
-            for segment in &mut self.segments {
-                segment.master = division::own_part(group, &segment.master).copy();
-            }
+        for view in self.views.get_mut().values_mut() {
+            *view = Rc::new(view.detach().set_requires_grad(true));
         }
     }
 
@@ -297,23 +298,12 @@ impl Parameters {
         flats: impl Iterator<Item = &'a Tensor>,
         dtype: Dtype,
     ) -> Result<Vec<Entry<'a>>> {
-        self.scaled_entries(flats, dtype, |_| 1.0)
-    }
-
-    /// [`Parameters::entries`] times a factor a name.
-    pub(crate) fn scaled_entries<'a>(
-        &'a self,
-        flats: impl Iterator<Item = &'a Tensor>,
-        dtype: Dtype,
-        factor: impl Fn(&str) -> f64,
-    ) -> Result<Vec<Entry<'a>>> {
         let kind = kind_of(dtype)?;
         let mut entries = Vec::new();
         for (segment, flat) in self.segments.iter().zip(flats) {
             for place in &segment.places {
-                let factor = factor(&place.name);
                 entries.push(Entry::made(&place.name, &place.shape, dtype, move || {
-                    Ok(bytes_of(&(place.narrow(flat) * factor).to_kind(kind)))
+                    Ok(bytes_of(&place.narrow(flat).to_kind(kind)))
                 }));
             }
         }
@@ -337,15 +327,21 @@ impl Parameters {
         self.segments.iter().map(|segment| &segment.master)
     }
 
-    fn make_views(&mut self) {
-        let views = self.views.get_mut();
-        for segment in &self.segments {
-            for place in &segment.places {
-                let view = segment.view(place).detach().to_kind(self.kind);
-                let view = if self.group.world() > 1 { view.copy() } else { view };
-                let view = view.set_requires_grad(self.trainable);
-                views.insert(place.name.clone(), Rc::new(view));
-            }
+    /// Takes a segment whose master is whole; keeps this rank's part of it.
+    fn hold(&mut self, mut segment: Segment) {
+        self.make_views(&segment);
+        if self.group.world() > 1 {
+            segment.master = division::own_part(&self.group, &segment.master).copy();
+        }
+        self.segments.push(segment);
+    }
+
+    fn make_views(&self, segment: &Segment) {
+        let mut views = self.views.borrow_mut();
+        for place in &segment.places {
+            let view = segment.view(place).detach().to_kind(self.kind);
+            let view = if self.group.world() > 1 { view.copy() } else { view };
+            views.insert(place.name.clone(), Rc::new(view));
         }
     }
 }
@@ -431,7 +427,7 @@ pub(crate) fn later(name: String, tensor: &Tensor) -> Entry<'static> {
 }
 
 /// The numbers of a tensor as they lie in memory.
-fn bytes_of(tensor: &Tensor) -> Vec<u8> {
+pub(crate) fn bytes_of(tensor: &Tensor) -> Vec<u8> {
     let flat = tensor.to_device(Device::Cpu).contiguous();
     let mut bytes = vec![0; flat.numel() * flat.kind().elt_size_in_bytes()];
     flat.copy_data_u8(&mut bytes, flat.numel());
@@ -450,11 +446,13 @@ mod tests {
         let values = [1.0f32, -2.0, 1.0 + 3.0 / 512.0, 0.1];
         let shapes = Shapes::new();
         shapes.param(&ParamPath::root().at("w"), &[2, 2]);
-        let parameters =
-            Parameters::build(&[shapes.manifest()], Compute::CPU, Storage::Trainable, |_, _| {
-                Ok(Tensor::from_slice(&values))
-            })
-            .unwrap();
+        let parameters = Parameters::build(
+            &[shapes.manifest()],
+            Compute::CPU,
+            Storage::Trainable(Group::alone()),
+            |_, _| Ok(Tensor::from_slice(&values)),
+        )
+        .unwrap();
         for (dtype, expected) in
             [(Dtype::F32, values), (Dtype::BF16, [1.0, -2.0, 1.0 + 1.0 / 128.0, 0.100_097_656])]
         {

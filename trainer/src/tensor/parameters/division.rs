@@ -1,11 +1,20 @@
 //! Masters divided among ranks, and what networks see put together from the parts.
 
+use std::ops::Range;
+
 use anyhow::Result;
 use cluster::{Group, Reduce};
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Kind, Tensor, no_grad};
 
 use super::{Gradient, Parameters, Segment};
 use crate::tensor::eager::dims;
+
+/// A rank's part of a segment, without the padding.
+pub(crate) struct Span {
+    pub(crate) own: Range<usize>,
+    /// Numbers of all ranks.
+    pub(crate) whole: usize,
+}
 
 impl Parameters {
     /// This rank's part of the sum over ranks of a segment's gradients.
@@ -61,8 +70,8 @@ impl Parameters {
     }
 
     /// What networks see, a copy of each segment `[n]`.
-    pub(crate) fn seen(&self) -> Vec<Tensor> {
-        self.segments.iter().map(|segment| self.seen_of(segment).copy()).collect()
+    pub(crate) fn seen(&self) -> impl Iterator<Item = Tensor> {
+        self.segments.iter().map(|segment| self.seen_of(segment).copy())
     }
 
     fn seen_of(&self, segment: &Segment) -> Tensor {
@@ -87,32 +96,23 @@ impl Parameters {
         Ok(self.group.all_gather(part)?)
     }
 
-    /// The wholes of tensors like the masters, one a segment, of which each rank has its part; on other ranks
-    /// than the first, nothing.
-    ///
-    /// # Errors
-    /// When the ranks cannot put their parts together.
-    pub(crate) fn wholes<'a>(
-        &self,
-        parts: impl Iterator<Item = &'a Tensor>,
-    ) -> Result<Vec<Tensor>> {
-        let mut wholes = Vec::new();
-        for (segment, part) in self.segments.iter().zip(parts) {
-            if self.group.world() == 1 {
-                wholes.push(part.shallow_clone());
-                continue;
-            }
-            let whole = self.whole(part)?;
-            if self.group.is_first() {
-                wholes.push(whole.narrow(0, 0, segment.len()).to_device(Device::Cpu));
-            }
-        }
-        Ok(wholes)
+    /// Where this rank's parts lie, one a segment.
+    pub(crate) fn spans(&self) -> impl Iterator<Item = Span> {
+        let (rank, world) = (self.group.rank(), self.group.world());
+        self.segments.iter().map(move |segment| {
+            let whole = segment.len() as usize;
+            let each = whole.div_ceil(world);
+            Span { own: whole.min(rank * each)..whole.min((rank + 1) * each), whole }
+        })
     }
 
-    /// This rank's part of `whole` `[n]`.
-    pub(crate) fn own_part(&self, whole: &Tensor) -> Tensor {
-        own_part(&self.group, whole)
+    /// Names and shapes of each segment's parameters, in the order in which their numbers lie.
+    pub(crate) fn layout(&self) -> Vec<Vec<(String, Vec<usize>)>> {
+        let names = |segment: &Segment| {
+            let places = segment.places.iter();
+            places.map(|place| (place.name.clone(), place.shape.clone())).collect()
+        };
+        self.segments.iter().map(names).collect()
     }
 
     /// Among whom the masters are divided.
