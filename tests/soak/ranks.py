@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
 """Long trials of runs shared by several processes: `make soak`.
 
-  equal    every algorithm, whole and LoRA, on 2 and 4 ranks against one process: gradient norm of the first
+  equal    every algorithm, whole and LoRA, on 2, 3 and 4 ranks against one process: gradient norm of the first
            update, relative difference
   killed   a random rank killed at a random time: the launcher ends with an error that names it
   frozen   a random rank stopped: the others end when their time is over, naming it
-  resumed  20 iterations against 10 and 10 on 1 and 2 ranks: the same bytes of weights
+  resumed  20 iterations against 10 and 10 on 1 and 2 ranks: the same bytes of weights, moments and average; what
+           2 ranks saved, 1, 3 and 4 take up and end with the same bytes
+  restarted  torchrun --max-restarts 3, a rank killed three times: the same bytes as undisturbed
+  memory   a rank of 2 while it saves, above what it holds before: no more than a block
 
 Prints a line a trial and n of n at the end; ends with 1 if any failed.
 """
@@ -29,7 +32,7 @@ SETTINGS = {
     "model": "tests/fixtures/tiny-flux/pipeline",
     "rewards": "[{name = 'jpeg', kind = 'jpeg', prefer = 'small', weight = 1.0}]",
     "group_size": 4,
-    "prompts_per_iteration": 4,
+    "prompts_per_iteration": 12,
     "updates": 2,
     "rollout.steps": 5,
     "rollout.size": "[32, 32]",
@@ -65,15 +68,15 @@ def equal(home, _):
         for lora in ({}, {"lora__rank": 4}):
             for seed in range(5):
                 found = {}
-                for ranks in (1, 2, 4):
+                for ranks in (1, 2, 3, 4):
                     out = home / f"{algorithm}-{len(lora)}-{ranks}-{seed}"
                     run(out, ranks, algorithm=algorithm, iterations=1, updates=1, seed=seed, **lora)
                     found[ranks] = metrics(out)[0]
                 # A pixel that a rounding moved is another reward: there is nothing to compare.
-                if all(found[n]["reward_std/jpeg"] == found[1]["reward_std/jpeg"] for n in (2, 4)):
+                if all(found[n]["reward_std/jpeg"] == found[1]["reward_std/jpeg"] for n in (2, 3, 4)):
                     break
             norms = {n: step["optimizer/grad_norm"] for n, step in found.items()}
-            off = max(abs(norms[n] / norms[1] - 1) for n in (2, 4))
+            off = max(abs(norms[n] / norms[1] - 1) for n in (2, 3, 4))
             yield off <= 1e-6, f"{algorithm}{' LoRA' if lora else ''}, seed {seed}: {off:.1e}"
 
 
@@ -132,17 +135,100 @@ def frozen(home, n):
         yield disturbed(home, trial, signal.SIGSTOP, limit, "gave no sign of life")
 
 
+def states(folder, stem="training_state"):
+    """The numbers of files, without what a file says of itself, which names its folder."""
+    found = {}
+    for path in sorted(folder.glob(f"{stem}*.safetensors")):
+        data = path.read_bytes()
+        found[path.name] = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little"):]).hexdigest()
+    return found
+
+
 def resumed(home, _):
+    last = "checkpoints/iteration-000020"
     for ranks in (1, 2):
         whole, parts = home / f"whole-{ranks}", home / f"parts-{ranks}"
-        run(whole, ranks, iterations=20)
-        run(parts, ranks, iterations=10)
+        run(whole, ranks, iterations=20, optimizer__ema=0.9)
+        run(parts, ranks, iterations=10, optimizer__ema=0.9)
         shutil.rmtree(parts / "aligned")
-        run(parts, ranks, more=["--resume"], iterations=20)
-        yield weights(whole) == weights(parts), f"{ranks} ranks"
+        run(parts, ranks, more=["--resume"], iterations=20, optimizer__ema=0.9)
+        same = weights(whole) == weights(parts) and states(whole / last) == states(parts / last) != {}
+        yield same, f"{ranks} ranks"
+    for ranks in (1, 3, 4):
+        other = home / f"on-{ranks}"
+        shutil.copytree(home / "whole-2", other)
+        shutil.rmtree(other / "aligned")
+        run(other, ranks, more=["--resume"], iterations=20, optimizer__ema=0.9)
+        same = weights(other) == weights(home / "whole-2")
+        # What the weights answer that were taken up.
+        same &= states(other / "aligned", "reference") == states(home / "whole-2/aligned", "reference") != {}
+        yield same, f"of 2 ranks on {ranks}"
 
 
-PARTS = {"equal": equal, "killed": killed, "frozen": frozen, "resumed": resumed}
+def restarted(home, _):
+    calm, out = home / "calm", home / "disturbed"
+    run(calm, 2, iterations=30, save_every=2)
+    launcher = ["torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "--no-python"]
+    line = launcher + command(out, 1, ["--resume"], iterations=30, save_every=2)
+    with open(home / "said", "w") as said:
+        torchrun = subprocess.Popen(line, cwd=ROOT, stdout=said, stderr=said)
+        victims, deadline = set(), time.monotonic() + 600
+        while len(victims) < 3 and torchrun.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+            ready = len(children) == 2 and not victims & set(children)
+            saved = list((out / "checkpoints").glob("iteration-*")) if out.exists() else []
+            if ready and has_begun(out) and len(saved) > 0:
+                time.sleep(random.random() * 2)
+                victim = random.choice(children)
+                if torchrun.poll() is None and alive(int(victim)):
+                    victims.update(children)
+                    os.kill(int(victim), signal.SIGKILL)
+                    disturbed_times = len(victims) // 2
+                    if disturbed_times == 3:
+                        break
+        code = torchrun.wait()
+    n = len(victims) // 2
+    well = code == 0 and n > 0 and weights(out) == weights(calm)
+    yield well, f"{n} kills" + ("" if well else (home / "said").read_text()[-2000:])
+
+
+def memory(home, _):
+    """Of a model of many blocks, so that one is little: anonymous memory by the kernel's account."""
+    model = home / "model"
+    shutil.copytree(ROOT / SETTINGS["model"], home / "like")
+    path = home / "like/transformer/config.json"
+    config = json.loads(path.read_text())
+    config.update(num_layers=6, num_single_layers=12, num_attention_heads=16)
+    path.write_text(json.dumps(config))
+    subprocess.run([PROGRAM, "init", "--like", home / "like", "--out", model], check=True, capture_output=True)
+    out = home / "run"
+    line = command(out, 2, model=model, iterations=4, save_every=1, keep=1, prompts_per_iteration=2, updates=1)
+    env = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0", MALLOC_TOP_PAD_="0")
+    launcher = subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    held, before, above = {}, {}, {0: 0.0, 1: 0.0}
+    while launcher.poll() is None:
+        saving = any((out / "checkpoints").glob(".iteration-*")) if out.exists() else False
+        try:
+            for rank, pid in enumerate(ranks_of(launcher)):
+                status = dict(l.split(":", 1) for l in Path(f"/proc/{pid}/status").read_text().splitlines())
+                now = int(status["RssAnon"].split()[0]) / 1024
+                if saving:
+                    above[rank] = max(above[rank], now - before.setdefault(rank, held[rank]))
+                else:
+                    before.pop(rank, None)
+                held[rank] = now
+        except (OSError, KeyError, StopIteration):
+            pass
+        time.sleep(0.001)
+    weights_mib = sum(p.stat().st_size for p in (out / "aligned/transformer").glob("*.safetensors")) / 2**20
+    for rank, more in above.items():
+        yield more < weights_mib / 8, f"rank {rank}: {more:.1f} MiB above; all weights are {weights_mib:.0f}"
+
+
+PARTS = {
+    "equal": equal, "killed": killed, "frozen": frozen, "resumed": resumed, "restarted": restarted, "memory": memory,
+}
 
 
 def main():

@@ -2,13 +2,13 @@
 //! on another number of them, and one that ends takes the others along.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use flow::checkpoint::Weights;
 use rustix::process::{Pid, Signal, kill_process};
-use tests::program::Ended;
+use tests::program::{Ended, Program, typed};
 
 use crate::align::{Run, WEIGHTS, same_tensors};
 
@@ -64,21 +64,69 @@ fn two_ranks_learn_what_one_process_learns() {
     }
 }
 
+/// Files of the state in the checkpoint of `iteration`, by rank.
+fn states(run: &Run, iteration: usize, world: usize) -> Vec<PathBuf> {
+    let name = |rank| format!("training_state-{rank:05}-of-{world:05}.safetensors");
+    (1..=world).map(|rank| run.checkpoint(iteration).join(name(rank))).collect()
+}
+
 #[test]
 fn a_run_goes_on_on_as_many_ranks_to_the_bit_and_on_another_number() {
     let (whole, parts) = (Run::new(), Run::new());
-    Ended::after(&mut shared(&whole, 2, &["iterations=4"])).succeeded();
-    Ended::after(&mut shared(&parts, 2, &["iterations=2"])).succeeded();
-    fs::remove_dir_all(parts.folder().join("aligned")).unwrap();
+    let settings = ["optimizer.ema=0.5", "keep=1"];
+    let shared = |run: &Run, n: usize, iterations: &'static str| {
+        shared(run, n, &[&settings[..], &[iterations]].concat())
+    };
+    Ended::after(&mut shared(&whole, 2, "iterations=4")).succeeded();
+    Ended::after(&mut shared(&parts, 2, "iterations=2")).succeeded();
     let of = |run: &Run| run.folder().join("aligned").join(WEIGHTS);
     let alone = Run::new();
     tests::fixture::copy_folder(&parts.folder(), &alone.folder());
     for (run, n) in [(&parts, 2), (&alone, 1)] {
-        Ended::after(shared(run, n, &["iterations=4"]).arg("--resume")).succeeded();
+        fs::remove_dir_all(run.folder().join("aligned")).unwrap();
+        Ended::after(shared(run, n, "iterations=4").arg("--resume")).succeeded();
+    }
+    let [one, two] = [&whole, &parts].map(|run| states(run, 4, 2));
+    for (one, two) in one.iter().zip(&two) {
+        assert!(same_tensors(one, two), "{} differs", one.display());
     }
     assert!(same_tensors(&of(&whole), &of(&parts)), "two ranks went on elsewhere");
     let distance = distance(&of(&whole), &of(&alone));
     assert!(distance < 1e-5, "one process went on elsewhere: {distance:e}");
+}
+
+#[test]
+fn a_checkpoint_of_several_processes_is_consolidated_and_a_damaged_one_passed_over() {
+    let run = Run::new();
+    let settings = ["iterations=4", "lora.rank=4", "optimizer.ema=0.5"];
+    Ended::after(&mut shared(&run, 2, &settings)).succeeded();
+    let (last, file) = (run.checkpoint(4), "pytorch_lora_weights.safetensors");
+    let out = run.folder().join("consolidated");
+    let consolidate =
+        |from: &Path| Program::Train.run(["consolidate", &typed(from), "--out", &typed(&out)]);
+    consolidate(&last).succeeded();
+    assert!(same_tensors(&out.join(file), &run.folder().join("aligned").join(file)));
+    let said = consolidate(&last).stderr;
+    assert!(said.contains("consolidated exists"), "{said}");
+    fs::remove_dir_all(&out).unwrap();
+    let said = consolidate(&run.folder()).stderr;
+    assert!(said.contains("holds no state of a run"), "{said}");
+
+    let state = states(&run, 4, 2).remove(1);
+    let mut bytes = fs::read(&state).unwrap();
+    let at = bytes.len() - 5;
+    bytes[at] ^= 4;
+    fs::write(&state, bytes).unwrap();
+    let said = consolidate(&last).stderr;
+    assert!(said.contains("training_state-00002-of-00002.safetensors: damaged"), "{said}");
+    assert!(!out.exists());
+    fs::remove_dir_all(run.folder().join("aligned")).unwrap();
+    let ended = Ended::after(shared(&run, 2, &settings).arg("--resume"));
+    let said = &ended.stderr;
+    assert_eq!(said.matches("training_state-00002-of-00002.safetensors: damaged").count(), 1);
+    assert!(said.contains("going on from") && said.contains("iteration-000002"), "{said}");
+    ended.succeeded();
+    consolidate(&last).succeeded();
 }
 
 #[test]
