@@ -203,9 +203,10 @@ def memory(home, _):
     path.write_text(json.dumps(config))
     subprocess.run([PROGRAM, "init", "--like", home / "like", "--out", model], check=True, capture_output=True)
     out = home / "run"
-    line = command(out, 2, model=model, iterations=4, save_every=1, keep=1, prompts_per_iteration=2, updates=1)
+    sizes = {"prompts_per_iteration": 2, "updates": 1, "ranks__step_seconds": 300}
+    line = command(out, 2, model=model, iterations=4, save_every=1, keep=1, **sizes)
     env = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0", MALLOC_TOP_PAD_="0")
-    launcher = subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     held, before, above = {}, {}, {0: 0.0, 1: 0.0}
     while launcher.poll() is None:
         saving = any((out / "checkpoints").glob(".iteration-*")) if out.exists() else False
