@@ -34,11 +34,13 @@ SETTINGS = {
     "group_size": 4,
     "prompts_per_iteration": 12,
     "updates": 2,
-    "rollout.steps": 5,
+    "rollout.steps": 8,
     "rollout.size": "[32, 32]",
     "optimizer.learning_rate": 1e-3,
-    "ranks.step_seconds": 3,
+    "ranks.step_seconds": 120,
 }
+# Seconds after which a rank that is frozen is given up.
+PATIENCE = 5
 
 
 def command(out, ranks, more=(), **settings):
@@ -89,7 +91,7 @@ def ranks_of(launcher):
 
 def disturbed(home, trial, number, limit, expected):
     out, n = home / f"run-{trial}", random.choice((2, 3))
-    line = command(out, n, iterations=10**6, save_every=3, prompts_per_iteration=6)
+    line = command(out, n, iterations=10**6, save_every=3, prompts_per_iteration=6, ranks__step_seconds=PATIENCE)
     launcher = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not has_begun(out):
         if launcher.poll() is not None:
@@ -130,7 +132,7 @@ def killed(home, n):
 
 
 def frozen(home, n):
-    limit = 1.1 * SETTINGS["ranks.step_seconds"]
+    limit = 1.1 * PATIENCE
     for trial in range(n):
         yield disturbed(home, trial, signal.SIGSTOP, limit, "gave no sign of life")
 
@@ -203,7 +205,7 @@ def memory(home, _):
     path.write_text(json.dumps(config))
     subprocess.run([PROGRAM, "init", "--like", home / "like", "--out", model], check=True, capture_output=True)
     out = home / "run"
-    sizes = {"prompts_per_iteration": 2, "updates": 1, "ranks__step_seconds": 300}
+    sizes = {"prompts_per_iteration": 2, "updates": 1}
     line = command(out, 2, model=model, iterations=4, save_every=1, keep=1, **sizes)
     env = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0", MALLOC_TOP_PAD_="0")
     launcher = subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
