@@ -11,6 +11,7 @@ use crate::external::Placement;
 use crate::part::Part;
 use crate::precision::{Choice, Modulation, Precision};
 use crate::target::{Attention, Target};
+use crate::verify::Asked;
 
 /// Exports a FLUX checkpoint to ONNX.
 ///
@@ -86,6 +87,17 @@ pub struct Args {
     /// 0.04, int8 and fp8 0.1, int4 0.25
     #[arg(long, value_name = "X", requires = "verify")]
     max_error: Option<f32>,
+    /// Pictures of fixed prompts that --verify makes by export and checkpoint to compare; by default 4 where
+    /// weights are lossy and the checkpoint is small enough for plain Rust, of 256 pixels at most
+    #[arg(long, value_name = "N", requires = "verify", value_parser = clap::value_parser!(u8).range(0..=4))]
+    pictures: Option<u8>,
+    /// Least PSNR of a picture that passes; by default f32 60, f16 40, bf16 35, int8 and fp8 30, int4 20
+    #[arg(long, value_name = "DB", requires = "verify")]
+    min_psnr: Option<f64>,
+    /// Largest GMSD of a picture (0 is none, 0.35 all is lost) that passes; by default f32 0.002, f16 0.01,
+    /// bf16 0.03, int8 and fp8 0.05, int4 0.15
+    #[arg(long, value_name = "X", requires = "verify")]
+    max_gmsd: Option<f64>,
     /// Replace an earlier export
     #[arg(long)]
     force: bool,
@@ -113,6 +125,15 @@ pub struct Verify {
     /// Another limit than the export's own
     #[arg(long, value_name = "X")]
     pub max_error: Option<f32>,
+    /// Pictures to make and compare, as in an export
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=4))]
+    pub pictures: Option<u8>,
+    /// Least PSNR of a picture that passes
+    #[arg(long, value_name = "DB")]
+    pub min_psnr: Option<f64>,
+    /// Largest GMSD of a picture that passes
+    #[arg(long, value_name = "X")]
+    pub max_gmsd: Option<f64>,
     /// Threads of ONNX Runtime
     #[arg(long, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -182,7 +203,12 @@ impl Args {
             replace: self.force,
             resume: self.resume,
             verify: self.verify,
-            max_error: self.max_error,
+            asked: Asked {
+                max_error: self.max_error,
+                min_psnr: self.min_psnr,
+                max_gmsd: self.max_gmsd,
+                wanted: self.pictures.into(),
+            },
             threads: self.threads.map_or_else(available, usize::from),
         }
     }

@@ -23,7 +23,7 @@ use crate::part::Part;
 use crate::precision::{Choice, Precision};
 use crate::publish::check_target;
 use crate::verify::report::{Found, Report};
-use crate::verify::{self, Difference, blocks};
+use crate::verify::{self, Asked, Difference, blocks};
 use crate::weights::Source;
 
 pub mod plan;
@@ -50,8 +50,8 @@ pub struct Request {
     pub resume: bool,
     /// Whether the graphs must compute what the checkpoint does.
     pub verify: bool,
-    /// Another limit of relative errors than the precision's.
-    pub max_error: Option<f32>,
+    /// What is compared then, and other limits than the precision's.
+    pub asked: Asked,
     /// Threads of ONNX Runtime in verification.
     pub threads: usize,
 }
@@ -323,9 +323,15 @@ impl Verifying<'_> {
             bar.set_message(format!("verifying {}", part.folder()));
             let stages = blocks::compare(folder, part, pipeline, loras, threads)?;
             summary.difference = stages.last().map(|stage| stage.chained);
-            report.0.push(Found::new(part, stages, description, request.max_error));
+            report.graphs.push(Found::new(part, stages, description, request.asked.max_error));
             check_stop(self.stop)?;
         }
+        bar.set_message("painting");
+        let check = || check_stop(self.stop);
+        let precision = request.choice.precision;
+        report.pictures = bar.suspend(|| {
+            request.asked.pictures(folder, pipeline, loras, precision, threads, &check)
+        })?;
         report.check().context("nothing was exported")?;
         if let Some(reference) = self.reference()? {
             let mut found = Vec::new();

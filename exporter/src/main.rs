@@ -12,6 +12,7 @@ use exporter::args::{Args, Inspect, Verify, Wrap};
 use exporter::export::plan::plan;
 use exporter::export::{Table, export};
 use exporter::target::Target;
+use exporter::verify::Asked;
 use exporter::{inspect, tensorrt, verify};
 use flow::pipeline::Pipeline;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -47,8 +48,15 @@ fn main() -> ExitCode {
 }
 
 fn compare(typed: &Verify) -> Result<()> {
-    let Verify { folder, checkpoint, loras, max_error, threads } = typed;
-    let report = verify::again(folder, checkpoint, loras, *max_error, usize::from(*threads))?;
+    let Verify { folder, checkpoint, loras, max_error, pictures, min_psnr, max_gmsd, threads } =
+        typed;
+    let asked = Asked {
+        max_error: *max_error,
+        min_psnr: *min_psnr,
+        max_gmsd: *max_gmsd,
+        wanted: (*pictures).into(),
+    };
+    let report = verify::again(folder, checkpoint, loras, &asked, usize::from(*threads))?;
     say(report.table())?;
     report.check()
 }

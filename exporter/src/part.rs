@@ -3,7 +3,7 @@
 use flow::pipeline::Component;
 
 /// One graph of an export.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, clap::ValueEnum)]
 pub enum Part {
     /// Tokens to the pooled CLIP vector
     #[value(name = "text_encoder")]

@@ -7,7 +7,8 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::ValueEnum as _;
 use flow::checkpoint::{Dtype, View, Weights};
 use flow::checksums::Checksums;
 use flow::lora::{Layers, Lora};
@@ -20,12 +21,16 @@ use serde::{Deserialize, Serialize};
 use crate::description::{self, Description};
 use crate::external::MODEL_FILE;
 use crate::part::Part;
+use crate::precision::Precision;
+use crate::verify::pictures::{Limits, Pictures, Wanted};
 use crate::verify::report::{Found, Report};
 
 pub mod blocks;
 pub mod cut;
+pub mod pictures;
 pub mod reference;
 pub mod report;
+pub mod similarity;
 
 /// Largest relative difference that passes: f32 rounding over a deep network.
 pub const MAX_RELATIVE: f32 = 1e-5;
@@ -84,6 +89,52 @@ pub fn stored(checkpoint: &Path) -> Result<Option<Weights>> {
     Ok(if path.is_file() { Some(Weights::open_file(&path)?) } else { None })
 }
 
+/// What is to be compared beside blocks, and other limits than an export's own.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked {
+    /// Of relative errors.
+    pub max_error: Option<f32>,
+    /// Of pictures, dB.
+    pub min_psnr: Option<f64>,
+    /// Of pictures.
+    pub max_gmsd: Option<f64>,
+    /// How many pictures.
+    pub wanted: Wanted,
+}
+
+impl Asked {
+    /// Pictures of the export in `folder`, where they are wanted; says why there are none.
+    ///
+    /// # Errors
+    /// As [`pictures::compare`].
+    pub fn pictures(
+        &self,
+        folder: &Path,
+        pipeline: &Pipeline,
+        loras: &[Lora],
+        precision: Precision,
+        threads: usize,
+        check: &dyn Fn() -> Result<()>,
+    ) -> Result<Option<Pictures>> {
+        let n = match self.wanted.count(pipeline, folder, precision) {
+            Ok(n) => n,
+            Err(why) => {
+                if let Some(why) = why {
+                    eprintln!("note: {why}");
+                }
+                return Ok(None);
+            }
+        };
+        let own = precision.limits();
+        let limits = Limits {
+            min_psnr: self.min_psnr.unwrap_or(own.min_psnr),
+            max_gmsd: self.max_gmsd.unwrap_or(own.max_gmsd),
+        };
+        let made = pictures::compare(folder, pipeline, loras, n, limits, threads, check);
+        made.context("cannot compare pictures").map(Some)
+    }
+}
+
 /// What an earlier export in `folder` computes against `checkpoint` with `loras` merged, after its files were
 /// compared with their SHA-256.
 ///
@@ -93,7 +144,7 @@ pub fn again(
     folder: &Path,
     checkpoint: &Path,
     loras: &[(PathBuf, f64)],
-    max_error: Option<f32>,
+    asked: &Asked,
     threads: usize,
 ) -> Result<Report> {
     let description = Description::read(folder)?;
@@ -114,8 +165,13 @@ pub fn again(
     let mut report = Report::default();
     for part in Part::ALL.into_iter().filter(|p| description.components.contains_key(p.folder())) {
         let stages = blocks::compare(folder, part, &pipeline, &loras, threads)?;
-        report.0.push(Found::new(part, stages, &description, max_error));
+        report.graphs.push(Found::new(part, stages, &description, asked.max_error));
     }
+    let precision = Precision::from_str(&description.precision, false);
+    let precision = precision.map_err(|_| {
+        anyhow!("{}: unknown precision {}", folder.display(), description.precision)
+    })?;
+    report.pictures = asked.pictures(folder, &pipeline, &loras, precision, threads, &|| Ok(()))?;
     Ok(report)
 }
 

@@ -78,6 +78,10 @@ class Report:
             value = f"shape {np.shape(ours)}, expected {np.shape(theirs)}"
         self._add(name, value, f"{limit:.2g}", absolute <= limit)
 
+    def at_most(self, name, value, limit):
+        """Passes if `value` ≤ `limit`."""
+        self._add(name, f"{value:.2e}", f"{limit:.0e}", value <= limit)
+
     def equal(self, name, ours, theirs):
         """Passes if both are the same; strings, numbers or lists."""
         if ours != theirs:

@@ -3,7 +3,7 @@
     python tests/parity/run.py MODEL... --programs target/release --out out/parity
 
 For each model: `ng-train reference` against diffusers, `ng-export` against onnx, onnxruntime and
-Optimum, images from equal noise; on one, LoRA of every kind. Then an iteration of `ng-train align`: its
+Optimum, every target and precision of the small ones, images from equal noise; on one, LoRA of every kind. Then an iteration of `ng-train align`: its
 last update recomputed, its checkpoint loaded by diffusers, images of that checkpoint compared like
 those of the model. The embedded model is also scored by the example reward server, and served to the OpenAI
 client. At last, the networks of rewards against the packages that define them. Every script runs even
@@ -82,12 +82,17 @@ class Comparisons:
                 self.images(model, out / "export", out / "tiled", tiled, "--tiled", "--steps", 1)
             optimum = Path(sys.prefix).parent / "optimum"
             self.script("ort_pipeline.py", out / "export", out / "images", extra_path=optimum)
+            if self.program("ng-export", model, "--out", out / "export-f16", "--precision", "f16",
+                            "--vae", "f16"):
+                self.script("ort_pipeline.py", out / "export-f16", out / "images", extra_path=optimum)
         if name == "signs":
             self.script("server.py", model, "--programs", self.programs, "--out", out / "server")
             self.script("bits.py", model, out / "export", "--programs", self.programs,
                         "--out", out / "bits")
             self.script("openai_client.py", out / "export", "--programs", self.programs,
                         "--out", out / "openai", extra_path=Path(sys.prefix).parent / "openai")
+        if name != "signs":
+            self.script("targets.py", model, "--programs", self.programs, "--out", out / "targets")
         if name == "tiny-flux":
             self.script("loras.py", model, "--programs", self.programs, "--out", out / "loras")
         self.alignment(model, out / "run", size)

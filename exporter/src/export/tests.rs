@@ -12,6 +12,7 @@ use super::*;
 use crate::external::MODEL_FILE;
 use crate::target::Target;
 use crate::verify::MAX_RELATIVE;
+use crate::verify::pictures::Wanted;
 
 /// Guided with transformers 5's tensor names, and unguided with those of FLUX.1's own files.
 const FIXTURES: [&str; 2] = ["tiny-flux", "tiny-schnell"];
@@ -40,7 +41,12 @@ impl Scratch {
             replace: false,
             resume: false,
             verify: true,
-            max_error: None,
+            asked: Asked {
+                max_error: None,
+                min_psnr: None,
+                max_gmsd: None,
+                wanted: Wanted::Some(0),
+            },
             threads: 1,
         };
         Self { home, request }
@@ -114,10 +120,39 @@ fn every_target_and_precision_computes_what_the_checkpoint_does() {
 fn what_is_beyond_its_limit_is_not_exported() {
     let mut scratch = Scratch::new("tiny-schnell");
     scratch.request.choice.precision = Precision::Int4;
-    scratch.request.max_error = Some(1e-3);
+    scratch.request.asked.max_error = Some(1e-3);
     let message = format!("{:#}", scratch.export().unwrap_err());
     assert!(message.contains("transformer at block 0") && message.contains("1e-3"), "{message}");
     scratch.assert_nothing_left();
+}
+
+#[test]
+fn pictures_are_judged_and_shown() {
+    let mut scratch = Scratch::new("tiny-flux");
+    scratch.request.asked.wanted = Wanted::Some(2);
+    (scratch.request.choice.precision, scratch.request.asked.min_psnr) =
+        (Precision::Int4, Some(99.0));
+    let message = format!("{:#}", scratch.export().unwrap_err());
+    assert!(
+        message.contains("the picture of a red") && message.contains("at least 99"),
+        "{message}"
+    );
+    scratch.assert_nothing_left();
+    let mut last = f64::INFINITY;
+    scratch.request.asked.min_psnr = None;
+    scratch.request.replace = true;
+    for precision in [Precision::F32, Precision::F16, Precision::Int8, Precision::Int4] {
+        scratch.request.choice.precision = precision;
+        scratch.export().unwrap();
+        let report = fs::read(scratch.request.target.join("verification.json")).unwrap();
+        let report: Report = serde_json::from_slice(&report).unwrap();
+        let pictures = report.pictures.unwrap();
+        println!("{precision:?} {:?}", pictures.judged);
+        assert_eq!(pictures.judged.len(), 2);
+        assert!(pictures.judged[0].psnr < last, "{precision:?} is nearer than what is finer");
+        last = pictures.judged[0].psnr;
+        assert!(scratch.request.target.join("verification.png").is_file());
+    }
 }
 
 #[test]

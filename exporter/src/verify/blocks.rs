@@ -18,6 +18,7 @@ use crate::external::MODEL_FILE;
 use crate::graph::Seam;
 use crate::part::Part;
 use crate::proto::{ModelProto, ValueInfoProto, element};
+use crate::weights::Source;
 
 /// How one stage of a graph differs from the checkpoint's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -45,7 +46,10 @@ pub fn compare(
     let graph = Written::open(&folder)?;
     let mut stages = Vec::new();
     let mut carried: HashMap<String, Tensor> = HashMap::new();
-    reference::run(pipeline, part, loras, &mut |name, inputs, outputs| {
+    let weights = pipeline.weights(part.component())?;
+    let source = Source { weights: &weights, loras, component: part.component() };
+    let given = reference::inputs(pipeline, part);
+    reference::run(pipeline, part, source, &given, &mut |name, inputs, outputs| {
         let [from, to] = graph.edges(stages.len());
         ensure!(
             from.len() == inputs.len() && to.len() == outputs.len(),
@@ -89,6 +93,58 @@ pub fn compare(
     })
     .with_context(|| format!("cannot verify {}", part.folder()))?;
     Ok(stages)
+}
+
+/// A whole graph of an export, as the processor runs it.
+pub(super) struct Whole {
+    model: Model,
+    from: Vec<(String, i32)>,
+    to: Vec<(String, i32)>,
+}
+
+impl Whole {
+    /// The graph of `part` in the export `folder`; `ranks` are the axes of its inputs.
+    pub(super) fn open(folder: &Path, part: Part, ranks: &[usize], threads: usize) -> Result<Self> {
+        let folder = folder.join(part.folder());
+        let mut graph = Written::open(&folder)?;
+        graph.seams.clear();
+        let [from, to] = graph.edges(0);
+        ensure!(
+            from.len() == ranks.len(),
+            "{}: the graph has {} inputs instead of {}",
+            part.folder(),
+            from.len(),
+            ranks.len()
+        );
+        let edge = |((name, element), &rank): (&(String, i32), &usize)| Edge {
+            name: name.clone(),
+            element: *element,
+            rank,
+        };
+        let inputs: Vec<Edge> = from.iter().zip(ranks).map(edge).collect();
+        let outputs: Vec<Edge> = to.iter().zip(&[0, 0]).map(edge).collect();
+        let model = graph.part(&inputs, &outputs, threads)?;
+        Ok(Self { model, from, to })
+    }
+
+    /// Its outputs.
+    pub(super) fn run(&mut self, inputs: &[host::Tensor]) -> Result<Vec<host::Tensor>> {
+        let given = self.from.iter().zip(inputs).map(|((name, element), tensor)| {
+            let edge = Edge { name: name.clone(), element: *element, rank: tensor.shape().len() };
+            Ok((name.as_str(), tensor_of(&edge, tensor)?))
+        });
+        let given = given.collect::<Result<Vec<_>>>()?;
+        let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, t)| (*name, t)).collect();
+        let names: Vec<&str> = self.to.iter().map(|(name, _)| name.as_str()).collect();
+        let found = self.model.run(&given, &names)?;
+        found
+            .into_iter()
+            .map(|tensor| {
+                let shape = tensor.shape.clone();
+                Ok(host::Tensor::new(&shape, tensor.into_f32()?))
+            })
+            .collect()
+    }
 }
 
 fn tensor_of(edge: &Edge, tensor: &host::Tensor) -> Result<Tensor> {

@@ -8,6 +8,7 @@ use flow::checkpoint::write_atomically;
 use serde::{Deserialize, Serialize};
 
 use super::blocks::Stage;
+use super::pictures::{Judged, PNG, Pictures};
 use crate::description::Description;
 use crate::part::Part;
 
@@ -29,7 +30,13 @@ pub struct Found {
 
 /// What was found of all graphs.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Report(pub Vec<Found>);
+pub struct Report {
+    /// One a graph.
+    pub graphs: Vec<Found>,
+    /// Pictures, where they were made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pictures: Option<Pictures>,
+}
 
 impl Found {
     /// Stages of the graph of `part`, judged by `max_error` or else by what the export says of itself.
@@ -58,8 +65,8 @@ impl Report {
     /// # Errors
     /// When a graph is beyond its limit: names its first stage that is.
     pub fn check(&self) -> Result<()> {
-        let failed: Vec<String> = self
-            .0
+        let mut failed: Vec<String> = self
+            .graphs
             .iter()
             .filter_map(|found| {
                 let (stage, error) = found.beyond().next()?;
@@ -67,6 +74,19 @@ impl Report {
                 Some(format!("{component} at {stage} by {error:.1e} (at most {limit:.0e})"))
             })
             .collect();
+        if let Some(Pictures { limits, judged, .. }) = &self.pictures {
+            let beyond = |one: &&Judged| {
+                // What is not a number is beyond.
+                !(one.psnr >= limits.min_psnr && one.gmsd <= limits.max_gmsd)
+            };
+            failed.extend(judged.iter().find(beyond).map(|Judged { prompt, psnr, gmsd }| {
+                format!(
+                    "the picture of {prompt} with PSNR {psnr:.1} dB (at least {}) and GMSD {gmsd:.3} (at most \
+                     {})",
+                    limits.min_psnr, limits.max_gmsd
+                )
+            }));
+        }
         if failed.is_empty() {
             return Ok(());
         }
@@ -79,7 +99,7 @@ impl Report {
             "| component | stage | largest error | relative | chained | relative | limit |\n\
              |---|---|---:|---:|---:|---:|---:|\n",
         );
-        for found in &self.0 {
+        for found in &self.graphs {
             for Stage { name, alone, chained } in &found.stages {
                 let _ = writeln!(
                     text,
@@ -91,6 +111,17 @@ impl Report {
                     chained.relative,
                     found.max_error
                 );
+            }
+        }
+        if let Some(Pictures { limits, side, steps, judged }) = &self.pictures {
+            let _ = writeln!(
+                text,
+                "\nPictures of {side} pixels, {steps} steps, at least {} dB, GMSD at most {}:\n\n\
+                 | prompt | PSNR, dB | GMSD |\n|---|---:|---:|",
+                limits.min_psnr, limits.max_gmsd
+            );
+            for Judged { prompt, psnr, gmsd } in judged {
+                let _ = writeln!(text, "| {prompt} | {psnr:.1} | {gmsd:.4} |");
             }
         }
         text
@@ -107,8 +138,15 @@ impl Report {
              f32.\n\
              `largest error` is of a stage given what the checkpoint computed before it, `chained` given what \
              the graph computed; relative is to the largest value.\n\
-             Where a graph computes in bf16, the processor computed in f32 from its weights.\n\n{}",
-            self.table()
+             Where a graph computes in bf16, the processor computed in f32 from its weights.\n\n{}{}",
+            self.table(),
+            if self.pictures.is_some() {
+                format!(
+                    "\nThe checkpoint's, the export's, four times the difference:\n\n![]({PNG})\n"
+                )
+            } else {
+                String::new()
+            }
         );
         write_atomically(&folder.join(MARKDOWN), text.as_bytes())?;
         let mut json = serde_json::to_vec_pretty(self).context("cannot write the report")?;
