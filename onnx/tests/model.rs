@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::Result;
-use onnx::{ElementType, Model, Options, Tensor};
+use onnx::{ElementType, Model, Options, Provider, Tensor};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -90,6 +90,22 @@ fn bad_files_are_named() {
     for path in [text, cut, folder.path().join("absent.onnx"), folder.path().to_owned()] {
         let error = format!("{:#}", Model::open(&path, &Options::default()).unwrap_err());
         assert!(error.contains(&*path.to_string_lossy()), "{error}");
+        assert!(!error.contains('\n'), "{error}");
+    }
+}
+
+/// The ONNX Runtime of the tests is the one for the CPU.
+#[test]
+fn a_provider_that_is_not_there_is_refused_in_one_line() {
+    for (provider, parts) in [
+        (Provider::Cuda, ["providers_cuda.so", "onnxruntime-gpu 1.31"]),
+        (Provider::TensorRt, ["providers_cuda.so", "onnxruntime-gpu 1.31"]),
+        (Provider::TensorRtRtx, ["nv_tensorrt_rtx.so", "onnxruntime-ep-nv-tensorrt-rtx-cu13"]),
+    ] {
+        let options = Options { provider, ..Options::default() };
+        let error = format!("{:#}", Model::open(fixture("affine.onnx"), &options).unwrap_err());
+        let named = error.starts_with(&format!("--provider {provider} needs"));
+        assert!(named && parts.iter().all(|part| error.contains(part)), "{error}");
         assert!(!error.contains('\n'), "{error}");
     }
 }
