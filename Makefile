@@ -15,7 +15,7 @@ FUZZ    := 600
 test parity: export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help runtime parity-runtime build cuda demo signs emoji test parity soak page bench gpu dist lint deny fuzz clean-runtime
+.PHONY: help runtime parity-runtime build cuda demo signs emoji test parity soak page bench gpu rtx dist lint deny fuzz clean-runtime
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -62,6 +62,9 @@ bench: build $(PARITY) ## Measure the claims of the README
 
 gpu: build $(PARITY) ## Run what needs a GPU: bf16 alignment, FLUX.1-dev's passes and iteration (out/gpu)
 	OUT=$(OUT)/gpu PYTHON=$(PYTHON) ./setup/gpu.sh
+
+rtx: build ## Build engines of TensorRT for RTX, no GPU needed (its library, 0.3 GB; out/rtx)
+	./setup/rtx.sh $(RUNTIME) $(NG) $(OUT)/rtx
 
 dist: build ## Pack archives that run on a bare Debian (out/dist)
 	./setup/dist.sh $(NG) $(RUNTIME) $(OUT)/dist

@@ -149,8 +149,8 @@ pub struct Inspect {
     pub folder: PathBuf,
 }
 
-/// Makes an ONNX model of a TensorRT engine, which ONNX Runtime's TensorRT provider of the same TensorRT
-/// version runs.
+/// Makes an ONNX model of a TensorRT engine, which ONNX Runtime's provider of the same version runs, that of
+/// TensorRT or of TensorRT for RTX.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "ng-export wrap")]
 pub struct Wrap {

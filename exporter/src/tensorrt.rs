@@ -16,8 +16,12 @@ use crate::proto::{
 
 /// How engines of TensorRT for RTX begin.
 const RTX_MAGIC: &[u8] = b"vtrt";
-/// The provider of ONNX Runtime that reads wrapped engines; any other source is skipped by it.
+/// The providers of ONNX Runtime that read wrapped engines, of data centres and of TensorRT for RTX; any other
+/// source is skipped by them.
 const SOURCE: &str = "TensorrtExecutionProvider";
+const RTX_SOURCE: &str = "NvTensorRTRTXExecutionProvider";
+/// Compute capabilities of data-centre GPUs, on which TensorRT for RTX does not run.
+const DATA_CENTRE: [u32; 3] = [90, 100, 103];
 /// Side in pixels of the smallest image of a profile.
 const SMALLEST: usize = 256;
 /// Text tokens of every profile.
@@ -58,8 +62,8 @@ pub fn build_command(folder: &Path, pipeline: &Pipeline, side: usize, batch: usi
 /// was built for GPUs of compute capability `architecture` (90 is Hopper).
 ///
 /// # Errors
-/// When the plan does not lie beside or below the target, is of TensorRT for RTX, or a file cannot be read
-/// or written.
+/// When the plan does not lie beside or below the target, is of TensorRT for RTX but the architecture is not, or
+/// a file cannot be read or written.
 pub fn wrap(plan: &Path, graph: &Path, architecture: u32, target: &Path) -> Result<()> {
     let read = |path: &Path| format!("cannot read {}", path.display());
     let start = {
@@ -69,10 +73,11 @@ pub fn wrap(plan: &Path, graph: &Path, architecture: u32, target: &Path) -> Resu
         file.take(RTX_MAGIC.len() as u64).read_to_end(&mut start).with_context(|| read(plan))?;
         start
     };
+    let is_rtx = start == RTX_MAGIC;
     ensure!(
-        start != RTX_MAGIC,
-        "{} is an engine of TensorRT for RTX: it runs in that library on consumer GPUs, never on H100, \
-         H800 or H200, and needs no wrapping",
+        !is_rtx || !DATA_CENTRE.contains(&architecture),
+        "{} is an engine of TensorRT for RTX: it runs on consumer GPUs, never on H100, H800 or H200: give its own \
+         --architecture",
         plan.display()
     );
     let home = target.parent().filter(|home| !home.as_os_str().is_empty());
@@ -102,7 +107,7 @@ pub fn wrap(plan: &Path, graph: &Path, architecture: u32, target: &Path) -> Resu
             AttributeProto::int("embed_mode", 0),
             AttributeProto::text("ep_cache_context", &relative.to_string_lossy()),
             AttributeProto::text("hardware_architecture", &architecture.to_string()),
-            AttributeProto::text("source", SOURCE),
+            AttributeProto::text("source", if is_rtx { RTX_SOURCE } else { SOURCE }),
         ],
         domain: Some(EXTENSIONS.into()),
     };
@@ -165,8 +170,11 @@ mod tests {
         let outside = wrap(&at("engines/a.plan"), &at("model.onnx"), 90, &at("engines/b/c.onnx"));
         assert!(outside.unwrap_err().to_string().contains("beside or below"));
         fs::write(at("rtx.plan"), b"vtrt and the rest").unwrap();
-        let rtx = wrap(&at("rtx.plan"), &at("model.onnx"), 89, &at("rtx.onnx")).unwrap_err();
+        let rtx = wrap(&at("rtx.plan"), &at("model.onnx"), 90, &at("rtx.onnx")).unwrap_err();
         assert!(rtx.to_string().contains("TensorRT for RTX"), "{rtx}");
+        wrap(&at("rtx.plan"), &at("model.onnx"), 89, &at("rtx.onnx")).unwrap();
+        let bytes = fs::read(at("rtx.onnx")).unwrap();
+        assert!(bytes.windows(RTX_SOURCE.len()).any(|part| part == RTX_SOURCE.as_bytes()));
     }
 
     #[test]
