@@ -73,10 +73,8 @@ lint: $(LIGHT) ## Check format and lints
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets --locked -- -D warnings
 
-fuzz: ## Fuzz what is read from files, FUZZ seconds each (needs nightly Rust and cargo-fuzz)
-	cd fuzz && for target in $$(ls fuzz_targets); do \
-	  $(CARGO) +nightly fuzz run $${target%.rs} -- -max_total_time=$(FUZZ) -rss_limit_mb=2048 || exit 1; \
-	done
+fuzz: ## Fuzz what is read from files, FUZZ seconds each (needs cargo-fuzz)
+	FUZZ=$(FUZZ) ./setup/fuzz.sh
 
 deny: $(LIGHT) ## Check licences, sources and versions of every crate (cargo-deny)
 	./setup/deny.sh $(RUNTIME)

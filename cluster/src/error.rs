@@ -23,6 +23,9 @@ pub enum Error {
     /// Another rank has ended the group.
     #[error("{operation} on rank {rank}: rank {peer} has stopped: {what}")]
     Stopped { operation: String, rank: usize, peer: usize, what: String },
+    /// What every rank ends with at the same place, so that all can still do something together.
+    #[error("{what}")]
+    Shared { what: String },
     /// The library failed in a way that blames nobody.
     #[error("{operation} on rank {rank}: {what}")]
     Failed { operation: String, rank: usize, what: String },

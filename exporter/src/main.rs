@@ -14,6 +14,7 @@ use exporter::export::{Table, export};
 use exporter::target::Target;
 use exporter::verify::Asked;
 use exporter::{inspect, tensorrt, verify};
+use flow::panics;
 use flow::pipeline::Pipeline;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -24,12 +25,22 @@ fn main() -> ExitCode {
     if let Some(end) = manual::written(all) {
         return end;
     }
-    let mut typed: Vec<OsString> = std::env::args_os().collect();
+    let said = match panics::reported(|| asked(std::env::args_os().collect())) {
+        Ok(Ok(())) => return ExitCode::SUCCESS,
+        Ok(Err(error)) => format!("{error:#}"),
+        Err(panic) => panic,
+    };
+    eprintln!("error: {}", panics::without_frames(&said));
+    ExitCode::FAILURE
+}
+
+/// Does what `typed` asks for.
+fn asked(mut typed: Vec<OsString>) -> Result<()> {
     let command = typed.get(1).and_then(|word| word.to_str()).unwrap_or_default().to_owned();
     if ["verify", "inspect", "wrap"].contains(&command.as_str()) {
         typed.remove(1);
     }
-    let done = match command.as_str() {
+    match command.as_str() {
         "verify" => compare(&Verify::parse_from(typed)),
         "inspect" => inspect::inspect(&Inspect::parse_from(typed).folder).and_then(say),
         "wrap" => {
@@ -37,13 +48,6 @@ fn main() -> ExitCode {
             tensorrt::wrap(&plan, &graph, architecture, &out)
         }
         _ => run(Args::parse_from(typed)),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
     }
 }
 

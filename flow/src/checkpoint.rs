@@ -302,28 +302,32 @@ fn of_rows(bytes: &[u8], rows: Range<usize>, n_row_bytes: usize) -> &[u8] {
     &bytes[rows.start * n_row_bytes..rows.end * n_row_bytes]
 }
 
-/// Opens a file; of a broken link the message says so.
-fn open_for_reading(path: &Path) -> Result<File> {
-    File::open(path).map_err(CheckpointError::io(path))
-}
-
-/// Reads a small file whole: a regular one, since a pipe or a device has no end that can be known.
+/// Opens a regular file: a pipe or a device has no end that can be known.
 ///
 /// # Errors
-/// When it is missing, no regular file, larger than any config or index is, or a pointer of Git LFS.
-pub fn read_bounded(path: &Path) -> Result<Vec<u8>> {
+/// When it is none; of a broken link the message says so.
+pub fn open_for_reading(path: &Path) -> Result<File> {
     let metadata = fs::metadata(path).map_err(CheckpointError::io(path))?;
     if !metadata.is_file() {
         let why = "is no regular file: give a file instead of a folder, pipe or device";
         return Err(CheckpointError::malformed(path, why));
     }
+    File::open(path).map_err(CheckpointError::io(path))
+}
+
+/// Reads a small file whole.
+///
+/// # Errors
+/// When it is missing, no regular file, larger than any config or index is, or a pointer of Git LFS.
+pub fn read_bounded(path: &Path) -> Result<Vec<u8>> {
     let file = open_for_reading(path)?;
+    let n_bytes = file.metadata().map_err(CheckpointError::io(path))?.len();
     let mut bytes = Vec::new();
     file.take(MAX_INDEX_BYTES + 1).read_to_end(&mut bytes).map_err(CheckpointError::io(path))?;
     if bytes.len() as u64 > MAX_INDEX_BYTES {
         let why = format!(
             "is {} bytes long, more than a file of its kind can be",
-            metadata.len().max(MAX_INDEX_BYTES + 1)
+            n_bytes.max(MAX_INDEX_BYTES + 1)
         );
         return Err(CheckpointError::malformed(path, why));
     }

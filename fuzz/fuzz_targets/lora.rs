@@ -1,4 +1,4 @@
-//! A LoRA file of any spelling.
+//! A LoRA file of any spelling, for the networks of FLUX.1-dev.
 #![no_main]
 
 use flow::lora::{Layers, Lora};

@@ -1,4 +1,4 @@
-//! A prompt file of parquet.
+//! A prompt file that is a table.
 #![no_main]
 
 #[path = "../../trainer/src/data/prompts.rs"]
@@ -9,6 +9,8 @@ use fuzz::File;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
-    let file = File::of("p.parquet", data);
-    let _ = prompts::read(file.path());
+    for name in ["p.parquet", "p.csv"] {
+        let file = File::of(name, data);
+        let _ = prompts::read(file.path());
+    }
 });

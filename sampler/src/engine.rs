@@ -24,7 +24,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Error, Result};
+use anyhow::{Context, Error, Result, ensure};
 use flow::{path::weights, solver::Walk};
 use onnx::{Cancel, Cancelled, Provider};
 
@@ -335,6 +335,7 @@ impl Engine {
 
     /// The image of a packed x0.
     fn finish(&mut self, job: &Job, x0: &[f32], mut stages: Stages) -> Result<Finished> {
+        ensure!(x0.iter().all(|value| value.is_finite()), "the latents are not finite");
         let (latents, painters) = (job.size.unpack(x0), self.painters()?);
         let before = painters.busy();
         let decoder = &mut painters.decoder;

@@ -1,8 +1,9 @@
 //! Pictures as files: PNG, JPEG and WebP, with the text that viewers of this field read.
 
-use std::{fs::File, io::BufReader, path::Path};
+use std::{io::BufReader, path::Path};
 
 use anyhow::{Context, Result, bail, ensure};
+use flow::checkpoint::open_for_reading;
 use image::{
     DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageReader, Limits,
     codecs::{jpeg::JpegEncoder, webp::WebPEncoder},
@@ -84,7 +85,7 @@ impl Format {
 /// When it is none, or too large.
 pub fn open(path: &Path) -> Result<Picture> {
     let named = || format!("cannot read {} as a picture", path.display());
-    let file = File::open(path).with_context(named)?;
+    let file = open_for_reading(path).with_context(named)?;
     let mut reader =
         ImageReader::new(BufReader::new(file)).with_guessed_format().with_context(named)?;
     let mut limits = Limits::default();
@@ -107,7 +108,7 @@ pub fn open(path: &Path) -> Result<Picture> {
 /// When it is no PNG, JPEG or WebP.
 pub fn texts(path: &Path) -> Result<Vec<(String, String)>> {
     let named = || format!("cannot read {} as a picture", path.display());
-    let file = File::open(path).with_context(named)?;
+    let file = open_for_reading(path).with_context(named)?;
     let reader =
         ImageReader::new(BufReader::new(file)).with_guessed_format().with_context(named)?;
     match reader.format() {
@@ -152,7 +153,7 @@ fn png(picture: &Picture, parameters: Option<&str>) -> Result<Vec<u8>> {
 }
 
 fn png_texts(path: &Path) -> Result<Vec<(String, String)>> {
-    let mut reader = png::Decoder::new(BufReader::new(File::open(path)?)).read_info()?;
+    let mut reader = png::Decoder::new(BufReader::new(open_for_reading(path)?)).read_info()?;
     reader.finish()?;
     let info = reader.info();
     let mut found = Vec::new();

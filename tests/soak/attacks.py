@@ -291,8 +291,10 @@ def rot(n):
     for _ in range(n):
         what, code, said, err = go_on(damage)
         name = what.split()[0]
+        # Without its list a checkpoint is used, and that it could not be checked is said.
+        used = "going on from it" if what == "SHA256SUMS gone" else "iteration-000005"
         tally.count("said in one line", len(said) == 1 and (name in said[0] or "SHA256SUMS" in said[0])
-                    and "iteration-000005" in said[0], f"{what}: {err[-300:]}")
+                    and used in said[0], f"{what}: {err[-300:]}")
         tally.count("went on to the same end", code == 0 and ending(victim) == right, f"{what}: {err[-300:]}")
     _, code, said, _ = go_on(lambda _: "nothing")
     return tally.result(f"without damage exit {code} and {len(said)} warnings")

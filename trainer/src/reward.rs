@@ -19,6 +19,7 @@ mod config;
 mod connection;
 mod constant;
 mod ctc;
+mod forward;
 mod image_reward;
 mod jpeg;
 mod network;

@@ -72,10 +72,16 @@ pub fn run(options: &Options<'_>) -> Result<()> {
         model.encode(&vec![options.prompt; options.n], options.rollout.guidance, &size)?;
     let eps = model.pack(&rows, &size);
     let x0 = solve_in_batches(&model, &plan, eps, &condition, options.rollout.batch).x0;
+    ensure!(
+        x0.isfinite().all().int64_value(&[]) == 1,
+        "the latents are not finite: {} holds a NaN or an infinity",
+        options.model.display()
+    );
+    let images = model.decode(&x0, &size)?;
     if let Some(path) = options.latents_out {
         write_tensors(path, &[entry("latents", &unpack(&x0, &size)?)?], &[])?;
     }
-    for (index, image) in model.decode(&x0, &size)?.iter().enumerate() {
+    for (index, image) in images.iter().enumerate() {
         let path = numbered(options.out, index, options.n);
         picture::save(&path, image).with_context(|| format!("cannot write {}", path.display()))?;
         println!("{}", path.display());

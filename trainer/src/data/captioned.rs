@@ -1,12 +1,12 @@
 //! Reading captioned pictures: a folder with `metadata.jsonl` and the pictures it names.
 
 use std::{
-    fs::File,
     io::{BufRead, BufReader, Read},
     path::{Component, Path},
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use flow::checkpoint::open_for_reading;
 use image::RgbImage;
 use serde::Deserialize;
 
@@ -37,7 +37,7 @@ struct Row {
 /// of another size than the first; also when the list is empty.
 pub fn read_captioned(dir: &Path) -> Result<Vec<(RgbImage, String)>> {
     let list = dir.join(METADATA);
-    let file = File::open(&list).with_context(|| {
+    let file = open_for_reading(&list).with_context(|| {
         format!("opening {}: a captioned folder lists its pictures there", list.display())
     })?;
     let mut reader = BufReader::new(file);

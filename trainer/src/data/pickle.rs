@@ -9,7 +9,7 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use flow::checkpoint::{Dtype, Entry, Values, Weights, is_pickle, write_tensors};
+use flow::checkpoint::{Dtype, Entry, Values, Weights, is_pickle, open_for_reading, write_tensors};
 use flow::pipeline::read_json;
 use pytorch_reader::{DType, PytorchError, PytorchReader, Tensor};
 use serde::Deserialize;
@@ -157,7 +157,7 @@ fn open(path: &Path) -> Result<Opened> {
 
 /// The pickle of an archive, if `path` is one and it is not long.
 fn pickled(path: &Path) -> Option<Vec<u8>> {
-    let mut archive = ZipArchive::new(File::open(path).ok()?).ok()?;
+    let mut archive = ZipArchive::new(open_for_reading(path).ok()?).ok()?;
     let mut pickle = Vec::new();
     let is_pickle = |archive: &mut ZipArchive<File>, at: usize| {
         let file = archive.by_index_raw(at).ok()?;
@@ -184,7 +184,7 @@ fn in_dictionary(pickle: &[u8]) -> Option<Vec<u8>> {
 
 /// The same archive with another pickle, without code.
 fn rewritten(path: &Path, pickle: &[u8]) -> Result<TempPath> {
-    let mut archive = ZipArchive::new(File::open(path)?)?;
+    let mut archive = ZipArchive::new(open_for_reading(path)?)?;
     let mut writer = ZipWriter::new(NamedTempFile::new()?);
     for index in 0..archive.len() {
         let file = archive.by_index_raw(index)?;
@@ -207,7 +207,7 @@ fn is_code(name: &str) -> bool {
 
 /// Refuses archives whose entries grow when they are read; of tensors PyTorch writes none.
 fn ensure_not_deflated(path: &Path) -> Result<()> {
-    let Ok(mut archive) = ZipArchive::new(File::open(path)?) else { return Ok(()) };
+    let Ok(mut archive) = ZipArchive::new(open_for_reading(path)?) else { return Ok(()) };
     for index in 0..archive.len() {
         let file = archive.by_index_raw(index)?;
         let name = file.name()?;

@@ -3,9 +3,10 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Error, Result, ensure};
 use cluster::Group;
 use flow::latents::LatentSize;
+use flow::panics::caught;
 use flow::prompts::Prompt;
 use flow::solver::Step;
 use image::RgbImage;
@@ -145,7 +146,7 @@ pub(crate) fn gather(
     prompts: &[&Prompt],
     iteration: usize,
 ) -> Result<Experience> {
-    let Sources { config, model, rewards, size, watch } = sources;
+    let Sources { config, model, size, watch, .. } = sources;
     watch.enter(Stage::Rollout)?;
     let started = Instant::now();
     let ranks = model.engine.trained().group();
@@ -156,23 +157,9 @@ pub(crate) fn gather(
     let condition = model.encode(&texts, config.rollout.guidance, size)?;
     let trajectory = roll_out(sources, &rollout, &condition, first_group + own.start as u64);
     let rolled = started.elapsed().as_secs_f64();
-    watch.enter(Stage::Decoding)?;
-    ensure!(
-        trajectory.x0.isfinite().all().int64_value(&[]) == 1,
-        "the rollout is not finite: the model has diverged"
-    );
-    let images = model.decode(&trajectory.x0, size)?;
-    let decoded = started.elapsed().as_secs_f64();
-    watch.enter(Stage::Rewards)?;
-    let groups = images.chunks(config.group_size).zip(prompts);
-    let scores = groups
-        .map(|(images, prompt)| {
-            ensure!(!watch.is_stopped(), "stopped between two groups");
-            let images: Vec<&RgbImage> = images.iter().collect();
-            rewards.score(&vec![*prompt; images.len()], &images)
-        })
-        .collect::<Result<Vec<Scores>>>()?;
-    let scored = started.elapsed().as_secs_f64();
+    let scored = caught(|| score(sources, &trajectory, prompts)).map_err(Error::msg).flatten();
+    let (scores, decoded) = scored.map_or_else(|error| (Err(error), 0.0), |(s, t)| (Ok(s), t));
+    let scored = started.elapsed().as_secs_f64() - rolled - decoded;
     let scores = of_all(ranks, scores)?;
     let advantages = scores
         .iter()
@@ -189,17 +176,42 @@ pub(crate) fn gather(
         trajectory,
         scores,
         advantages,
-        seconds: [rolled, decoded - rolled, scored - decoded],
+        seconds: [rolled, decoded, scored],
     })
+}
+
+/// Decodes and scores the own groups, asking no other rank; with the seconds that decoding took.
+fn score(
+    sources: &Sources<'_>,
+    trajectory: &Trajectory,
+    prompts: &[&Prompt],
+) -> Result<(Vec<Scores>, f64)> {
+    let Sources { config, model, rewards, size, watch } = sources;
+    watch.enter(Stage::Decoding)?;
+    let started = Instant::now();
+    ensure!(
+        trajectory.x0.isfinite().all().int64_value(&[]) == 1,
+        "the rollout is not finite: the model has diverged"
+    );
+    let images = model.decode(&trajectory.x0, size)?;
+    let decoded = started.elapsed().as_secs_f64();
+    watch.enter(Stage::Rewards)?;
+    let groups = images.chunks(config.group_size).zip(prompts);
+    let scores = groups.map(|(images, prompt)| {
+        ensure!(!watch.is_stopped(), "stopped between two groups");
+        let images: Vec<&RgbImage> = images.iter().collect();
+        rewards.score(&vec![*prompt; images.len()], &images)
+    });
+    Ok((scores.collect::<Result<_>>()?, decoded))
 }
 
 /// What a rank says of one reward of one group: scores, failures, retries, seconds, why the last one failed.
 type Told = (Option<Vec<Exact>>, u32, u32, Exact, Option<String>);
 
-/// The scores of all ranks' groups, in order.
-fn of_all(group: &Group, own: Vec<Scores>) -> Result<Vec<Scores>> {
+/// The scores of all ranks' groups, in order; or what one of them failed with, on all.
+fn of_all(group: &Group, own: Result<Vec<Scores>>) -> Result<Vec<Scores>> {
     if group.world() == 1 {
-        return Ok(own);
+        return own;
     }
     let told = |outcome: Outcome| -> Told {
         let Outcome { scores, failures, retries, seconds, error } = outcome;
@@ -210,10 +222,20 @@ fn of_all(group: &Group, own: Vec<Scores>) -> Result<Vec<Scores>> {
         let scores = scores.map(|scores| scores.into_iter().map(f64::from).collect());
         Outcome { scores, failures, retries, seconds: seconds.into(), error }
     };
-    let own: Vec<Vec<Told>> =
-        own.into_iter().map(|scores| scores.outcomes.into_iter().map(told).collect()).collect();
-    let all = ranks::all(group, &own)?.into_iter().flatten();
-    Ok(all.map(|outcomes| Scores { outcomes: outcomes.into_iter().map(heard).collect() }).collect())
+    let own: Result<Vec<Vec<Told>>, String> = match own {
+        Ok(own) => {
+            Ok(own.into_iter().map(|it| it.outcomes.into_iter().map(told).collect()).collect())
+        }
+        Err(error) => Err(format!("{error:#}")),
+    };
+    let mut all = Vec::new();
+    for (rank, part) in ranks::all(group, &own)?.into_iter().enumerate() {
+        let failed = |why| cluster::Error::Shared { what: format!("rank {rank}: {why}") };
+        all.extend(part.map_err(failed)?);
+    }
+    let scores =
+        |outcomes: Vec<Told>| Scores { outcomes: outcomes.into_iter().map(heard).collect() };
+    Ok(all.into_iter().map(scores).collect())
 }
 
 /// The rewards of a group that did not fail.

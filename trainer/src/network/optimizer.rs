@@ -117,7 +117,11 @@ impl AdamW {
         let group = parameters.first().map_or_else(Group::alone, |p| p.group().clone());
         let report = no_grad(|| self.survey(&group, segments.iter().flatten()))?;
         let grad_norm = report.grad_norm;
-        ensure!(grad_norm.is_finite(), "the gradient norm is {grad_norm}: lower the learning rate");
+        if !grad_norm.is_finite() {
+            // The norm is that of all ranks.
+            let what = format!("the gradient norm is {grad_norm}: lower the learning rate");
+            return Err(cluster::Error::Shared { what }.into());
+        }
         let clip = (self.config.max_grad_norm / (grad_norm + 1e-6)).min(1.0);
         self.step += 1;
         let scalars = self.scalars(clip, scale);

@@ -100,13 +100,20 @@ impl Address {
         else {
             return Ok(None);
         };
-        let proxy = Proxy::new(&proxy).map_err(|_| {
-            anyhow::anyhow!(
-                "the proxy of the environment (http_proxy, https_proxy or all_proxy) is no address"
-            )
-        })?;
-        Ok(Some(proxy))
+        with_port(&proxy).and_then(|proxy| Proxy::new(&proxy).ok()).map(Some).context(
+            "the proxy of the environment (http_proxy, https_proxy or all_proxy) is no address",
+        )
     }
+}
+
+/// The address of a proxy with the port that curl takes where none is given.
+fn with_port(proxy: &str) -> Option<String> {
+    let (scheme, rest) = proxy.split_once("://").unwrap_or(("http", proxy));
+    let authority = rest.split('/').next()?;
+    let named = format!("{scheme}://{authority}");
+    let port = if scheme.eq_ignore_ascii_case("https") { 443 } else { 1080 };
+    let has_port = named.parse::<Uri>().ok()?.port().is_some();
+    Some(if has_port { named } else { format!("{named}:{port}") })
 }
 
 /// Whether `host` or a domain above it is in `list`, separated by commas; `*` is every host.
@@ -145,6 +152,15 @@ mod tests {
         assert_eq!(proxy("https://x.org/", &[http]), None);
         assert_eq!(proxy("https://x.org/", &[http, all]).as_deref(), Some("a:3"));
         assert_eq!(proxy("http://x.org/", &[("HTTP_PROXY", "http://h:1")]), None);
+        for (typed, found) in [
+            ("h", "h:1080"),
+            ("u:p@h", "h:1080"),
+            ("https://h/", "h:443"),
+            ("socks5h://h", "h:1080"),
+            ("[::1]:8080", "[::1]:8080"),
+        ] {
+            assert_eq!(proxy("http://x.org/", &[("all_proxy", typed)]).as_deref(), Some(found));
+        }
         for (list, is_free) in [
             ("x.org", true),
             (".x.org", true),

@@ -7,11 +7,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use flow::checkpoint::read_bounded;
 use rustls::CertificateError;
-use ureq::Agent;
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
+use ureq::{Agent, Proxy, ProxyProtocol};
 
 use super::Away;
 use super::address::Address;
+use super::forward;
 use super::remote::Endpoint;
 
 /// Most seconds until a connection must stand.
@@ -28,6 +29,11 @@ pub(super) fn agent(endpoint: &Endpoint, address: &Address) -> Result<Agent> {
         None => system_authorities(),
     };
     let proxy = address.proxy(|name| std::env::var(name).ok())?;
+    let is_forwarded = |proxy: &&Proxy| {
+        let is_http = matches!(proxy.protocol(), ProxyProtocol::Http | ProxyProtocol::Https);
+        is_http && address.uri().scheme_str() == Some("http")
+    };
+    let forwarded = proxy.as_ref().filter(is_forwarded);
     let config = Agent::config_builder()
         .http_status_as_error(false)
         .max_redirects(0)
@@ -36,9 +42,13 @@ pub(super) fn agent(endpoint: &Endpoint, address: &Address) -> Result<Agent> {
         .timeout_connect(Some(Duration::from_secs_f64(timeout.min(MAX_CONNECT))))
         .timeout_global(Some(Duration::from_secs_f64(*timeout)))
         .tls_config(TlsConfig::builder().root_certs(roots).build())
-        .proxy(proxy)
-        .user_agent("ng-train");
-    Ok(config.build().new_agent())
+        .proxy(proxy.clone().filter(|_| forwarded.is_none()))
+        .user_agent("ng-train")
+        .build();
+    Ok(match forwarded {
+        Some(proxy) => forward::agent(config, proxy),
+        None => config.new_agent(),
+    })
 }
 
 /// The certificates of a PEM file.

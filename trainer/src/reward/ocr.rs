@@ -14,6 +14,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use flow::checkpoint::read_bounded;
 use image::{
     RgbImage,
     imageops::{self, FilterType},
@@ -159,7 +160,7 @@ fn read_characters(path: &Path) -> Result<String> {
     let name = || path.display().to_string();
     let size = std::fs::metadata(path).with_context(name)?.len();
     ensure!(size <= MAX_CHARACTERS, "{}: {size} bytes, at most {MAX_CHARACTERS}", name());
-    let text = std::fs::read_to_string(path).with_context(name)?;
+    let text = String::from_utf8(read_bounded(path)?).with_context(name)?;
     Ok(text.strip_suffix('\n').unwrap_or(&text).replace('\r', ""))
 }
 

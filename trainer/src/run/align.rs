@@ -266,11 +266,14 @@ impl Run<'_> {
         error: anyhow::Error,
         progress: &Progress,
     ) -> anyhow::Error {
-        // Where several processes share a run, only together can they save.
-        let is_whole = self.optimizer.n_steps() == steps && self.options.ranks.world() == 1;
+        // Where several processes share a run, only together can they save: none goes before all have.
+        let ranks = &self.options.ranks;
+        let cause = error.downcast_ref::<cluster::Error>();
+        let is_shared = matches!(cause, Some(cluster::Error::Shared { .. }));
+        let is_whole = self.optimizer.n_steps() == steps && (ranks.world() == 1 || is_shared);
         if is_whole
             && done > self.saved
-            && let Err(second) = self.save(done)
+            && let Err(second) = self.save(done).and_then(|()| Ok(ranks.barrier()?))
         {
             return anyhow!("{error:#}; and then {second:#}");
         }

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::align::Options;
 use super::config::AlignConfig;
+use super::log;
 use crate::network::model::Model;
 use crate::tensor::device::precision_name;
 
@@ -33,10 +34,11 @@ struct Start {
     settings: toml::Table,
 }
 
-/// Appends this start to those of the run's folder.
+/// Appends this start to those of the run's folder; a file that is no list is said and begun anew, since a
+/// run never depends on what it only shows.
 ///
 /// # Errors
-/// When the file is there and is no list, or cannot be written.
+/// When the file cannot be written.
 pub(crate) fn append(config: &AlignConfig, options: &Options, done: usize) -> Result<()> {
     let path = config.output.join(FILE);
     let start = Start {
@@ -50,8 +52,10 @@ pub(crate) fn append(config: &AlignConfig, options: &Options, done: usize) -> Re
         settings: config.resolved()?,
     };
     let mut starts: Vec<Value> = match fs::read(&path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
-            .with_context(|| format!("{}: no list of starts", path.display()))?,
+        Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|_| {
+            log::warn(&format!("{}: damaged: begun anew", path.display()));
+            Vec::new()
+        }),
         Err(_) => Vec::new(),
     };
     starts.push(json!(start));

@@ -1,6 +1,7 @@
 //! A run whose rewards are gone trains nothing, and must not look as if it did.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
+use cluster::Error;
 use serde::{Deserialize, Serialize};
 
 use crate::group::GroupConfig;
@@ -36,18 +37,22 @@ impl Starvation {
         self.iterations += 1;
         self.groups += scores.len();
         self.lost += lost;
-        ensure!(
-            self.in_a_row < MAX_IN_A_ROW,
-            "no reward has scored any group for {MAX_IN_A_ROW} iterations: nothing is learned"
-        );
+        // All ranks count all groups.
+        let shared = |what| Err(Error::Shared { what }.into());
+        if self.in_a_row >= MAX_IN_A_ROW {
+            return shared(format!(
+                "no reward has scored any group for {MAX_IN_A_ROW} iterations: nothing is learned"
+            ));
+        }
         let share = self.lost as f64 / self.groups.max(1) as f64;
-        ensure!(
-            self.iterations < SEEN || share <= MAX_SHARE,
-            "{} of {} groups were scored by no reward, more than {:.0} %: see to the rewards' servers",
-            self.lost,
-            self.groups,
-            100.0 * MAX_SHARE
-        );
+        if self.iterations >= SEEN && share > MAX_SHARE {
+            return shared(format!(
+                "{} of {} groups were scored by no reward, more than {:.0} %: see to the rewards' servers",
+                self.lost,
+                self.groups,
+                100.0 * MAX_SHARE
+            ));
+        }
         Ok(())
     }
 }

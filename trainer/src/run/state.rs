@@ -50,7 +50,8 @@ impl Position {
     /// Reads this rank's share of it: every file is what it was when it was finished, and the state is of
     /// this iteration.
     fn check(&self, ranks: &Group) -> Result<()> {
-        if let Some(list) = Checksums::open(&self.folder)? {
+        let list = Checksums::open(&self.folder)?;
+        if let Some(list) = &list {
             let files = list.files().enumerate();
             let own = files.filter(|(index, _)| index % ranks.world() == ranks.rank());
             let own: Vec<&str> = own.map(|(_, file)| file).collect();
@@ -64,6 +65,12 @@ impl Position {
             self.folder.display(),
             self.iteration
         );
+        if list.is_none() && ranks.is_first() {
+            eprintln!(
+                "warning: {}: missing, so whether this checkpoint is damaged is not known; going on from it",
+                self.folder.join(checksums::FILE).display()
+            );
+        }
         Ok(())
     }
 }

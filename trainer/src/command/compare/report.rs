@@ -1,11 +1,10 @@
 //! The report of a comparison: `report.md` with its tables, curves as PNG, a sheet of pictures.
 
 use std::fmt::Write;
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use flow::checkpoint::write_atomically;
+use flow::checkpoint::{read_bounded, write_atomically};
 use serde::Deserialize;
 
 use super::growth::{Cost, Growth};
@@ -74,7 +73,7 @@ fn measured<'a>(run: &'a RunConfig, tasks: &[Task<'_>], reward: &str) -> Result<
 
 /// Held-out metrics by name.
 fn evaluated(path: &Path) -> Result<Vec<(String, f64)>> {
-    let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = read_bounded(path)?;
     let columns: Vec<Evaluated> =
         serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
     let column =

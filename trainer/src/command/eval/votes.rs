@@ -1,15 +1,13 @@
 //! What people preferred: the votes that the page of `ng-sample serve` saves, as win rates.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use flow::checkpoint::read_bounded;
 use serde::Deserialize;
 
 use super::table::{self, Column};
 
-/// Largest file of votes, in bytes.
-const MAX_FILE: u64 = 64 << 20;
 /// What the votes count as beside rewards.
 const METRIC: &str = "votes";
 
@@ -35,10 +33,8 @@ struct Vote {
 /// When the file cannot be read, or is no file of votes.
 pub(super) fn markdown(path: &Path) -> Result<String> {
     let named = || format!("cannot read the votes in {}", path.display());
-    let size = fs::metadata(path).with_context(named)?.len();
-    ensure!(size <= MAX_FILE, "{}: {size} bytes are no file of votes", path.display());
-    let study: Study =
-        serde_json::from_slice(&fs::read(path).with_context(named)?).with_context(named)?;
+    let text = read_bounded(path).with_context(named)?;
+    let study: Study = serde_json::from_slice(&text).with_context(named)?;
     let [first, second] = study.scores().with_context(named)?;
     let mut columns = vec![Column::new(&study.models[0], vec![(METRIC.to_owned(), first)], &[])];
     let second = vec![(METRIC.to_owned(), second)];
@@ -87,7 +83,7 @@ mod tests {
     fn read(votes: &str) -> Result<String> {
         let file = tempfile::NamedTempFile::new()?;
         let text = format!(r#"{{"kind": "ng-votes", "version": 1, "wins": {{}}, {votes}}}"#);
-        fs::write(&file, text)?;
+        std::fs::write(&file, text)?;
         markdown(file.path())
     }
 
