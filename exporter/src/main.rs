@@ -14,9 +14,13 @@ use exporter::export::{Table, export};
 use exporter::target::Target;
 use exporter::verify::Asked;
 use exporter::{inspect, tensorrt, verify};
-use flow::panics;
 use flow::pipeline::Pipeline;
+use flow::{aborts, panics};
 use indicatif::{ProgressBar, ProgressStyle};
+
+/// What helps where memory is gone.
+const ADVICE: &str =
+    "end other programs, raise the limit (ulimit -v, the job's memory), or leave out --verify";
 
 fn main() -> ExitCode {
     let others = [Verify::command(), Inspect::command(), Wrap::command()];
@@ -25,12 +29,15 @@ fn main() -> ExitCode {
     if let Some(end) = manual::written(all) {
         return end;
     }
+    if let Err(error) = aborts::tell(ADVICE) {
+        eprintln!("warning: what a library's abort means will not be told: {error}");
+    }
     let said = match panics::reported(|| asked(std::env::args_os().collect())) {
         Ok(Ok(())) => return ExitCode::SUCCESS,
         Ok(Err(error)) => format!("{error:#}"),
         Err(panic) => panic,
     };
-    eprintln!("error: {}", panics::without_frames(&said));
+    eprintln!("{}", panics::last_line(&said, ADVICE));
     ExitCode::FAILURE
 }
 

@@ -217,7 +217,8 @@ fn sums_of(folder: &Path, files: &[String]) -> Result<Vec<Sum>> {
     thread::scope(|scope| {
         let workers: Vec<_> = (0..n_threads).map(|_| scope.spawn(work)).collect();
         for worker in workers {
-            for (index, sum) in worker.join().expect("hashing does not panic")? {
+            let done = worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            for (index, sum) in done? {
                 sums[index] = sum;
             }
         }

@@ -9,6 +9,7 @@
 //! solvers are tables of numbers, noise is a counter.
 #![warn(missing_docs)]
 
+pub mod aborts;
 pub mod checkpoint;
 pub mod checksums;
 pub mod contents;

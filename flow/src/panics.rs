@@ -37,11 +37,18 @@ pub fn reported<T>(work: impl FnOnce() -> T) -> Result<T, String> {
 }
 
 /// Whether `message` says that memory was not there.
-pub fn is_out_of_memory(message: &str) -> bool {
+fn is_out_of_memory(message: &str) -> bool {
     let message = message.to_ascii_lowercase();
-    ["out of memory", "can't allocate", "cannot allocate", "bad_alloc", "memory allocation of"]
-        .iter()
-        .any(|words| message.contains(words))
+    [
+        "out of memory",
+        "can't allocate",
+        "failed to allocate",
+        "cannot allocate",
+        "bad_alloc",
+        "memory allocation of",
+    ]
+    .iter()
+    .any(|words| message.contains(words))
 }
 
 /// `message` without the frames that C++ libraries append, on one line.
@@ -49,6 +56,15 @@ pub fn without_frames(message: &str) -> String {
     let frames = ["\nException raised from", "\\nException raised from", "\nframe #", "\\nframe #"];
     let end = frames.iter().filter_map(|mark| message.find(mark)).min().unwrap_or(message.len());
     message[..end].split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// The line that a program ends with; where memory is gone `advice` says what to lower.
+pub fn last_line(said: &str, advice: &str) -> String {
+    let said = without_frames(said);
+    if is_out_of_memory(&said) {
+        return format!("error: out of memory: {advice} ({said})");
+    }
+    format!("error: {said}")
 }
 
 fn listen() {
@@ -91,5 +107,10 @@ mod tests {
         assert!(without_frames(said).ends_with("4096 bytes."), "{}", without_frames(said));
         assert!(is_out_of_memory("CUDA out of memory. Tried to allocate 2.00 GiB"));
         assert!(!is_out_of_memory("index out of bounds"));
+        assert_eq!(
+            last_line("std::bad_alloc", "buy"),
+            "error: out of memory: buy (std::bad_alloc)"
+        );
+        assert_eq!(last_line("no\nfile", "buy"), "error: no file");
     }
 }

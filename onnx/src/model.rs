@@ -11,6 +11,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use half::{bf16, f16};
 use ort::{
     environment::Environment,
+    logging::LogLevel,
     session::{
         OutputSelector, RunOptions, SelectedOutputMarker, Session, SessionInputValue,
         SessionOutputs,
@@ -299,6 +300,8 @@ fn builder(environment: &Environment, options: &Options) -> Result<SessionBuilde
         Ok(SessionBuilder::new(environment)?
             .with_optimization_level(GraphOptimizationLevel::All)?
             .with_parallel_execution(false)?
+            // What fails is returned as well.
+            .with_log_level(LogLevel::Fatal)?
             .with_inter_threads(1)?
             .with_intra_threads(options.threads)?
             .with_prepacking(options.repack)?

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::Result;
 use clap::{CommandFactory, Parser};
-use flow::{panics, usage::Usage};
+use flow::{aborts, panics, usage::Usage};
 use sampler::{
     args::{Cli, Command, Generate},
     bench, compare, generate, inspect,
@@ -15,18 +15,25 @@ use sampler::{
     server::args::serve,
 };
 
+/// What helps where memory is gone.
+const ADVICE: &str = "lower --width and --height, or take --memory low";
+
 fn main() -> ExitCode {
     if let Some(end) = manual::written(Cli::command()) {
         return end;
     }
     let cli = Cli::parse();
+    if let Err(error) = aborts::tell(ADVICE) {
+        let _ =
+            writeln!(stderr(), "warning: what a library's abort means will not be told: {error}");
+    }
     let (code, said) = match panics::reported(|| run(cli)) {
         Ok(Ok(())) => return ExitCode::SUCCESS,
         Ok(Err(error)) => (if error.is::<Usage>() { 2 } else { 1 }, format!("{error:#}")),
         Err(panic) => (1, panic),
     };
     // There is nowhere left to tell that stderr is closed.
-    let _ = writeln!(stderr(), "error: {}", panics::without_frames(&said));
+    let _ = writeln!(stderr(), "{}", panics::last_line(&said, ADVICE));
     ExitCode::from(code)
 }
 

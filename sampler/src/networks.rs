@@ -354,7 +354,7 @@ fn open(pipeline: &Pipeline, component: &str, settings: &Settings) -> Result<Mod
     let (opened, checked) = thread::scope(|scope| {
         let check = scope.spawn(|| pipeline.check_folder(component));
         let opened = Model::open(graph_file(&pipeline.dir, component), &options);
-        (opened, check.join().expect("hashing does not panic"))
+        (opened, check.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     });
     pipeline.check_unreplaced()?;
     checked?;

@@ -4,15 +4,22 @@ use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::{CommandFactory, Parser};
-use flow::panics;
 use flow::usage::Usage;
+use flow::{aborts, panics};
 use trainer::command::args::Cli;
+
+/// What helps where memory is gone.
+const ADVICE: &str = "lower rollout.batch, rollout.size or prompts_per_iteration (or --batch, --width and \
+                      --height), set recompute = true, or train [lora] with stream = true";
 
 fn main() -> ExitCode {
     if let Some(end) = manual::written(Cli::command()) {
         return end;
     }
     let cli = Cli::parse();
+    if let Err(error) = aborts::tell(ADVICE) {
+        eprintln!("warning: what a library's abort means will not be told: {error}");
+    }
     let said = match panics::reported(|| trainer::command::run(&cli)) {
         Ok(Ok(())) => return ExitCode::SUCCESS,
         Ok(Err(error)) if error.is::<trainer::run::align::Stopped>() => return ExitCode::from(130),
@@ -29,14 +36,7 @@ fn main() -> ExitCode {
         Err(panic) => panic,
     };
     tell_launcher(&said);
-    if panics::is_out_of_memory(&said) {
-        eprintln!(
-            "error: out of memory: lower rollout.batch, rollout.size or prompts_per_iteration (or --batch, \
-             --width and --height), set recompute = true, or train [lora] with stream = true ({said})"
-        );
-    } else {
-        eprintln!("error: {said}");
-    }
+    eprintln!("{}", panics::last_line(&said, ADVICE));
     ExitCode::FAILURE
 }
 
