@@ -103,6 +103,14 @@ impl TextEncoders {
         let pooled = run(&mut self.clip, ("input_ids", &pooled), "pooler_output", cancel)?;
         let tokens = row(&ids.t5)?;
         let tokens = run(&mut self.t5, ("input_ids", &tokens), "last_hidden_state", cancel)?;
+        let of_tokens = |shape: &[usize]| matches!(*shape, [1, n, _] if n == n_text);
+        for (model, output, shape, is_right) in [
+            (&self.clip, "pooler_output", &pooled.shape, matches!(*pooled.shape, [1, _])),
+            (&self.t5, "last_hidden_state", &tokens.shape, of_tokens(&tokens.shape)),
+        ] {
+            let file = model.path().display();
+            ensure!(is_right, "{file}: output {output} of {n_text} tokens has shape {shape:?}");
+        }
         Ok(Condition { pooled: pooled.into_f32()?, tokens: tokens.into_f32()?, n_text })
     }
 }

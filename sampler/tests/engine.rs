@@ -114,6 +114,24 @@ fn bits_do_not_depend_on_company_threads_or_memory() {
 }
 
 #[test]
+fn an_answer_of_another_shape_is_named() {
+    let folder = export(&[]);
+    let encoder = folder.path().join("export/text_encoder_2/model.onnx");
+    std::fs::copy(
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../onnx/tests/fixtures/scalar.onnx"),
+        &encoder,
+    )
+    .unwrap();
+    std::fs::remove_file(folder.path().join("export/SHA256SUMS")).unwrap();
+    let mut engine = open(&folder, 1, Memory::Keep);
+    let (jobs, mut seen) = (jobs(&engine, [request(0)]), Seen::default());
+    engine.generate(&jobs, &mut seen);
+    let said = format!("{:#}", seen.images.remove(0).unwrap_err());
+    assert!(said.contains("text_encoder_2/model.onnx: output last_hidden_state"), "{said}");
+    assert!(said.ends_with("has shape []"), "{said}");
+}
+
+#[test]
 fn a_cancelled_job_ends_and_leaves_the_others_alone() {
     let folder = export(&[]);
     let mut engine = open(&folder, 1, Memory::Keep);

@@ -326,9 +326,18 @@ fn what_is_not_finite_is_neither_scored_nor_written() {
     assert!(ended.stderr.contains("decoded pixels are not finite"), "{}", ended.stderr);
     assert!(!run.folder().join("aligned").exists() && !run.folder().join("checkpoints").exists());
     let out = home.path().join("a.png");
+    let latents = home.path().join("latents.safetensors");
     let sampled = ["sample", "--model", &typed(&model), "--prompt", "a", "-o", &typed(&out)];
-    let ended = Program::Train.run(sampled);
+    let more = ["--latents-out", &typed(&latents)];
+    let ended = Program::Train.run(sampled.into_iter().chain(more));
     assert!(ended.status.code() == Some(1) && !out.exists(), "{}", ended.stderr);
+    assert!(!latents.exists());
+    let ended = Program::Train.run(["reference", &typed(&model)]);
+    assert!(
+        ended.stderr.contains("vae: answers with numbers that are not finite"),
+        "{}",
+        ended.stderr
+    );
 }
 
 /// Each was a panic, an abort, gigabytes, or a run that trains nonsense.

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::rc::Rc;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use flow::checkpoint::{Entry, write_tensors};
 use flow::latents::LatentSize;
 use flow::models::transformer::GUIDANCE;
@@ -27,7 +27,7 @@ const TIMES: [f32; 2] = [0.93, 0.27];
 /// graphs' inputs and outputs.
 ///
 /// # Errors
-/// When the folder cannot be written.
+/// When a network answers with what is not finite, or the folder cannot be written.
 pub(crate) fn write(model: &Model, folder: &Path) -> Result<()> {
     let entries = no_grad(|| tensors(model))?;
     let metadata = [(PRECISION, precision_name(model.engine.kind()).to_owned())];
@@ -59,6 +59,21 @@ fn tensors(model: &Model) -> Result<Vec<Entry<'static>>> {
     let parameters = model.encode_pixels(&pixels);
     let n_text = condition.text.size()[1];
     let txt_ids = Tensor::zeros([n_text, 3], (Kind::Float, model.device()));
+    let answers = [
+        ("text_encoder", &clip.last_hidden_state),
+        ("text_encoder", &clip.pooler_output),
+        ("text_encoder_2", &condition.text),
+        ("transformer", &velocity),
+        ("vae", &decoded),
+        ("vae", &parameters),
+    ];
+    for (component, values) in answers {
+        ensure!(
+            values.isfinite().all().int64_value(&[]) == 1,
+            "{}: answers with numbers that are not finite",
+            pipeline.dir.join(component).display()
+        );
+    }
     let mut entries = vec![
         integers("text_encoder.input_ids", &ids[0])?,
         entry("text_encoder.last_hidden_state", &wide(&clip.last_hidden_state))?,
