@@ -27,7 +27,7 @@ fn start() -> Result<Infallible, String> {
     let own = env::current_exe().map_err(|error| format!("who am I? {error}"))?;
     let program = own.with_file_name(PROGRAM);
     let failed = |error| format!("cannot start {}: {error}", program.display());
-    let missing = missing_libraries(&program).map_err(failed)?;
+    let missing = missing_libraries(&program).map_err(failed)??;
     if !missing.is_empty() {
         return Err(format!(
             "{} not found: run `make runtime`, put libtorch's libraries beside {}, or name their folder \
@@ -40,16 +40,22 @@ fn start() -> Result<Infallible, String> {
     Err(failed(Command::new(&program).args(env::args_os().skip(1)).envs(unset).exec()))
 }
 
-/// Libraries that the loader looks for in vain; it does not start the program.
-fn missing_libraries(program: &Path) -> std::io::Result<Vec<String>> {
+/// Libraries that the loader looks for in vain, or why it cannot look; it does not start the program.
+fn missing_libraries(program: &Path) -> std::io::Result<Result<Vec<String>, String>> {
     let mut look = Command::new(program);
-    look.env("LD_TRACE_LOADED_OBJECTS", "1").stdin(Stdio::null()).stderr(Stdio::null());
-    let lines = look.output()?.stdout;
-    let lines = String::from_utf8_lossy(&lines).into_owned();
+    look.env("LD_TRACE_LOADED_OBJECTS", "1").stdin(Stdio::null());
+    let looked = look.output()?;
+    if !looked.status.success() {
+        let said = String::from_utf8_lossy(&looked.stderr).trim().replace('\n', " ");
+        return Ok(Err(format!(
+            "libtorch cannot be loaded; is memory limited (ulimit -v)? {said}"
+        )));
+    }
+    let lines = String::from_utf8_lossy(&looked.stdout).into_owned();
     let mut missing: Vec<String> = lines
         .lines()
         .filter_map(|line| Some(line.split_once(" => not found")?.0.trim().to_owned()))
         .collect();
     missing.dedup();
-    Ok(missing)
+    Ok(Ok(missing))
 }

@@ -59,7 +59,7 @@ fn tensors(model: &Model) -> Result<Vec<Entry<'static>>> {
     let parameters = model.encode_pixels(&pixels);
     let n_text = condition.text.size()[1];
     let txt_ids = Tensor::zeros([n_text, 3], (Kind::Float, model.device()));
-    let answers = [
+    let answers: [(&str, &Tensor); 6] = [
         ("text_encoder", &clip.last_hidden_state),
         ("text_encoder", &clip.pooler_output),
         ("text_encoder_2", &condition.text),

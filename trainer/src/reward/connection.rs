@@ -130,6 +130,11 @@ fn of_tls(error: &rustls::Error) -> anyhow::Error {
         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
             format!("the server's certificate is for another host: {certificate}")
         }
+        other if format!("{other:?}").contains("CaUsedAsEndEntity") => {
+            "the server's certificate is an authority's own (self-signed): make one that a private \
+             authority signs, and give that authority's certificate as `ca = \"FILE.pem\"`"
+                .to_owned()
+        }
         _ => format!("the server's certificate is not accepted: {certificate}"),
     })
 }
