@@ -92,6 +92,20 @@ fn headers_that_lie_are_refused() {
 }
 
 #[test]
+fn only_regular_files_are_read() {
+    let home = tempfile::tempdir().unwrap();
+    let pipe = home.path().join("pipe");
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    for path in [&*pipe, Path::new("/dev/zero"), home.path()] {
+        let read = read_bounded(path).map(drop);
+        for refused in [read, Weights::open_file(path).map(drop)] {
+            assert!(refused.unwrap_err().to_string().contains("is no regular file"));
+        }
+    }
+}
+
+#[test]
 fn pickles_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     for file in ["pytorch_model.bin", "lora.pt"] {

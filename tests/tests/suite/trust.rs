@@ -191,6 +191,27 @@ fn a_folder_has_one_run_and_every_signal_saves() {
     }
 }
 
+/// What a library does where memory is gone, and the system where a mapped file was cut short.
+#[test]
+fn what_ends_a_program_unasked_is_one_line() {
+    let run = Run::new();
+    for (kind, line) in [
+        (
+            Signal::ABORT,
+            "error: ended by a library, most likely out of memory: lower rollout.batch",
+        ),
+        (Signal::BUS, "error: a file was cut short while it was read"),
+    ] {
+        let mut child = run.start_with(&["iterations=100000"], &["--resume"]);
+        run.wait_for(&mut child, |folder| folder.join("metrics.jsonl").exists());
+        signal(&child, kind);
+        let ended = Ended::of(child);
+        assert_eq!(ended.status.code(), Some(1), "{}", ended.stderr);
+        let last = ended.stderr.lines().last().unwrap_or_default();
+        assert!(last.starts_with(line), "{}", ended.stderr);
+    }
+}
+
 /// Answers requests with the widths of their images, so many; then nobody is there.
 fn server(address: &str, n_answers: usize) -> (SocketAddr, JoinHandle<()>) {
     let listener = TcpListener::bind(address).unwrap();
