@@ -194,7 +194,6 @@ fn a_folder_has_one_run_and_every_signal_saves() {
 /// What a library does where memory is gone, and the system where a mapped file was cut short.
 #[test]
 fn what_ends_a_program_unasked_is_one_line() {
-    let run = Run::new();
     for (kind, line) in [
         (
             Signal::ABORT,
@@ -202,6 +201,7 @@ fn what_ends_a_program_unasked_is_one_line() {
         ),
         (Signal::BUS, "error: a file was cut short while it was read"),
     ] {
+        let run = Run::new();
         let mut child = run.start_with(&["iterations=100000"], &["--resume"]);
         run.wait_for(&mut child, |folder| folder.join("metrics.jsonl").exists());
         signal(&child, kind);
