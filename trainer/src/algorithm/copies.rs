@@ -13,6 +13,12 @@ use crate::tensor::parameters::Parameters;
 /// What its parts are called in a checkpoint.
 const KIND: &str = "behaviour";
 
+/// Share of a lagging policy that an iteration keeps: `rate` for each of `n_steps` optimiser steps, at most
+/// `max`. Source: DiffusionNFT, arXiv 2509.16117.
+pub(crate) fn kept(rate: f64, n_steps: i64, max: f64) -> f64 {
+    (rate * n_steps.max(0) as f64).min(max)
+}
+
 pub(crate) struct Copies {
     /// In f32, like the masters: this rank's part of each segment.
     parts: Vec<Tensor>,

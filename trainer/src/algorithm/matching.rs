@@ -24,8 +24,8 @@ use tch::{Kind, Tensor};
 
 use super::forward::Noised;
 use super::{
-    Algorithm, Batch, Bound, Copies, Item, Method, Objective, Published, Setting, numbers, part,
-    published,
+    Algorithm, Batch, Bound, Copies, Item, Method, Objective, Published, Setting, copies, numbers,
+    part, published,
 };
 use crate::group::experience::Experience;
 use crate::group::rollout::{Rollout, Start};
@@ -275,8 +275,7 @@ impl Algorithm for Matching<'_> {
             old.follow(trained, 0.0)?;
         }
         if let Some(lag) = &self.lag {
-            let decay = (self.config.lag_rate * n_steps as f64).min(self.config.lag_max);
-            lag.follow(trained, decay)?;
+            lag.follow(trained, copies::kept(self.config.lag_rate, n_steps, self.config.lag_max))?;
         }
         Ok(())
     }

@@ -19,7 +19,7 @@ use tch::{Kind, Tensor};
 
 use super::forward::Noised;
 use super::{
-    Algorithm, Batch, Copies, Item, Method, Objective, Published, Setting, drawn, numbers,
+    Algorithm, Batch, Copies, Item, Method, Objective, Published, Setting, copies, drawn, numbers,
     published,
 };
 use crate::group::experience::Experience;
@@ -202,7 +202,7 @@ struct Contrast {
 impl NftConfig {
     /// Share of v_old that the iteration keeps after which `n_steps` optimiser steps are made.
     fn decay(&self, n_steps: i64) -> f64 {
-        (self.decay_rate * (n_steps - self.decay_from).max(0) as f64).min(self.decay_max)
+        copies::kept(self.decay_rate, n_steps - self.decay_from, self.decay_max)
     }
 
     /// J and its gradient at the current velocity `v` `[M, S, C]`.
