@@ -1,6 +1,7 @@
 //! The shim's functions, each safe to call: stores, Gloo groups and operations under way as values that
 //! close what they hold, failures as text.
 
+use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::ptr;
@@ -111,10 +112,10 @@ impl Drop for Store {
 }
 
 /// A `c10d::ProcessGroupGloo`.
-pub(crate) struct Gloo(*mut ffi::Gloo);
-
-unsafe impl Send for Gloo {}
-unsafe impl Sync for Gloo {}
+pub(crate) struct Gloo {
+    group: *mut ffi::Gloo,
+    is_aborted: Cell<bool>,
+}
 
 /// What connections between ranks are made through.
 pub(crate) enum Through {
@@ -141,7 +142,7 @@ impl Gloo {
             let (name, opened) = (name.as_ptr(), &raw mut opened);
             ffi::c10d_gloo_open(store.0, rank, world, name, is_interface, timeout, opened, error)
         })?;
-        Ok(Self(opened))
+        Ok(Self { group: opened, is_aborted: Cell::new(false) })
     }
 
     /// Starts an operation; `argument` is a [`Reduce`] or the rank that broadcasts. c10d keeps the tensors
@@ -158,20 +159,33 @@ impl Gloo {
             let (output, input) =
                 (output.as_ptr().cast_mut().cast(), input.as_ptr().cast_mut().cast());
             let started = &raw mut started;
-            ffi::c10d_gloo_start(self.0, operation as i32, argument, output, input, started, error)
+            ffi::c10d_gloo_start(
+                self.group,
+                operation as i32,
+                argument,
+                output,
+                input,
+                started,
+                error,
+            )
         })?;
         Ok(Work(started))
     }
 
-    /// Closes the connections: whoever waits for one of them, here or there, gets an error.
+    /// Closes the connections: whoever waits for one of them on another rank gets an error.
     pub(crate) fn abort(&self) -> Result<(), Failure> {
-        outcome(|error| unsafe { ffi::c10d_gloo_abort(self.0, error) }).map(|_| ())
+        self.is_aborted.set(true);
+        outcome(|error| unsafe { ffi::c10d_gloo_abort(self.group, error) }).map(|_| ())
     }
 }
 
 impl Drop for Gloo {
     fn drop(&mut self) {
-        unsafe { ffi::c10d_gloo_close(self.0) }
+        // Where two ranks close at once, neither sees the other's end, and closing would wait for a thread that
+        // waits until the operation's time is over: it is left to the end of the process.
+        if !self.is_aborted.get() {
+            unsafe { ffi::c10d_gloo_close(self.group) }
+        }
     }
 }
 

@@ -62,7 +62,7 @@ fn weights(model: &Model) -> String {
     let sums: Vec<String> = model
         .engine
         .trained()
-        .seen()
+        .seen_of_each()
         .map(|seen| {
             let sums = [seen.sum(Kind::Double), seen.abs().sum(Kind::Double)];
             sums.map(|sum| format!("{:x}", sum.double_value(&[]).to_bits())).concat()

@@ -74,6 +74,12 @@ impl Parameters {
         self.segments.iter().map(|segment| self.seen_of(segment).copy())
     }
 
+    /// What networks see of each parameter, in order.
+    pub(crate) fn seen_of_each(&self) -> impl Iterator<Item = Tensor> {
+        let places = self.segments.iter().flat_map(|segment| &segment.places);
+        places.map(|place| self.views.borrow()[&place.name].detach())
+    }
+
     fn seen_of(&self, segment: &Segment) -> Tensor {
         if self.shares_storage() {
             return segment.master.shallow_clone();
