@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use flow::checkpoint::Weights;
 use rustix::process::{Pid, Signal, kill_process};
 use tests::program::{Ended, Program, typed};
 
@@ -25,19 +24,6 @@ fn shared(run: &Run, n: usize, more: &[&str]) -> Command {
         command.args(["--processes", &n.to_string()]);
     }
     command
-}
-
-/// Largest difference between the tensors of two files, relative to the largest number.
-fn distance(a: &Path, b: &Path) -> f64 {
-    let [a, b] = [a, b].map(|path| Weights::open_file(path).unwrap());
-    let (mut difference, mut largest) = (0.0f64, 0.0f64);
-    for name in a.names() {
-        for (x, y) in a.f32(name).unwrap().iter().zip(b.f32(name).unwrap()) {
-            difference = difference.max(f64::from((x - y).abs()));
-            largest = largest.max(f64::from(x.abs()));
-        }
-    }
-    difference / largest
 }
 
 #[test]
@@ -91,8 +77,10 @@ fn a_run_goes_on_on_as_many_ranks_to_the_bit_and_on_another_number() {
         assert!(same_tensors(one, two), "{} differs", one.display());
     }
     assert!(same_tensors(&of(&whole), &of(&parts)), "two ranks went on elsewhere");
-    let distance = distance(&of(&whole), &of(&alone));
-    assert!(distance < 1e-5, "one process went on elsewhere: {distance:e}");
+    // Later a pixel that a rounding has moved may be another reward.
+    let norms = [&whole, &alone].map(|run| run.metrics()[2]["optimizer/grad_norm"].unwrap());
+    let difference = (norms[1] / norms[0] - 1.0).abs();
+    assert!(difference < 1e-6, "one process went on elsewhere: {difference:e}");
 }
 
 #[test]

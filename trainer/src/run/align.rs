@@ -83,11 +83,7 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
     if found.as_ref().is_some_and(|it| it.iteration >= config.iterations)
         && ranks::of_first(ranks, || Ok(is_whole(&aligned)))?
     {
-        if ranks.is_first() {
-            println!("{}", aligned.display());
-            let n = config.iterations;
-            log::note(&format!("all {n} iterations are done: raise iterations to go on"));
-        }
+        say_done(config, ranks, &aligned);
         return Ok(());
     }
     config.check_files()?;
@@ -134,6 +130,14 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
         record::append(config, options, start)?;
     }
     run.iterate(start)
+}
+
+fn say_done(config: &AlignConfig, ranks: &Group, aligned: &Path) {
+    if ranks.is_first() {
+        println!("{}", aligned.display());
+        let n = config.iterations;
+        log::note(&format!("all {n} iterations are done: raise iterations to go on"));
+    }
 }
 
 /// The rewards, which can all score `prompts`.
