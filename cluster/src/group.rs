@@ -1,6 +1,6 @@
 //! The ranks of a run as one value, and what they do together.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::HashSet;
 use std::rc::Rc;
 use std::thread;
@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::c10d::{self, Gloo, Store, Work};
+use crate::c10d::{self, Failure, Gloo, Store};
 use crate::call::{Call, Operation, Reduce};
 use crate::error::{Error, ranks};
+use crate::nccl::{self, Communicator, Id, Nccl, Started};
 use crate::store::Place;
 use crate::topology::Topology;
 use crate::watch::{Fault, Watch};
@@ -42,6 +43,8 @@ struct Member {
     compared: RefCell<HashSet<Call>>,
     failed: RefCell<Option<Error>>,
     gloo: Gloo,
+    /// What tensors of a GPU go through.
+    nccl: OnceCell<Communicator>,
     watch: Watch,
 }
 
@@ -51,9 +54,12 @@ pub struct Pending {
     member: Option<Rc<Member>>,
     call: Call,
     output: Tensor,
-    /// The output where Gloo writes it.
-    host: Tensor,
     work: Option<Work>,
+}
+
+enum Work {
+    Gloo(c10d::Work),
+    Nccl(Started),
 }
 
 impl Group {
@@ -70,7 +76,34 @@ impl Group {
         if topology.world == 1 {
             return Ok(Self::alone());
         }
+        Self::join_as_is(topology, timeouts)
+    }
+
+    /// [`Group::join`], but a world of one goes through the libraries as well, which shows whether they work.
+    ///
+    /// # Errors
+    /// See [`Group::join`].
+    pub fn join_as_is(topology: &Topology, timeouts: Timeouts) -> Result<Self, Error> {
         Member::join(topology, timeouts).map(|member| Self(Some(Rc::new(member))))
+    }
+
+    /// Lets tensors on this rank's GPU be taken, each rank having one of its own; called by all ranks. Nothing
+    /// to do for tensors of the processor.
+    ///
+    /// # Errors
+    /// When a rank cannot open NCCL, or NCCL its GPU; the group has ended then.
+    pub fn open_device(&self, device: Device) -> Result<(), Error> {
+        match (&self.0, nccl::index(device)) {
+            (Some(member), Some(index)) if member.nccl.get().is_none() => member.open_nccl(index),
+            _ => Ok(()),
+        }
+    }
+
+    /// What carries tensors: where NCCL was found and its version, or that it is Gloo.
+    pub fn carrier(&self) -> String {
+        let is_open = self.0.as_ref().is_some_and(|member| member.nccl.get().is_some());
+        let nccl = is_open.then(nccl::about_nccl).and_then(Result::ok);
+        nccl.unwrap_or_else(|| "gloo".to_owned())
     }
 
     pub fn rank(&self) -> usize {
@@ -124,8 +157,13 @@ impl Group {
                 member.refuse(&call, format!("a tensor of {size:?} has no {world} equal parts"))
             );
         }
-        // Gloo reduces the whole; c10d does the same with this operation.
         let n = size[0] / world;
+        if whole.device() != Device::Cpu {
+            let part = [&[n], &size[1..]].concat();
+            let output = Tensor::empty(part, (whole.kind(), whole.device()));
+            return member.start(call, output, &whole.detach())?.wait();
+        }
+        // Gloo reduces the whole; c10d does the same with this operation.
         let reduced = member.start(call, whole.detach().copy(), whole)?.wait()?;
         Ok(reduced.narrow(0, member.rank as i64 * n, n).copy())
     }
@@ -219,7 +257,33 @@ impl Member {
             Gloo::open(watch.store(), rank, world, &through, timeouts.step).map_err(wrong)?;
         watch.pass();
         let (compared, failed) = (RefCell::default(), RefCell::default());
-        Ok(Self { rank, world, timeouts, compared, failed, gloo, watch })
+        let nccl = OnceCell::new();
+        Ok(Self { rank, world, timeouts, compared, failed, gloo, nccl, watch })
+    }
+
+    fn open_nccl(&self, device: usize) -> Result<(), Error> {
+        const OPERATION: &str = "opening nccl";
+        self.standing(OPERATION)?;
+        self.watch.enter(OPERATION);
+        let opened = self.meet_by_nccl(device).map_err(|failure| self.fail(OPERATION, &failure))?;
+        self.watch.pass();
+        _ = self.nccl.set(opened);
+        Ok(())
+    }
+
+    fn meet_by_nccl(&self, device: usize) -> Result<Communicator, Failure> {
+        const KEY: &str = "nccl";
+        let store = self.watch.store();
+        let nccl = Nccl::open()?;
+        if self.rank == 0 {
+            store.set(KEY, &nccl.unique_id()?.to_text())?;
+        }
+        if !wait_for(self.timeouts.join, &self.watch, || store.has(KEY))? {
+            return Err("timed out".to_owned());
+        }
+        let id = Id::from_text(&store.get(KEY)?).ok_or("the store holds another program's id")?;
+        let look = || self.watch.fault().map_or(Ok(()), |fault| Err(fault.what));
+        Communicator::open(id, self.rank, self.world, device, self.timeouts.step, &look)
     }
 
     /// Starts an operation that writes `output`, once all ranks are known to call the same.
@@ -242,18 +306,21 @@ impl Member {
             self.compare(&call, number)?;
             self.compared.borrow_mut().insert(call.clone());
         }
-        // Gloo reads and writes the host's memory.
-        let [host, input] = [&output, &input.detach()].map(|tensor| tensor.to_device(Device::Cpu));
-        let (operation, argument) = match call.operation {
-            Operation::AllGather => (c10d::Operation::AllGather, 0),
-            Operation::ReduceScatter(how) | Operation::AllReduce(how) => {
-                (c10d::Operation::AllReduce, how.code())
-            }
-            Operation::Broadcast(from) => (c10d::Operation::Broadcast, from as i32),
+        let work = if input.device() == Device::Cpu {
+            let (operation, argument) = match call.operation {
+                Operation::AllGather => (c10d::Operation::AllGather, 0),
+                Operation::ReduceScatter(how) | Operation::AllReduce(how) => {
+                    (c10d::Operation::AllReduce, how.code())
+                }
+                Operation::Broadcast(from) => (c10d::Operation::Broadcast, from as i32),
+            };
+            self.gloo.start(operation, argument, &output, &input.detach()).map(Work::Gloo)
+        } else {
+            let nccl = self.nccl.get().ok_or("open_device comes first".to_owned());
+            nccl.and_then(|nccl| nccl.start(call.operation, &output, input)).map(Work::Nccl)
         };
-        let work = self.gloo.start(operation, argument, &host, &input);
-        let work = work.map_err(|failure| self.fail(&call, &failure))?;
-        Ok(Pending { member: Some(Rc::clone(self)), call, output, host, work: Some(work) })
+        let work = work.map_err(|failure| self.fail(call.name(), &failure))?;
+        Ok(Pending { member: Some(Rc::clone(self)), call, output, work: Some(work) })
     }
 
     /// Compares the call with the other ranks', through the store: a size that differs would end Gloo's
@@ -261,7 +328,7 @@ impl Member {
     fn compare(&self, call: &Call, number: u64) -> Result<(), Error> {
         let store = self.watch.store();
         let verdict = self.ask(store, &format!("call/{number}"), call);
-        let verdict = verdict.map_err(|failure| self.fail(call, &failure))?;
+        let verdict = verdict.map_err(|failure| self.fail(call.name(), &failure))?;
         if verdict.is_empty() {
             return Ok(());
         }
@@ -289,11 +356,16 @@ impl Member {
 
     fn finish(&self, call: &Call, work: &Work) -> Result<(), Error> {
         loop {
-            match work.wait(SLICE) {
+            let waited = match (work, self.nccl.get()) {
+                (Work::Nccl(started), Some(nccl)) => nccl.wait(*started, SLICE),
+                (Work::Gloo(work), _) => work.wait(SLICE),
+                (Work::Nccl(_), None) => unreachable!("started by what is there"),
+            };
+            match waited {
                 Ok(true) => break,
                 Ok(false) if self.watch.fault().is_none() => {}
                 Ok(false) => self.standing(call.name())?,
-                Err(failure) => return Err(self.fail(call, &failure)),
+                Err(failure) => return Err(self.fail(call.name(), &failure)),
             }
         }
         self.watch.pass();
@@ -316,10 +388,10 @@ impl Member {
     }
 
     /// Ends the group after an operation's failure; the error that stands.
-    fn fail(&self, call: &Call, failure: &str) -> Error {
+    fn fail(&self, operation: &str, failure: &str) -> Error {
         let error = match self.watch.fault() {
-            Some(fault) => fault.error(call.name(), self.rank),
-            None => self.watch.blame(call.name(), failure, self.timeouts.step),
+            Some(fault) => fault.error(operation, self.rank),
+            None => self.watch.blame(operation, failure, self.timeouts.step),
         };
         let what = match &error {
             Error::Lost { what, .. } => what.clone(),
@@ -327,7 +399,7 @@ impl Member {
         };
         let fault = Fault { reporter: self.rank, peers: error.peers(), what };
         let standing = self.watch.report(fault.clone());
-        let error = if standing == fault { error } else { standing.error(call.name(), self.rank) };
+        let error = if standing == fault { error } else { standing.error(operation, self.rank) };
         self.end(error, standing)
     }
 
@@ -335,25 +407,25 @@ impl Member {
         self.watch.report(fault);
         // Nothing can be done about a connection that does not close: the error is on its way.
         _ = self.gloo.abort();
+        if let Some(nccl) = self.nccl.get() {
+            nccl.abort();
+        }
         self.failed.borrow_mut().get_or_insert(error).clone()
     }
 }
 
 impl Pending {
     fn ended(call: Call, output: Tensor) -> Self {
-        Self { member: None, call, host: output.shallow_clone(), output, work: None }
+        Self { member: None, call, output, work: None }
     }
 
     /// What the operation has made.
     ///
     /// # Errors
     /// See [`Group`].
-    pub fn wait(mut self) -> Result<Tensor, Error> {
+    pub fn wait(self) -> Result<Tensor, Error> {
         if let (Some(member), Some(work)) = (&self.member, &self.work) {
             member.finish(&self.call, work)?;
-        }
-        if self.output.device() != Device::Cpu {
-            tch::no_grad(|| self.output.copy_(&self.host));
         }
         Ok(self.output)
     }

@@ -4,10 +4,10 @@
 //! [`Topology`] describes; a process that is alone has one too, whose operations are identities. It knows
 //! tensors, and nothing of models.
 //!
-//! Tensors go through c10d's Gloo, which libtorch holds whole; those on a device by way of the host's memory.
-//! A `TCPStore` brings the
-//! ranks together, keeps a sign of life of each, and is where a rank that stops says why, so that the others
-//! stop within a tenth of a second and can name it. A frozen rank is seen when the operation's time is over.
+//! Tensors of the processor go through c10d's Gloo, which libtorch holds whole; those of a GPU through NCCL,
+//! which is looked for when a GPU is asked for. A `TCPStore` brings the ranks together, keeps a sign of life of
+//! each, and is where a rank that stops says why, so that the others stop within a tenth of a second and can
+//! name it. A frozen rank is seen when the operation's time is over.
 //!
 //! Who listens: the store at the address that the launcher names, on loopback alone if all ranks are on one
 //! machine and on every interface otherwise, without authentication; Gloo at the address that leads to it.
@@ -17,6 +17,7 @@ mod c10d;
 mod call;
 mod error;
 mod group;
+mod nccl;
 mod ranks;
 mod store;
 mod topology;
@@ -25,6 +26,7 @@ mod watch;
 pub use call::Reduce;
 pub use error::Error;
 pub use group::{Group, Pending, Timeouts};
+pub use nccl::about_nccl;
 pub use ranks::{Ended, Ranks};
 pub use store::{Served, serve};
 pub use topology::{Launch, Node, PORT, Topology};

@@ -6,8 +6,8 @@ For each model: `ng-train reference` against diffusers, `ng-export` against onnx
 Optimum, every target and precision of the small ones, images from equal noise; on one, LoRA of every kind. Then an iteration of `ng-train align`: its
 last update recomputed, its checkpoint loaded by diffusers, images of that checkpoint compared like
 those of the model. The embedded model is also scored by the example reward server, and served to the OpenAI
-client. At last, the networks of rewards against the packages that define them. Every script runs even
-after one failed; the exit code is 1 if any did.
+client. At last, NCCL is asked for an id, and the networks of rewards are held against the packages that
+define them. Every script runs even after one failed; the exit code is 1 if any did.
 """
 
 import argparse
@@ -154,6 +154,7 @@ def main():
     for source in args.models:
         name = source.parent.name if source.name == "pipeline" else source.name
         comparisons.model(source, name, args.out / name)
+    comparisons.program("cluster-rank", "nccl")
     comparisons.rewards(args.out / "rewards")
     if comparisons.failed:
         sys.exit("error: these comparisons failed:\n  " + "\n  ".join(comparisons.failed))

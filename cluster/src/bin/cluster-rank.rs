@@ -1,5 +1,6 @@
 //! One rank of a case, started by a launcher or by the tests: `torchrun --no-python … cluster-rank
-//! collectives` shows whether ranks can talk, `… bandwidth` how fast.
+//! collectives` shows whether ranks can talk, `… bandwidth` how fast. With DEVICE=cuda tensors are on the GPU
+//! of the rank's number, and go through NCCL; with any DEVICE a world of one goes through the libraries, too. `nccl` alone says where NCCL is.
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -21,6 +22,9 @@ const KINDS: [Kind; 8] = [
 fn main() -> ExitCode {
     tch::set_num_threads(1);
     let case = std::env::args().nth(1).unwrap_or_default();
+    if case == "nccl" {
+        return said(cluster::about_nccl());
+    }
     match run(&case) {
         Ok(()) => {
             println!("ok");
@@ -33,19 +37,45 @@ fn main() -> ExitCode {
     }
 }
 
+/// Whether NCCL is there, without a GPU.
+fn said(about: Result<String, String>) -> ExitCode {
+    match about {
+        Ok(about) => {
+            println!("{about}");
+            ExitCode::SUCCESS
+        }
+        Err(failure) => {
+            eprintln!("error: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 fn run(case: &str) -> Result<(), Error> {
     let seconds = |name: &str, otherwise: f64| {
         let value = std::env::var(name).ok().and_then(|value| value.parse().ok());
         Duration::from_secs_f64(value.unwrap_or(otherwise))
     };
     let timeouts = Timeouts { join: seconds("JOIN", 30.0), step: seconds("STEP", 30.0) };
+    let (mut device, asked) = (Device::Cpu, std::env::var("DEVICE").ok());
     let group = match Launch::from_environment()? {
+        Launch::Rank(topology) if asked.is_some() => {
+            if asked.is_some_and(|name| name == "cuda") {
+                device = gpu(topology.local_rank);
+            }
+            let group = Group::join_as_is(&topology, timeouts)?;
+            group.open_device(device)?;
+            group
+        }
         Launch::Rank(topology) => Group::join(&topology, timeouts)?,
         _ => Group::alone(),
     };
+    if group.is_first() {
+        println!("{} ranks, {device:?}, {}", group.world(), group.carrier());
+    }
     match case {
-        "collectives" => collectives(&group),
-        "bandwidth" => bandwidth(&group),
+        "collectives" => collectives(&group, device),
+        "bandwidth" => bandwidth(&group, device),
         "loop" => around_and_around(&group),
         "sizes" => {
             odd_call(&group, |rank| all_gather(&group, if rank == 1 { 9 } else { 8 }, Kind::Float))
@@ -58,9 +88,24 @@ fn run(case: &str) -> Result<(), Error> {
         }),
         "not contiguous" => not_contiguous(&group),
         "behind" => behind(&group, timeouts.step),
-        "abort" => abort(&group),
+        "abort" => abort(&group, device),
         _ => panic!("no case {case}"),
     }
+}
+
+/// The GPU of this number, or of the number modulo those there are; libtorch's libraries for CUDA are opened.
+fn gpu(number: usize) -> Device {
+    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LAZY};
+    for name in ["libc10_cuda.so", "libtorch_cuda.so"] {
+        #[expect(unsafe_code, reason = "opening a library runs its initialisers")]
+        // SAFETY: libtorch's CUDA libraries are made to be opened into a process that runs libtorch_cpu.
+        let library = unsafe { Library::open(Some(name), RTLD_LAZY | RTLD_GLOBAL) };
+        match library {
+            Ok(library) => std::mem::forget(library),
+            Err(error) => eprintln!("note: {name}: {error}"),
+        }
+    }
+    Device::Cuda(number % (tch::Cuda::device_count() as usize).max(1))
 }
 
 /// 1, 2, … as far as the kind goes, times one more than the rank.
@@ -75,11 +120,12 @@ fn assert_same(found: &Tensor, expected: &Tensor, what: &str) {
     assert!(found.equal(expected), "{what}: {found:?}, not {expected:?}");
 }
 
-fn collectives(group: &Group) -> Result<(), Error> {
+fn collectives(group: &Group, device: Device) -> Result<(), Error> {
     let (rank, world) = (group.rank(), group.world());
     let n = world as i64 * 3;
     for kind in KINDS {
-        let all: Vec<Tensor> = (0..world).map(|rank| numbers(n, rank, kind)).collect();
+        let all: Vec<Tensor> =
+            (0..world).map(|rank| numbers(n, rank, kind).to_device(device)).collect();
         let own = &all[rank];
         let total: Tensor = all.iter().map(|part| part.to_kind(Kind::Int64)).sum();
         let total = total.to_kind(kind);
@@ -115,10 +161,10 @@ fn collectives(group: &Group) -> Result<(), Error> {
 }
 
 /// Seconds and rates of the operations that training uses.
-fn bandwidth(group: &Group) -> Result<(), Error> {
+fn bandwidth(group: &Group, device: Device) -> Result<(), Error> {
     for mebibytes in [1, 16, 64] {
         let n = mebibytes * (1 << 18);
-        let whole = Tensor::ones([n - n % group.world() as i64], (Kind::Float, Device::Cpu));
+        let whole = Tensor::ones([n - n % group.world() as i64], (Kind::Float, device));
         let part = whole.narrow(0, 0, whole.size()[0] / group.world() as i64);
         let mut reduced = whole.copy();
         let time = |name: &str, call: &mut dyn FnMut() -> Result<(), Error>| {
@@ -172,7 +218,7 @@ fn odd_call(group: &Group, call: impl Fn(usize) -> Result<(), Error>) -> Result<
     assert!(matches!(refusal, Error::Disagree { .. }), "{refusal}");
     println!("{refusal}");
     group.barrier()?;
-    collectives(group)
+    collectives(group, Device::Cpu)
 }
 
 fn not_contiguous(group: &Group) -> Result<(), Error> {
@@ -186,7 +232,7 @@ fn not_contiguous(group: &Group) -> Result<(), Error> {
     ] {
         assert!(matches!(refusal, Error::Refused { .. }), "{refusal}");
     }
-    collectives(group)
+    collectives(group, Device::Cpu)
 }
 
 /// Rank 1 lives, but does something else.
@@ -198,10 +244,11 @@ fn behind(group: &Group, step: Duration) -> Result<(), Error> {
     sum(group, 8)
 }
 
-fn abort(group: &Group) -> Result<(), Error> {
-    sum(group, 8)?;
-    if group.rank() == 1 {
+fn abort(group: &Group, device: Device) -> Result<(), Error> {
+    let sum = || group.all_reduce(&mut numbers(8, 0, Kind::Float).to_device(device), Reduce::Sum);
+    sum()?;
+    if group.rank() == 1 % group.world() {
         group.abort("the reward server refused");
     }
-    sum(group, 8)
+    sum()
 }

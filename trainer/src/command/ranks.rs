@@ -114,13 +114,14 @@ pub(super) fn join(
     let [join, step] =
         [config.ranks.join_seconds, config.ranks.step_seconds].map(Duration::from_secs_f64);
     let group = Group::join(topology, Timeouts { join, step })?;
+    group.open_device(compute.device)?;
     if group.is_first() && group.world() > 1 {
-        eprintln!("{}", describe(topology, config, compute));
+        eprintln!("{}", describe(topology, config, compute, &group.carrier()));
     }
     Ok(group)
 }
 
-fn describe(topology: &Topology, config: &AlignConfig, compute: Compute) -> String {
+fn describe(topology: &Topology, config: &AlignConfig, compute: Compute, carrier: &str) -> String {
     let Topology { world, local_world, launcher, .. } = topology;
     let machines = match topology.n_nodes() {
         1 => "1 machine".to_owned(),
@@ -134,7 +135,7 @@ fn describe(topology: &Topology, config: &AlignConfig, compute: Compute) -> Stri
     variables.sort();
     let variables = if variables.is_empty() { "none".to_owned() } else { variables.join(" ") };
     format!(
-        "{world} ranks on {machines}, started by {launcher}; {:?} in {} by gloo; shard = states; {} of {n} \
+        "{world} ranks on {machines}, started by {launcher}; {:?} in {} by {carrier}; shard = states; {} of {n} \
          prompts a rank; NCCL and Gloo variables: {variables}",
         compute.device,
         precision_name(compute.kind),
