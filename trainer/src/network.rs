@@ -11,3 +11,4 @@ pub(crate) mod optimizer;
 pub(crate) mod reference;
 pub(crate) mod save;
 pub(crate) mod shards;
+pub(crate) mod sharding;

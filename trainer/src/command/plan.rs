@@ -1,4 +1,8 @@
-//! What a run will cost before it starts: parameters, network calls, operations, memory a rank, seconds.
+//! What a run will cost before it starts: parameters, network calls, operations, and on 1 to 512 ranks memory,
+//! bytes that cross, seconds and what limits them.
+
+mod cost;
+mod ranks;
 
 use std::fmt;
 
@@ -9,23 +13,20 @@ use flow::pipeline::{Component, Pipeline};
 use flow::schedule::Grid;
 use flow::tokens::MAX_TEXT_TOKENS;
 
+use self::cost::Iteration;
+use self::ranks::Ranks;
 use super::published;
 use crate::algorithm;
 use crate::data::prompts;
 use crate::network::engine::segments;
 use crate::network::lora::{LoraConfig, RANK};
+use crate::network::sharding::{Carrier, Shard, Sharded};
 use crate::run::config::AlignConfig;
 use crate::tensor::device::{Compute, precision_name};
 
-/// Dense bf16 operations a second of one H800 (NVIDIA's data sheet).
-const H800_FLOPS: f64 = 989e12;
-/// Share of it that is reached unless told otherwise.
+/// Share of an H800's dense bf16 peak that is reached unless told otherwise.
 pub(super) const UTILISATION: f64 = 0.4;
-/// Memory of one H800.
-const H800_BYTES: f64 = 80e9;
-/// Ranks that are tabulated.
-const WORLD_SIZES: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
-/// Bytes of a number in compute and in storage of masters, moments and trajectories.
+/// Bytes of a number in compute and in storage of trajectories.
 const BF16: f64 = 2.0;
 const F32: f64 = 4.0;
 
@@ -84,6 +85,7 @@ struct Plan {
     /// Parameters of the transformer and of its largest segment.
     transformer: f64,
     largest_segment: f64,
+    segments: f64,
     /// Parameters of the adapters.
     adapters: f64,
     /// Operations of one velocity of one image.
@@ -119,6 +121,7 @@ impl Plan {
         Ok(Self {
             components: Component::ALL.map(|c| (c, elements(c))).to_vec(),
             transformer: elements(Component::Transformer),
+            segments: segments.len() as f64,
             largest_segment: segments.iter().map(Manifest::n_elements).max().unwrap_or(0) as f64,
             adapters: segments.iter().map(|s| lora.manifest(s).n_elements()).sum::<usize>() as f64,
             velocity: shapes.flops(),
@@ -140,21 +143,41 @@ impl Plan {
         self.images * self.velocity * (self.nfe[0] + self.nfe[1] * update)
     }
 
-    /// Bytes on each of `ranks`: weights, gradients with optimiser, activations, trajectories.
-    fn memory(&self, config: &AlignConfig, ranks: usize, lora: bool) -> [f64; 4] {
-        let n = ranks as f64;
-        // One rank holds all it computes with; several gather the block at hand and the next.
-        let gathered = if ranks == 1 { 0.0 } else { 2.0 * self.largest_segment };
-        let weights = BF16 * (self.transformer / n + gathered);
-        // Master, gradient, two moments, and the moving average where one is kept.
-        let copies = if config.optimizer.ema > 0.0 { 5.0 } else { 4.0 };
-        let trained = if lora { self.adapters } else { self.transformer };
+    /// Bytes on each of `ranks` beside the network's: activations and trajectories.
+    fn working(&self, config: &AlignConfig, ranks: usize) -> [f64; 2] {
         let at_once = if config.recompute { 1.0 } else { self.n_blocks };
         let batch = config.group.rollout.batch as f64;
         let activations = BF16 * batch * (self.block_inputs + self.in_block * at_once);
-        let groups = (config.group.prompts_per_iteration as f64 / n).ceil();
+        let groups = (config.group.prompts_per_iteration as f64 / ranks as f64).ceil();
         let trajectories = F32 * groups * config.group.group_size as f64 * self.trajectory;
-        [weights, F32 * copies * trained / n, activations, trajectories]
+        [activations, trajectories]
+    }
+
+    /// The network on several ranks, of which the adapters train or all.
+    fn sharded(&self, config: &AlignConfig, lora: bool, shard: Shard) -> Sharded {
+        Sharded {
+            shard,
+            carrier: Carrier::Nccl,
+            weights: self.transformer,
+            trained: if lora { self.adapters } else { self.transformer },
+            largest_segment: self.largest_segment,
+            is_adapted: lora,
+            bytes: BF16,
+            has_average: config.optimizer.ema > 0.0,
+        }
+    }
+
+    /// An iteration, of `scale` times the prompts.
+    fn iteration(&self, options: &Options<'_>, sharded: Sharded, scale: f64) -> Result<Iteration> {
+        let config = options.config;
+        let batches = scale * self.images / config.group.rollout.batch as f64;
+        Ok(Iteration {
+            sharded,
+            segments: self.segments,
+            flops: scale * self.flops(config, sharded.is_adapted),
+            passes: self.nfe.map(|passes| passes * batches),
+            steps: config.setting()?.n_updates as f64,
+        })
     }
 }
 
@@ -202,37 +225,7 @@ impl fmt::Display for Report<'_> {
             plan.flops(config, false) / 1e15,
             plan.flops(config, true) / 1e15,
         )?;
-        // A run trains all weights or adapters; one that names neither is told both.
-        if config.lora.is_none() {
-            self.ranks(f, "full training", false)?;
-        }
-        self.ranks(f, "LoRA", true)
-    }
-}
-
-impl Report<'_> {
-    fn ranks(&self, f: &mut fmt::Formatter<'_>, title: &str, lora: bool) -> fmt::Result {
-        let Options { config, utilisation, .. } = *self.options;
-        writeln!(
-            f,
-            "\n{title}: GB a rank, and seconds an iteration of H800s at {:.0} % of their peak, without \
-             rewards\nranks  weights  optimiser  activations  trajectories   total  seconds",
-            100.0 * utilisation
-        )?;
-        for ranks in WORLD_SIZES {
-            let parts = self.plan.memory(config, ranks, lora);
-            let total: f64 = parts.iter().sum();
-            let seconds = self.plan.flops(config, lora) / (ranks as f64 * utilisation * H800_FLOPS);
-            let [weights, optimiser, activations, trajectories] = parts.map(|bytes| bytes / 1e9);
-            writeln!(
-                f,
-                "{ranks:>5}{weights:>9.1}{optimiser:>11.1}{activations:>13.1}{trajectories:>14.2}\
-                 {:>8.1}{seconds:>9.0}{}",
-                total / 1e9,
-                if total > H800_BYTES { "  above 80 GB" } else { "" }
-            )?;
-        }
-        Ok(())
+        write!(f, "{}", Ranks { plan, options })
     }
 }
 
@@ -284,18 +277,5 @@ mod tests {
                 assert!((found - expected).abs() < 1e-9, "{preset}: {found} {expected}");
             }
         }
-    }
-
-    #[test]
-    fn sharding_divides_what_is_sharded() {
-        let (config, plan) = plan();
-        let [weights, optimiser, activations, trajectories] = plan.memory(&config, 1, false);
-        assert!((weights / 1e9 - 23.8).abs() < 0.1 && (optimiser / 1e9 - 190.4).abs() < 0.5);
-        let many = plan.memory(&config, 32, false);
-        assert!(many[0] < weights / 10.0 && (many[1] * 32.0 - optimiser).abs() < 1.0);
-        assert_eq!(many[2], activations);
-        assert!((many[3] * 32.0 - trajectories).abs() < 1.0);
-        let adapters = plan.memory(&config, 1, true);
-        assert!(adapters[1] < optimiser / 10.0);
     }
 }

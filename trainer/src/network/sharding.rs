@@ -1,0 +1,176 @@
+//! What the ranks of a run hold of a network that trains, and what each sends the others for it, in bytes.
+
+/// Bytes of a master, a moment, an average, and of a gradient that is added up.
+const F32: f64 = 4.0;
+
+/// How ranks hold a network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Shard {
+    /// Weights whole on every rank, in the type it computes in; masters, moments and the average divided.
+    /// Gradients stay where they are made until an optimiser step, which adds them up and gathers new weights.
+    States,
+    /// Weights divided, too: those of a segment are gathered before each use, the next one's meanwhile;
+    /// gradients are added up after each pass.
+    All,
+}
+
+/// What carries tensors between ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Carrier {
+    Nccl,
+    /// Adds up the whole on every rank where a part is asked for.
+    Gloo,
+}
+
+/// A network on several ranks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sharded {
+    pub(crate) shard: Shard,
+    pub(crate) carrier: Carrier,
+    /// Numbers of the network, of those that train (adapters, or the network's own), and of its largest
+    /// segment.
+    pub(crate) weights: f64,
+    pub(crate) trained: f64,
+    pub(crate) largest_segment: f64,
+    /// Whether adapters train, beside weights that do not.
+    pub(crate) is_adapted: bool,
+    /// Bytes of a number in the type networks compute in.
+    pub(crate) bytes: f64,
+    /// Whether a moving average is kept.
+    pub(crate) has_average: bool,
+}
+
+/// Bytes of a rank.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Held {
+    pub(crate) weights: f64,
+    pub(crate) gradients: f64,
+    /// Masters, moments and the average.
+    pub(crate) states: f64,
+}
+
+impl Sharded {
+    /// What one of `world` ranks holds.
+    pub(crate) fn held(&self, world: usize) -> Held {
+        let n = world as f64;
+        let Self { bytes, trained, .. } = *self;
+        let adapters = if self.is_adapted { trained } else { 0.0 };
+        let copies = if self.has_average { 4.0 } else { 3.0 };
+        // In f32 a process that is alone computes with the masters.
+        let is_shared = world == 1 && bytes == F32;
+        let shared = if is_shared { trained } else { 0.0 };
+        let (weights, gradients) = match self.shard {
+            Shard::States => (self.weights, bytes * trained),
+            Shard::All => {
+                let gathered = if world == 1 { 0.0 } else { 2.0 * self.largest_segment };
+                (self.weights / n + gathered, F32 * trained / n)
+            }
+        };
+        Held {
+            weights: bytes * (weights + adapters - shared),
+            gradients,
+            states: F32 * copies * trained / n,
+        }
+    }
+
+    /// What one of `world` ranks sends for an optimiser step: for its gradients and for new weights.
+    pub(crate) fn step(&self, world: usize) -> [f64; 2] {
+        let others = others(world);
+        let twice = if self.carrier == Carrier::Gloo { 2.0 } else { 1.0 };
+        match self.shard {
+            Shard::States => {
+                [F32 * twice * self.trained * others, self.bytes * self.trained * others]
+            }
+            Shard::All if self.is_adapted => [0.0, self.bytes * self.trained * others],
+            Shard::All => [0.0, 0.0],
+        }
+    }
+
+    /// What one of `world` ranks sends for a pass of the network, `trains` saying whether it goes back as
+    /// well: every segment is then gathered a second time.
+    pub(crate) fn pass(&self, world: usize, trains: bool) -> f64 {
+        let others = others(world);
+        let (uses, gradients) = if trains { (2.0, F32 * self.trained) } else { (1.0, 0.0) };
+        match self.shard {
+            Shard::States => 0.0,
+            Shard::All => (uses * self.bytes * self.weights + gradients) * others,
+        }
+    }
+}
+
+/// The share of a whole that a rank sends on when parts go round a ring.
+fn others(world: usize) -> f64 {
+    1.0 - 1.0 / world as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// FLUX.1-dev's 11.9 billion, in billions.
+    const FLUX: Sharded = Sharded {
+        shard: Shard::States,
+        carrier: Carrier::Nccl,
+        weights: 11.9,
+        trained: 11.9,
+        largest_segment: 0.34,
+        is_adapted: false,
+        bytes: 2.0,
+        has_average: false,
+    };
+
+    fn assert_near(found: f64, expected: f64) {
+        assert!((found - expected).abs() < 1e-9 * expected.abs().max(1.0), "{found} {expected}");
+    }
+
+    #[test]
+    fn states_on_32_ranks_by_hand() {
+        // 2·11.9 of weights, 2·11.9 of gradients, 12·11.9/32 of states: 52.1 GB.
+        let Held { weights, gradients, states } = FLUX.held(32);
+        assert_near(weights, 23.8);
+        assert_near(gradients, 23.8);
+        assert_near(states, 4.4625);
+        // Of 47.6 GB of gradients and 23.8 of weights, 31 of 32 parts.
+        let [sum, gather] = FLUX.step(32);
+        assert_near(sum, 46.1125);
+        assert_near(gather, 23.05625);
+        assert_near(FLUX.pass(32, true), 0.0);
+    }
+
+    #[test]
+    fn everything_divided_by_hand() {
+        let all = Sharded { shard: Shard::All, ..FLUX };
+        let Held { weights, gradients, states } = all.held(4);
+        // 2·(11.9/4 + 2·0.34), 4·11.9/4, 12·11.9/4.
+        assert_near(weights, 7.31);
+        assert_near(gradients, 11.9);
+        assert_near(states, 35.7);
+        assert_eq!(all.step(4), [0.0, 0.0]);
+        // 3 of 4 parts of 23.8, and of 2·23.8 + 47.6.
+        assert_near(all.pass(4, false), 17.85);
+        assert_near(all.pass(4, true), 71.4);
+    }
+
+    #[test]
+    fn adapters_cross_and_the_rest_does_not() {
+        let lora = Sharded { trained: 0.1, is_adapted: true, has_average: true, ..FLUX };
+        let Held { weights, gradients, states } = lora.held(2);
+        assert_near(weights, 24.0);
+        assert_near(gradients, 0.2);
+        assert_near(states, 0.8);
+        let [sum, gather] = lora.step(2);
+        assert_near(sum, 0.2);
+        assert_near(gather, 0.1);
+        let by_gloo = Sharded { carrier: Carrier::Gloo, ..lora };
+        assert_near(by_gloo.step(2)[0], 0.4);
+    }
+
+    #[test]
+    fn alone_in_f32_weights_and_masters_are_one() {
+        let alone = Sharded { bytes: 4.0, ..FLUX };
+        assert_near(alone.held(1).weights, 0.0);
+        assert_near(alone.held(1).states, 142.8);
+        assert_eq!(alone.step(1), [0.0, 0.0]);
+        assert_near(alone.held(2).weights, 47.6);
+    }
+}
