@@ -129,7 +129,7 @@ fn carry_out(
             }
             _ => unreachable!("the command line asks for one or the other"),
         },
-        Command::Plan { .. } | Command::Bench { .. } => measure(&cli.command, compute),
+        Command::Plan { .. } | Command::Bench { .. } => measure(&cli.command, threads, compute),
         Command::Consolidate { .. }
         | Command::Convert { .. }
         | Command::Init { .. }
@@ -160,7 +160,7 @@ fn align(
 }
 
 /// What a model costs, counted or measured.
-fn measure(command: &Command, compute: device::Compute) -> Result<()> {
+fn measure(command: &Command, threads: usize, compute: device::Compute) -> Result<()> {
     match command {
         Command::Plan { model, text_tokens, lora_rank, utilisation, source } => {
             let run = settings::align(&of(source), &source.settings)?;
@@ -173,6 +173,18 @@ fn measure(command: &Command, compute: device::Compute) -> Result<()> {
                 utilisation: *utilisation,
             })
         }
+        Command::Bench { iteration: Some(preset), model, settings, repeats, json, .. } => {
+            let own = [format!("model={model}")];
+            let settings = [&settings[..], &own].concat();
+            let run = settings::align(&Source::Preset(preset), &settings)?;
+            bench::iteration::run(&bench::iteration::Options {
+                config: &run.config,
+                repeats: *repeats,
+                json: *json,
+                threads,
+                compute,
+            })
+        }
         Command::Bench {
             model,
             sizes,
@@ -183,6 +195,7 @@ fn measure(command: &Command, compute: device::Compute) -> Result<()> {
             stream,
             repeats,
             json,
+            ..
         } => bench::run(&bench::Options {
             pipeline: &published::open(model)?,
             sizes,

@@ -10,5 +10,5 @@ pub(crate) mod model;
 pub(crate) mod optimizer;
 pub(crate) mod reference;
 pub(crate) mod save;
-pub(crate) mod shards;
 pub(crate) mod sharding;
+pub(crate) mod shards;

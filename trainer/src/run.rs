@@ -18,4 +18,4 @@ pub(crate) mod schema;
 pub mod settings;
 mod starvation;
 mod state;
-mod update;
+pub(crate) mod update;

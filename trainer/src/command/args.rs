@@ -238,10 +238,18 @@ pub enum Command {
         /// Read the folder's own weights from disk block by block: for models larger than memory
         #[arg(long)]
         stream: bool,
-        /// Passes of each kind; the median is told
+        /// Passes of each kind, of which the median is told; or iterations
         #[arg(long, value_name = "N", default_value_t = 3,
               value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]
         repeats: usize,
+        /// Instead of passes, measure iterations of a run that ships: rollout, decoding, rewards, update. MODEL is
+        /// a folder, which may lack weights
+        #[arg(long, value_name = "PRESET",
+              conflicts_with_all = ["sizes", "batch", "text_tokens", "lora_rank", "plain", "stream"])]
+        iteration: Option<String>,
+        /// Replace one of that run's settings; repeatable
+        #[arg(long = "set", value_name = "KEY=VALUE", requires = "iteration")]
+        settings: Vec<String>,
         /// Print JSON
         #[arg(long)]
         json: bool,

@@ -1,4 +1,5 @@
-//! What a velocity and a training pass of a model take on a device, with random weights made there.
+//! What a velocity and a training pass of a model, or iterations of a run, take on a device, with random
+//! weights made there.
 
 use std::fmt;
 use std::time::Instant;
@@ -18,6 +19,8 @@ use crate::network::engine::{Engine, segments};
 use crate::network::lora::{Adapters, LoraConfig};
 use crate::tensor::device::{self, Compute};
 use crate::tensor::parameters::{Parameters, Storage};
+
+pub mod iteration;
 
 /// What to measure.
 pub struct Options<'a> {

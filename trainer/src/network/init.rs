@@ -2,6 +2,7 @@
 
 use flow::noise::Noise;
 use flow::pipeline::Component;
+use tch::{Device, Tensor};
 
 /// Numbers drawn for one tensor; a larger one repeats them, so that billions are quickly there.
 const MAX_DRAWN: usize = 1 << 20;
@@ -24,12 +25,31 @@ pub(crate) fn closed_value(noise: Noise, stream: u64, name: &str, shape: &[usize
 /// Values of parameter `name`, drawn from `stream` of the seed's noise: zeros for biases, ones for norms,
 /// small normals elsewhere.
 pub(crate) fn value(noise: Noise, stream: u64, name: &str, shape: &[usize]) -> Vec<f32> {
-    let n = shape.iter().product();
+    let period = drawn(noise, stream, name, shape);
+    period.iter().copied().cycle().take(shape.iter().product()).collect()
+}
+
+/// [`value`], flat, put together on `device`.
+pub(crate) fn value_on(
+    device: Device,
+    noise: Noise,
+    stream: u64,
+    name: &str,
+    shape: &[usize],
+) -> Tensor {
+    let n = shape.iter().product::<usize>();
+    let period = drawn(noise, stream, name, shape);
+    let n_periods = n.div_ceil(period.len()) as i64;
+    Tensor::from_slice(&period).to_device(device).repeat([n_periods]).narrow(0, 0, n as i64)
+}
+
+/// What a parameter's values repeat.
+fn drawn(noise: Noise, stream: u64, name: &str, shape: &[usize]) -> Vec<f32> {
     if name.rsplit('.').next() == Some("bias") {
-        return vec![0.0; n];
+        return vec![0.0];
     }
     if shape.len() == 1 {
-        return vec![1.0; n];
+        return vec![1.0];
     }
     let fan_in: usize = shape[1..].iter().product();
     let is_table = ["shared", "token_embedding", "position_embedding"];
@@ -44,7 +64,26 @@ pub(crate) fn value(noise: Noise, stream: u64, name: &str, shape: &[usize]) -> V
     } else {
         1.0 / (fan_in as f32).sqrt()
     };
-    let drawn: Vec<f32> =
-        noise.normal(stream, n.min(MAX_DRAWN)).into_iter().map(|x| x * std).collect();
-    drawn.iter().copied().cycle().take(n).collect()
+    let n = shape.iter().product::<usize>().min(MAX_DRAWN);
+    noise.normal(stream, n).into_iter().map(|x| x * std).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_the_same_wherever_they_are_put_together() {
+        let noise = Noise::new(4);
+        for (name, shape) in [
+            ("x.weight", &[1025, 1030][..]),
+            ("x.bias", &[7]),
+            ("norm.weight", &[7]),
+            ("x.weight", &[2, 3]),
+        ] {
+            let here = value(noise, 3, name, shape);
+            let there = value_on(Device::Cpu, noise, 3, name, shape);
+            assert_eq!(here, Vec::<f32>::try_from(&there).unwrap(), "{name} {shape:?}");
+        }
+    }
 }

@@ -49,7 +49,10 @@ pub(crate) struct Model {
 #[derive(Clone, Copy)]
 pub(crate) enum Missing {
     Refuse,
+    /// Random values that start closed, for training from nothing.
     Draw(Noise),
+    /// Random values on the device, for measuring.
+    Fill(Noise),
 }
 
 /// How a model is held.
@@ -93,11 +96,18 @@ impl Model {
                 other => vec![pipeline.manifest(other)],
             };
             match missing {
-                Missing::Draw(noise) if !pipeline.has_weights(component) => {
+                Missing::Draw(noise) | Missing::Fill(noise) if !pipeline.has_weights(component) => {
                     let mut streams = init::stream_of(component)..;
                     Parameters::build(&manifests, compute, storage, |name, shape| {
                         let stream = streams.next().expect("endless");
-                        Ok(Tensor::from_slice(&init::closed_value(noise, stream, name, shape)))
+                        Ok(match missing {
+                            Missing::Fill(_) => {
+                                init::value_on(compute.device, noise, stream, name, shape)
+                            }
+                            _ => {
+                                Tensor::from_slice(&init::closed_value(noise, stream, name, shape))
+                            }
+                        })
                     })
                 }
                 _ => {

@@ -17,7 +17,7 @@ use crate::group::seeds::{Use, family};
 use crate::network::embeddings::Embeddings;
 use crate::network::engine::segments;
 use crate::network::lora::{Adapters, LoraConfig};
-use crate::network::model::{Loading, Model};
+use crate::network::model::{Loading, Missing, Model};
 use crate::network::optimizer::OptimizerConfig;
 use crate::reward::RewardConfig;
 use crate::tensor::device::Compute;
@@ -172,6 +172,11 @@ impl AlignConfig {
 
     /// The model, ready to train; what trains is divided among `ranks`.
     pub(crate) fn load(&self, compute: Compute, ranks: &Group) -> Result<Model> {
+        self.open(compute, ranks, Missing::Refuse)
+    }
+
+    /// [`AlignConfig::load`] of a folder that may lack weights.
+    pub(crate) fn open(&self, compute: Compute, ranks: &Group, missing: Missing) -> Result<Model> {
         let storage = match (&self.lora, self.stream) {
             (None, _) => Storage::Trainable(ranks.clone()),
             (Some(_), false) => Storage::Frozen,
@@ -179,7 +184,7 @@ impl AlignConfig {
         };
         let stream_text = self.stream || self.embeddings.is_some();
         let loading = Loading { compute, storage, stream_text };
-        let mut model = Model::load(&self.model, loading)?;
+        let mut model = Model::open(&self.model, loading, missing)?;
         model.embeddings = self.embeddings.as_deref().map(Embeddings::open).transpose()?;
         if let Some(lora) = &self.lora {
             let (segments, noise) =
