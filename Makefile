@@ -15,7 +15,7 @@ FUZZ    := 600
 test parity: export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help runtime parity-runtime build cuda demo signs emoji test parity soak page bench gpu rtx dist lint deny fuzz clean-runtime
+.PHONY: help runtime parity-runtime build cuda demo signs emoji test parity soak page bench gpu-kit gpu rtx dist lint deny fuzz clean-runtime
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -60,8 +60,11 @@ page: build ## Use the server's page in headless Chromium as a person does (out/
 bench: build $(PARITY) ## Measure the claims of the README
 	$(CARGO) bench -p benches --locked
 
-gpu: build $(PARITY) ## Run what needs a GPU: bf16 alignment, FLUX.1-dev's passes and iteration (out/gpu)
-	OUT=$(OUT)/gpu PYTHON=$(PYTHON) ./setup/gpu.sh
+gpu-kit: build $(PARITY) ## Pack what measures a GPU on a machine without network or Rust (out/gpu-kit)
+	./setup/gpu-kit.sh $(NG) $(RUNTIME) $(OUT)/gpu-kit
+
+gpu: gpu-kit ## Run all that needs a GPU (out/gpu-kit/results)
+	PYTHON=$(abspath $(PYTHON)) $(OUT)/gpu-kit/gpu.sh
 
 rtx: build ## Build engines of TensorRT for RTX, no GPU needed (its library, 0.3 GB; out/rtx)
 	./setup/rtx.sh $(RUNTIME) $(NG) $(OUT)/rtx

@@ -1,72 +1,183 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in parts that each end within ten minutes:
-#   signs      the embedded model aligned on the GPU in bf16, beside the same run on the CPU in f32
-#   passes     velocity and training pass of FLUX.1-dev's size, against eager PyTorch
-#   iteration  a whole Neighbor GRPO iteration of FLUX.1-dev's size, against eager PyTorch
-# NG is the folder of the programs, PYTHON has torch, diffusers and peft, OUT is the folder to fill;
-# DEVICE, MODEL and SIZES make the same parts run small on a machine without a GPU.
+# What only a GPU can show, in parts of less than four minutes each; a table at the end, everything as JSON
+# in OUT. `make gpu-kit` packs it with all it needs for a machine without network.
+#   signs           the embedded model aligned on the GPU in bf16, beside the same run on the CPU in f32
+#   passes          velocity and training pass of FLUX.1-dev's size, against eager and compiled PyTorch
+#   iteration       a Neighbor GRPO group of FLUX.1-dev's size with a LoRA, against eager PyTorch
+#   iteration-1024  the same at 1024x1024
+#   whole           a group where all weights train, as deep as memory allows (BLOCKS)
+#   nccl            every collective and an abort through NCCL; two ranks on one GPU, which must be refused
+#   determinism     the same seed twice; |log ratio| before the first update at several batch sizes
+#   export          a real-width double and single block through ONNX Runtime, both forms of attention
+#   sample          ng-sample at full depth, 1024x1024, 8 steps
+# PYTHON has torch, transformers and peft. DEVICE, PROVIDER, MODEL, SIZE, LARGE, BLOCKS, DEPTH, ITERATIONS, PRECISION, COMPILE make
+# the same parts run small on a machine without a GPU.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-OUT=${OUT:-out/gpu}
-NG=${NG:-target/release}
-PYTHON=${PYTHON:-.runtime/venv/bin/python}
+here=$(cd "$(dirname "$0")" && pwd)
+PARTS=(signs passes iteration iteration-1024 whole nccl determinism export sample)
+PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
 MODEL=${MODEL:-flux.1-dev}
-SIZES=${SIZES:-1024x1024 720x720}
-ITERATIONS=${ITERATIONS:-150}
-[ $# -gt 0 ] || set -- signs passes iteration
+SIZE=${SIZE:-720}
+LARGE=${LARGE:-1024}
+BLOCKS=${BLOCKS:-8,16}
+ITERATIONS=${ITERATIONS:-100}
+PRECISION=${PRECISION:-bf16}
+PROVIDER=${PROVIDER:-$([ "$DEVICE" = cuda ] && echo cuda || echo cpu)}
+COMPILE=${COMPILE:-yes}
+REPEATS=${REPEATS:-2}
+LIMIT=${LIMIT:-240}
+OUT=${OUT:-$here/results}
 mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
 
-sizes=()
-for size in $SIZES; do sizes+=(--size "$size"); done
-side=${SIZES##*x}
-config=flow/src/known/$MODEL/transformer/config.json
-[ -f "$config" ] || config=$MODEL/transformer/config.json
+root=$here/unpacked
+if [ -f "$here/kit.tar.xz" ] && [ ! -f "$root/.whole" ]; then
+  mkdir -p "$root"
+  "$PYTHON" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' \
+    "$here/kit.tar.xz" "$root"
+  for wheel in "$root"/wheels/*.whl; do "$PYTHON" -m zipfile -e "$wheel" "$root/site"; done
+  touch "$root/.whole"
+fi
+cd "$root" || { echo "error: no $here/kit.tar.xz: \`make gpu-kit\` makes it" >&2; exit 1; }
+NG=$root/bin
+# libtorch is Python's own, which must be the one that the programs were built for.
+torch=$("$PYTHON" - << 'END'
+import pathlib, sys, torch
+if not torch.__version__.startswith("2.11."):
+    sys.exit(f"error: torch is {torch.__version__}: the programs need 2.11")
+print(pathlib.Path(torch.__file__).parent / "lib")
+END
+)
+export LD_LIBRARY_PATH=$torch${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+export PYTHONPATH=$root/site${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
+
+# weightless NAME [DOUBLE,SINGLE [T5]]: a folder of MODEL without weights, with as many blocks
+weightless() {
+  [ -d "$OUT/models/$1" ] && return
+  mkdir -p "$OUT/models"
+  "$NG/ng-train" init --like "$MODEL" --zero --out "$OUT/models/$1" > /dev/null
+  find "$OUT/models/$1" \( -name '*.safetensors*' -o -name SHA256SUMS \) -delete
+  "$PYTHON" peers/blocks.py "$OUT/models/$1" "${@:2}"
+}
+compile=()
+[ "$COMPILE" = no ] || compile=(--compile)
+JPEG='rewards=[{name="jpeg",kind="jpeg",prefer="small",weight=1.0,std_floor=1e-9}]'
 
 align_signs() { # align_signs NAME FLAG...
   local name=$1
   shift
-  "$NG/ng-train" align "$@" --preset signs --set output="$OUT/signs-$name" \
-    --set iterations="$ITERATIONS"
+  rm -rf "$OUT/signs-$name"
+  "$NG/ng-train" align "$@" --quiet --preset signs --set 'judges=[]' \
+    --set output="$OUT/signs-$name" > /dev/null
 }
-signs() {
-  rm -rf "$OUT"/signs-*
-  align_signs gpu --device "$DEVICE" --precision bf16
-  align_signs cpu --device cpu
-  "$NG/ng-train" eval --device cpu --preset signs --model assets/signs \
-    --model "$OUT/signs-cpu/aligned" --model "$OUT/signs-gpu/aligned" \
-    --prompts assets/prompts/signs-held-out.txt --out "$OUT/signs-eval"
+part_signs() {
+  align_signs cpu --device cpu --set iterations="$ITERATIONS" --set minutes=2.5 &
+  local on_cpu=$!
+  align_signs gpu --device "$DEVICE" --precision "$PRECISION" --set iterations="$ITERATIONS" \
+    --set minutes=2.5
+  wait "$on_cpu"
+  "$PYTHON" peers/curves.py signs "$OUT/signs-cpu/metrics.jsonl" "$OUT/signs-gpu/metrics.jsonl"
 }
-passes() {
-  "$NG/ng-train" bench --device "$DEVICE" --model "$MODEL" "${sizes[@]}"
-  "$NG/ng-train" bench --device "$DEVICE" --model "$MODEL" "${sizes[@]}" --json > "$OUT/passes.json"
-  "$PYTHON" benches/peers/flux_eager.py "$config" "$OUT/passes.json"
+part_passes() {
+  local passes=$OUT/passes-ours.json
+  weightless model
+  "$NG/ng-train" bench --device "$DEVICE" --precision "$PRECISION" --model "$OUT/models/model" \
+    --size "${LARGE}x$LARGE" --size "${SIZE}x$SIZE" --json > "$passes"
+  "$PYTHON" peers/flux_eager.py "$OUT/models/model/transformer/config.json" "$passes" \
+    "${compile[@]}" --json
 }
-iteration() {
-  local model=$OUT/random prompts=$OUT/prompts.txt
-  rm -rf "$model" "$OUT/embeddings" "$OUT/iteration"
-  "$NG/ng-train" init --like "$MODEL" --out "$model"
-  printf '%s\n' 'a fox in the snow' > "$prompts"
-  "$NG/ng-train" embed --device "$DEVICE" --model "$model" --prompts "$prompts" --out "$OUT/embeddings"
-  "$NG/ng-train" align --device "$DEVICE" --preset neighbor --set model="$model" \
-    --set output="$OUT/iteration" --set prompts="$prompts" --set sheet_prompts="$prompts" \
-    --set embeddings="$OUT/embeddings" --set prompts_per_iteration=1 --set iterations=3 \
-    --set "rollout.size=[$side,$side]" --set lora.rank=64 \
-    --set 'rewards=[{name = "jpeg", kind = "jpeg", prefer = "small", weight = 1.0}]'
-  tail -n 1 "$OUT/iteration/metrics.jsonl"
-  "$NG/ng-train" bench --device "$DEVICE" --model "$MODEL" --size "${side}x$side" --json \
-    > "$OUT/iteration-passes.json"
-  "$PYTHON" benches/peers/flux_eager.py "$config" "$OUT/iteration-passes.json" \
-    --metrics "$OUT/iteration/metrics.jsonl"
+iteration() { # iteration MODEL SIDE [SETTING...]
+  local model=$1 side=$2 whole=()
+  shift 2
+  local settings=(--set prompts_per_iteration=1 --set "rollout.size=[$side,$side]" --set "$JPEG")
+  for setting in "$@"; do settings+=(--set "$setting"); done
+  [ $# -gt 0 ] || whole=(--whole)
+  "$NG/ng-train" bench --device "$DEVICE" --precision "$PRECISION" --model "$OUT/models/$model" \
+    --iteration neighbor "${settings[@]}" --repeats "$REPEATS" --json > "$OUT/$part-ours.json"
+  "$PYTHON" peers/flux_eager.py "$OUT/models/$model/transformer/config.json" --iteration \
+    "$OUT/$part-ours.json" "${whole[@]}" --json
+}
+part_iteration() { weightless model && iteration model "$SIZE" lora.rank=64; }
+part_iteration-1024() { weightless model && iteration model "$LARGE" lora.rank=64; }
+part_whole() { weightless shallow "$BLOCKS" && iteration shallow "$SIZE"; }
+
+rank() { # rank RANK WORLD CASE: a process of a world on this machine
+  RANK=$1 WORLD_SIZE=$2 LOCAL_RANK=$1 LOCAL_WORLD_SIZE=$2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 \
+    DEVICE=$DEVICE STEP=20 JOIN=20 "$NG/cluster-rank" "$3" 2>&1
+}
+part_nccl() {
+  rank 0 1 collectives > "$OUT/nccl-collectives.txt" || true
+  rank 0 1 bandwidth > "$OUT/nccl-bandwidth.txt" || true
+  rank 0 1 abort > "$OUT/nccl-abort.txt" || true
+  rank 1 2 collectives > "$OUT/nccl-two-b.txt" & local other=$!
+  rank 0 2 collectives > "$OUT/nccl-two-a.txt" || true
+  wait "$other" || true
+  "$PYTHON" peers/curves.py nccl "$OUT"
+}
+part_determinism() {
+  for name in once again; do
+    align_signs "$name" --device "$DEVICE" --precision "$PRECISION" --set iterations=5 --set seed=3
+  done
+  for batch in 96 16 1; do
+    "$NG/ng-train" bench --device "$DEVICE" --precision "$PRECISION" --model assets/signs --iteration signs \
+      --set prompts_per_iteration=2 --set "rollout.batch=$batch" --set "$JPEG" --set 'judges=[]' \
+      --repeats 1 --json > "$OUT/determinism-$batch.json" 2> "$OUT/determinism-$batch.txt" || true
+  done
+  "$PYTHON" peers/curves.py determinism "$OUT" 96 16 1
+}
+sampled() { # sampled NAME SIDE FLAG...: exports models/NAME and measures it
+  local name=$1 side=$2
+  shift 2
+  rm -rf "$OUT/models/exported"
+  "$NG/ng-export" "$OUT/models/$name" --out "$OUT/models/exported" --target "$PROVIDER" "$@" > /dev/null
+  "$NG/ng-sample" bench --model "$OUT/models/exported" --provider "$PROVIDER" --width "$side" \
+    --height "$side" --images "$REPEATS" --starts 1 --max-sequence-length 512 --json
+}
+random() { # random NAME BLOCKS: models/NAME with weights on disk
+  [ -d "$OUT/models/$1" ] && return
+  weightless "$1-like" "$2" 1
+  "$NG/ng-train" init --like "$OUT/models/$1-like" --out "$OUT/models/$1" > /dev/null
+}
+precision() { [ "$PROVIDER" = cuda ] && echo bf16 || echo f32; }
+part_export() {
+  random blocks 1,1
+  for form in multi-head standard; do
+    sampled blocks "$LARGE" --precision "$(precision)" --attention $form > "$OUT/export-$form.json"
+  done
+  peer_of blocks
+  "$PYTHON" peers/curves.py export "$OUT" multi-head standard
+}
+part_sample() {
+  random model-on-disk "${DEPTH:-}"
+  sampled model-on-disk "$LARGE" --precision "$(precision)" > "$OUT/sample-ours.json"
+  peer_of model-on-disk "${compile[@]}"
+  "$PYTHON" peers/curves.py sample "$OUT" ours
+}
+peer_of() { # peer_of NAME FLAG...: libtorch's and PyTorch's passes of the same network
+  local config=$OUT/models/$1/transformer/config.json
+  "$NG/ng-train" bench --device "$DEVICE" --precision "$PRECISION" --model "$OUT/models/$1-like" \
+    --size "${LARGE}x$LARGE" --json > "$OUT/$part-passes.json"
+  "$PYTHON" peers/flux_eager.py "$config" "$OUT/$part-passes.json" "${@:2}" --json > "$OUT/$part-peer.json"
 }
 
+if [ "${1:-}" = --part ]; then
+  part=$2
+  "part_$part"
+  exit
+fi
+[ $# -gt 0 ] || set -- "${PARTS[@]}"
 for part in "$@"; do
-  case $part in
-    signs | passes | iteration) ;;
-    *) echo "error: no part $part: signs, passes and iteration are there" >&2; exit 2 ;;
+  case " ${PARTS[*]} " in
+    *" $part "*) ;;
+    *) echo "error: no part $part: ${PARTS[*]} are there" >&2; exit 2 ;;
   esac
-  echo "== $part"
-  start=$SECONDS
-  "$part"
-  echo "   $((SECONDS - start)) s"
 done
+for part in "$@"; do
+  start=$SECONDS code=0
+  echo "== $part"
+  timeout "$LIMIT" "$BASH" "$here/gpu.sh" --part "$part" > "$OUT/$part.out" 2> "$OUT/$part.err" || code=$?
+  tail -n 3 "$OUT/$part.err"
+  echo "{\"part\": \"$part\", \"code\": $code, \"seconds\": $((SECONDS - start))}" > "$OUT/$part.end"
+done
+"$PYTHON" peers/table.py "$OUT" "$@"

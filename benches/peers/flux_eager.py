@@ -1,14 +1,15 @@
-"""The peer of `ng-train bench` and of an iteration of `ng-train align`: eager PyTorch with diffusers.
+"""The peer of `ng-train bench`: eager PyTorch with diffusers, and compiled by it where asked for.
 
     ng-train bench --model NAME --size 1024x1024 --json > passes.json
-    python benches/peers/flux_eager.py flow/src/known/flux.1-dev/transformer/config.json passes.json
-        [--metrics metrics.jsonl --steps 8 --group 12 --anchors 4 --train-steps 4]
+    python benches/peers/flux_eager.py flow/src/known/flux.1-dev/transformer/config.json passes.json [--compile]
+    ng-train bench --model FOLDER --iteration neighbor … --json > iteration.json
+    python benches/peers/flux_eager.py FOLDER/transformer/config.json --iteration iteration.json [--whole]
 
 A transformer of the config with random weights, and adapters of the same rank on the same layers, does
 the same passes on the same kind of device in the same type: a velocity, and forward with backward with
-each block checkpointed. Each size of passes.json gets a row with the ratio of their milliseconds to
-ours. With --metrics, the rollouts and updates of one group at the last size, against the last iteration
-that `ng-train align` logged there.
+each block checkpointed. With --compile, once more with each kind of block compiled. Of an iteration it does
+the rollout and the updates of one group, against the last that `ng-train bench` measured. Ratios are its
+seconds over ours.
 """
 
 import argparse
@@ -34,8 +35,9 @@ def build(path, rank, device, kind):
     with torch.device(device):
         model = FluxTransformer2DModel(**config)
     torch.set_default_dtype(torch.float32)
-    model.requires_grad_(False)
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
+    if rank is not None:
+        model.requires_grad_(False)
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
     model.enable_gradient_checkpointing()
     return model.train()
 
@@ -83,7 +85,8 @@ def milliseconds(once, device, repeats):
 
 def iteration(model, given, args, device):
     """One group: its rollout, all members at a time, and an optimiser step an anchor."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
 
     def rollout():
         for _ in range(args.steps):
@@ -98,42 +101,72 @@ def iteration(model, given, args, device):
     return [milliseconds(part, device, 1) / 1e3 for part in (rollout, updates)]
 
 
+def of_passes(model, ours, args, device, kind):
+    """A row a size: milliseconds of ours and theirs, eager and compiled."""
+    rows = [{"size": f"{row['width']}x{row['height']}"} for row in ours["rows"]]
+    for how in ("eager", "compiled") if args.compile else ("eager",):
+        try:
+            if how == "compiled":
+                model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+            for found, row in zip(rows, ours["rows"]):
+                given = inputs(model, ours["batch"], row["tokens"], ours["text_tokens"], device, kind)
+                # Peers compile what has no gradients and what is checkpointed apart: the first alone is compared.
+                names = (("velocity", velocity), ("training", training))
+                for name, once in names if how == "eager" else names[:1]:
+                    mine = row[f"{name}_ms"]
+                    theirs = milliseconds(lambda: once(model, given), device, args.repeats)
+                    found |= {f"{name} ms": mine, f"{name} {how} ms": theirs,
+                              f"{name} {how} ratio": theirs / mine}
+                    model.zero_grad()
+        except Exception as error:  # what a compiler may throw is its own affair, and is told
+            if how == "eager":
+                raise
+            rows[0]["compiled failed"] = str(error).strip().splitlines()[0][:200]
+    return {"matmul TFLOP/s": ours["matmul_tflops"], "rows": rows}
+
+
+def of_iteration(model, ours, args, device, kind):
+    last = ours["rows"][-1]
+    given = lambda n: inputs(model, n, ours["tokens"], args.text_tokens, device, kind)
+    theirs = iteration(model, given, args, device)
+    found = {"size": f"{ours['width']}x{ours['height']}", "peak GB": ours["peak_gb"],
+             "M numbers that train": ours["trained"] / 1e6, "decode s": last["decode_s"],
+             "first |log ratio|": last["log_ratio_first"]}
+    for name, seconds in zip(("rollout", "update"), theirs):
+        mine = last[f"{name}_s"]
+        found |= {f"{name} s": mine, f"{name} eager s": seconds, f"{name} ratio": seconds / mine}
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path)
-    parser.add_argument("passes", type=Path)
+    parser.add_argument("passes", type=Path, nargs="?")
+    parser.add_argument("--iteration", type=Path)
+    parser.add_argument("--whole", action="store_true", help="all weights train")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--metrics", type=Path)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--group", type=int, default=12)
     parser.add_argument("--anchors", type=int, default=4)
     parser.add_argument("--train-steps", type=int, default=4)
+    parser.add_argument("--text-tokens", type=int, default=512)
     args = parser.parse_args()
 
-    ours = json.loads(args.passes.read_text())
+    ours = json.loads((args.iteration or args.passes).read_text())
     device = "cuda" if ours["device"].startswith("Cuda") else "cpu"
     kind = torch.bfloat16 if ours["precision"] == "bf16" else torch.float32
-    model = build(args.config, args.rank, device, kind)
-    print(f"{'size':>11}{'velocity ms':>14}{'theirs':>10}{'ratio':>7}"
-          f"{'training ms':>14}{'theirs':>10}{'ratio':>7}")
-    for row in ours["rows"]:
-        given = inputs(model, ours["batch"], row["tokens"], ours["text_tokens"], device, kind)
-        line = f"{row['width']}x{row['height']}".rjust(11)
-        for name, once in (("velocity", velocity), ("training", training)):
-            mine = row[f"{name}_ms"]
-            theirs = milliseconds(lambda: once(model, given), device, args.repeats)
-            line += f"{mine:14.1f}{theirs:10.1f}{theirs / mine:7.2f}"
-            model.zero_grad()
-        print(line, flush=True)
-    if args.metrics:
-        logged = json.loads(args.metrics.read_text().splitlines()[-1])
-        mine = [logged["seconds/rollout"], logged["seconds/update"]]
-        tokens = ours["rows"][-1]["tokens"]
-        given = lambda n: inputs(model, n, tokens, ours["text_tokens"], device, kind)
-        theirs = iteration(model, given, args, device)
-        for name, a, b in zip(("rollout", "update"), mine, theirs):
-            print(f"{name} of a group: {a:.2f} s, theirs {b:.2f} s, ratio {b / a:.2f}")
+    model = build(args.config, None if args.whole else args.rank, device, kind)
+    of = of_iteration if args.iteration else of_passes
+    found = of(model, ours, args, device, kind)
+    if args.json:
+        print(json.dumps(found))
+        return
+    for row in found.pop("rows", [found]):
+        print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                        for name, value in row.items()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Packs what measures a GPU on a bare machine: $1 is the folder of the programs, $2 that of `make runtime`
+# with the Python references, $3 the folder to fill. There are needed: Python 3.12 with torch 2.11 for CUDA 13,
+# peft, transformers and onnxruntime; no network, no Rust. What else the peers need travels as wheels.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+programs=$(cd "$1" && pwd)
+runtime=$(cd "$2" && pwd)
+mkdir -p "$3"
+out=$(cd "$3" && pwd)
+
+missing=()
+for tool in patchelf xz strip; do command -v $tool > /dev/null || missing+=("${tool/#xz/xz-utils}"); done
+missing=("${missing[@]/#strip/binutils}")
+if [ ${#missing[@]} -gt 0 ]; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"
+  else
+    echo "error: missing Debian packages: run \`apt-get install ${missing[*]}\` as root" >&2
+    exit 1
+  fi
+fi
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+root=$work/kit
+mkdir -p "$root/bin" "$root/lib" "$root/wheels" "$root/.runtime/models" "$root/peers"
+for program in ng-train ng-train-libtorch ng-export ng-sample cluster-rank; do
+  strip -o "$root/bin/$program" "$programs/$program"
+done
+# libtorch is the one of the Python there, which gpu.sh names in LD_LIBRARY_PATH.
+for program in ng-train-libtorch cluster-rank; do patchelf --set-rpath '$ORIGIN/../lib' "$root/bin/$program"; done
+cp -L "$runtime/lib/libonnxruntime.so" "$root/lib/"
+cp -L "$runtime/models/ocr-v6.onnx" "$root/.runtime/models/"
+mkdir -p "$root/assets" "$root/tests/fixtures/tiny-flux"
+cp -r assets/signs assets/prompts "$root/assets/"
+cp -r tests/fixtures/tiny-flux/pipeline "$root/tests/fixtures/tiny-flux/"
+cp -r flow/src/known/flux.1-dev "$root/"
+cp benches/peers/flux_eager.py setup/gpu/*.py "$root/peers/"
+cp LICENSE-APACHE LICENSE-MIT "$root/"
+awk '/^[^ ]/ { on = /^diffusers==/ } on' setup/requirements-parity.txt > "$work/wheels.txt"
+"$runtime/venv/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps \
+  --only-binary :all: --dest "$root/wheels" --requirement "$work/wheels.txt" \
+  --requirement setup/requirements-gpu-kit.txt
+
+tar -C "$root" --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -c . |
+  xz -T0 -6 > "$out/kit.tar.xz.part"
+mv "$out/kit.tar.xz.part" "$out/kit.tar.xz"
+cp setup/gpu.sh "$out/gpu.sh"
+size=$(du -s --apparent-size --block-size=1000000 "$out" | cut -f 1)
+[ "$size" -lt 60 ] || { echo "error: $out has $size MB, 60 are the limit" >&2; exit 1; }
+echo "$out: $size MB"
