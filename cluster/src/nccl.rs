@@ -203,7 +203,7 @@ fn places() -> Vec<PathBuf> {
 
 impl Id {
     pub(crate) fn to_text(self) -> String {
-        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+        self.0.map(|byte| format!("{byte:02x}")).concat()
     }
 
     /// What [`Id::to_text`] gave.
