@@ -72,12 +72,11 @@ def determinism(folder, *batches):
     return found
 
 
-def network(folder, *names):
-    """Milliseconds of a step by ng-sample, beside a velocity by ng-train and by PyTorch."""
+def network(kind, folder, *names):
+    """Seconds of each stage by ng-sample."""
     found = {}
     for name in names:
-        (path,) = Path(folder).glob(f"*-{name}.json")
-        measured = json.loads(path.read_text())
+        measured = json.loads((Path(folder) / f"{kind}-{name}.json").read_text())
         found |= {f"{name} {key}": measured[key] for key in ("device", "provider", "precision", "load")}
         for stage in ("text", "step", "decode", "image"):
             found[f"{name} {stage} s"] = measured[stage]["median"]
@@ -85,7 +84,7 @@ def network(folder, *names):
 
 
 def of_part(kind):
-    return lambda folder, *names: network(folder, *names) | {
+    return lambda folder, *names: network(kind, folder, *names) | {
         "peer": json.loads((Path(folder) / f"{kind}-peer.json").read_text())
     }
 
