@@ -53,6 +53,7 @@ soak: build ## Load the server, kill ranks, kill runs, cut the power, damage and
 	python3 -B tests/soak/soak.py $(OUT)/soak/signs --program $(NG)/ng-sample
 	python3 -B tests/soak/ranks.py --program $(NG)/ng-train
 	python3 -B tests/soak/attacks.py --programs $(NG) --out $(OUT)/soak/attacks
+	python3 -B tests/soak/ends.py --programs $(NG) --out $(OUT)/soak/ends
 
 page: build ## Use the server's page in headless Chromium as a person does (out/page)
 	OUT=$(OUT)/page ./setup/page.sh $(RUNTIME) $(NG)

@@ -27,6 +27,7 @@ pub struct Cost {
 pub fn measure(model: &Path, settings: &[&str], iterations: usize, folder: &Path) -> Result<Cost> {
     let mut command = Command::new(program::built("ng-train")?);
     command.args(["align", "--threads", "1", "--preset", "signs"]);
+    command.args(["--set", "validate_every=0"]);
     let iterations = format!("iterations={}", iterations + 1);
     let model = format!("model={}", model.display());
     let output = format!("output={}", folder.display());

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use clap::Parser;
+use manual::says::Says;
 
 use crate::element::Float;
 use crate::export::Request;
@@ -104,6 +105,9 @@ pub struct Args {
     /// Threads of ONNX Runtime under --verify; by default one a processor
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// How much is said
+    #[command(flatten)]
+    pub says: Says,
 }
 
 /// Compares an export with the checkpoint it was made from, block by block, and its files with SHA256SUMS.
@@ -138,6 +142,9 @@ pub struct Verify {
     #[arg(long, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: u16,
+    /// How much is said
+    #[command(flatten)]
+    pub says: Says,
 }
 
 /// Says what a checkpoint or an export is and holds.
@@ -147,6 +154,9 @@ pub struct Inspect {
     /// A pipeline folder
     #[arg(value_name = "DIR")]
     pub folder: PathBuf,
+    /// How much is said
+    #[command(flatten)]
+    pub says: Says,
 }
 
 /// Makes an ONNX model of a TensorRT engine, which ONNX Runtime's provider of the same version runs, that of
@@ -166,6 +176,9 @@ pub struct Wrap {
     /// The model to write, in the engine's folder or above it
     #[arg(short, long, value_name = "FILE.onnx")]
     pub out: PathBuf,
+    /// How much is said
+    #[command(flatten)]
+    pub says: Says,
 }
 
 impl Args {

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, bail, ensure};
 use flow::checkpoint::Weights;
 use flow::contents::{self, Belonging};
+use flow::log;
 use flow::lora::{Layers, Lora};
 use flow::pipeline::Pipeline;
 use flow::staged::{self, Staged};
@@ -204,6 +205,7 @@ impl<'a> Prepared<'a> {
         let mut linked = Vec::new();
         for (part, graph) in &self.graphs {
             bar.set_message(part.folder());
+            bar.suspend(|| log::detail(&format!("writing {}", part.folder())));
             description.add(*part, graph);
             let mut advance = |n: usize| {
                 bar.inc(n as u64);
@@ -252,7 +254,11 @@ impl<'a> Prepared<'a> {
         let config = self.pipeline.dir.join(component).join("config.json");
         copy(&config, &folder.join("config.json"))?;
         let weights = self.pipeline.unread_weights(part.component())?;
-        bar.suspend(|| weights.notices().iter().for_each(|notice| eprintln!("note: {notice}")));
+        bar.suspend(|| {
+            for notice in weights.notices() {
+                log::note(&format!("note: {notice}"));
+            }
+        });
         let source = self.source(part, &weights);
         let made = self.make(part, graph, source, &folder, mode, advance)?;
         if let Some(sums) = self.pipeline.checksums() {
@@ -295,7 +301,11 @@ fn open_loras(
     let layers = Layers::of(pipeline);
     let open = |(path, scale): &(PathBuf, f64)| {
         let lora = Lora::open(path, *scale, &layers)?;
-        bar.suspend(|| lora.lines().iter().for_each(|line| eprintln!("{line}")));
+        bar.suspend(|| {
+            for line in lora.lines() {
+                log::note(&line);
+            }
+        });
         Ok(lora)
     };
     loras.iter().map(open).collect()
@@ -320,7 +330,9 @@ impl Verifying<'_> {
         let (mut report, threads) = (Report::default(), request.threads);
         for summary in &mut *summaries {
             let part = summary.part;
-            bar.set_message(format!("verifying {}", part.folder()));
+            let stage = format!("verifying {}", part.folder());
+            bar.suspend(|| log::detail(&stage));
+            bar.set_message(stage);
             let stages = blocks::compare(folder, part, pipeline, loras, threads)?;
             summary.difference = stages.last().map(|stage| stage.chained);
             report.graphs.push(Found::new(part, stages, description, request.asked.max_error));

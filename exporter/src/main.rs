@@ -14,9 +14,12 @@ use exporter::export::{Table, export};
 use exporter::target::Target;
 use exporter::verify::Asked;
 use exporter::{inspect, tensorrt, verify};
+use flow::log::{self, Level};
 use flow::pipeline::Pipeline;
+use flow::usage::Usage;
 use flow::{aborts, panics};
 use indicatif::{ProgressBar, ProgressStyle};
+use manual::says::Says;
 
 /// What helps where memory is gone.
 const ADVICE: &str =
@@ -32,13 +35,13 @@ fn main() -> ExitCode {
     if let Err(error) = aborts::tell(ADVICE) {
         eprintln!("warning: what a library's abort means will not be told: {error}");
     }
-    let said = match panics::reported(|| asked(std::env::args_os().collect())) {
+    let (code, said) = match panics::reported(|| asked(std::env::args_os().collect())) {
         Ok(Ok(())) => return ExitCode::SUCCESS,
-        Ok(Err(error)) => format!("{error:#}"),
-        Err(panic) => panic,
+        Ok(Err(error)) => (if error.is::<Usage>() { 2 } else { 1 }, format!("{error:#}")),
+        Err(panic) => (1, panic),
     };
-    eprintln!("{}", panics::last_line(&said, ADVICE));
-    ExitCode::FAILURE
+    log::say(&panics::last_line(&said, ADVICE));
+    ExitCode::from(code)
 }
 
 /// Does what `typed` asks for.
@@ -48,19 +51,30 @@ fn asked(mut typed: Vec<OsString>) -> Result<()> {
         typed.remove(1);
     }
     match command.as_str() {
-        "verify" => compare(&Verify::parse_from(typed)),
-        "inspect" => inspect::inspect(&Inspect::parse_from(typed).folder).and_then(say),
+        "verify" => {
+            let typed = Verify::parse_from(typed);
+            open(&typed.says).and_then(|()| compare(&typed))
+        }
+        "inspect" => {
+            let Inspect { folder, says } = Inspect::parse_from(typed);
+            open(&says).and_then(|()| inspect::inspect(&folder)).and_then(say)
+        }
         "wrap" => {
-            let Wrap { plan, graph, architecture, out } = Wrap::parse_from(typed);
-            tensorrt::wrap(&plan, &graph, architecture, &out)
+            let Wrap { plan, graph, architecture, out, says } = Wrap::parse_from(typed);
+            open(&says).and_then(|()| tensorrt::wrap(&plan, &graph, architecture, &out))
         }
         _ => run(Args::parse_from(typed)),
     }
 }
 
+fn open(says: &Says) -> Result<()> {
+    Ok(says.open().map_err(Usage)?)
+}
+
 fn compare(typed: &Verify) -> Result<()> {
-    let Verify { folder, checkpoint, loras, max_error, pictures, min_psnr, max_gmsd, threads } =
-        typed;
+    let Verify {
+        folder, checkpoint, loras, max_error, pictures, min_psnr, max_gmsd, threads, ..
+    } = typed;
     let asked = Asked {
         max_error: *max_error,
         min_psnr: *min_psnr,
@@ -73,6 +87,8 @@ fn compare(typed: &Verify) -> Result<()> {
 }
 
 fn say(text: impl std::fmt::Display) -> Result<()> {
+    let text = text.to_string();
+    log::keep(text.trim_end());
     match write!(io::stdout(), "{text}") {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             Err(error).context("cannot write to standard output")
@@ -82,6 +98,7 @@ fn say(text: impl std::fmt::Display) -> Result<()> {
 }
 
 fn run(args: Args) -> Result<()> {
+    open(&args.says)?;
     if args.is_dry() {
         return say(plan(&args.request())?);
     }
@@ -90,7 +107,10 @@ fn run(args: Args) -> Result<()> {
     ctrlc::set_handler(move || asked.store(true, Ordering::Relaxed))
         .context("cannot listen for interrupts")?;
     let template = "{msg:<24} {wide_bar} {human_pos}/{human_len} weights {eta}";
-    let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template(template)?);
+    let bar = match log::level() {
+        Level::Quiet => ProgressBar::hidden(),
+        _ => ProgressBar::new(0).with_style(ProgressStyle::with_template(template)?),
+    };
     let request = args.request();
     let summaries = export(&request, &bar, &stop);
     bar.finish_and_clear();

@@ -16,6 +16,7 @@ pub mod contents;
 mod disk;
 pub mod known;
 pub mod latents;
+pub mod log;
 pub mod lora;
 pub mod models;
 pub mod naming;

@@ -2,6 +2,8 @@
 //!
 //! `PROGRAM --manual DIR` writes them, which help does not list: it is for whoever packs a release.
 
+pub mod says;
+
 use std::{
     env, fs, io,
     path::{Path, PathBuf},

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, builder::PossibleValuesParser};
 use flow::solver::{DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS};
+use manual::says::Says;
 
 use crate::{engine::MEMORIES, request::RNGS, runtime::RuntimeArgs, server::args::ServeArgs};
 
@@ -17,6 +18,9 @@ pub struct Cli {
 
     #[command(flatten)]
     pub generate: Generate,
+
+    #[command(flatten)]
+    pub says: Says,
 
     /// Print the parameters stored in a picture and exit.
     #[arg(long, value_name = "FILE", hide = true)]

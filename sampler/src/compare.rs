@@ -1,12 +1,12 @@
 //! Several models, or a model with several LoRAs, from the same seeds on one sheet.
 
 use std::{
-    io::{Write, stderr},
+    io::Write,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result, bail};
-use flow::{checkpoint::write_atomically, lora::scaled_path, prompts::Prompt, usage::Usage};
+use flow::{checkpoint::write_atomically, log, lora::scaled_path, prompts::Prompt, usage::Usage};
 
 use crate::{
     args::Compare,
@@ -36,7 +36,7 @@ pub fn run(args: &Compare, mut lines: impl Write) -> Result<()> {
     let base = Request { seed: Some(0), ..run::request(&args.image)? };
     let options = args.runtime.options(Memory::Keep)?;
     if let Some(notice) = options.notice() {
-        writeln!(stderr(), "note: {notice}")?;
+        log::note(&format!("note: {notice}"));
     }
     let mut columns: Vec<Vec<Picture>> = Vec::new();
     let (mut names, mut rows) = (Vec::new(), Vec::new());
@@ -90,7 +90,7 @@ fn prompts(args: &Compare) -> Result<Vec<Prompt>> {
         (None, Some(file)) => {
             let read = run::read_prompts(file)?;
             for notice in read.notices() {
-                writeln!(stderr(), "note: {}: {notice}", file.display())?;
+                log::note(&format!("note: {}: {notice}", file.display()));
             }
             Ok(read.prompts)
         }

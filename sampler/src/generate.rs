@@ -32,10 +32,10 @@ pub fn run(run: &Run, lines: impl Write) -> Result<()> {
     };
     let report = Report::new(lines, run.json, n_calls as u64, device);
     for notice in &run.notices {
-        report.notice(notice)?;
+        report.notice(notice);
     }
     if let Some(notice) = run.options.notice() {
-        report.notice(notice)?;
+        report.notice(notice);
     }
     let mut engine = Engine::closed(run.export.clone(), &run.options);
     let jobs: Vec<Job> = run.images.iter().map(|image| image.job.clone()).collect();

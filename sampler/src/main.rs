@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::Result;
 use clap::{CommandFactory, Parser};
-use flow::{aborts, panics, usage::Usage};
+use flow::{aborts, log, panics, usage::Usage};
 use sampler::{
     args::{Cli, Command, Generate},
     bench, compare, generate, inspect,
@@ -32,8 +32,7 @@ fn main() -> ExitCode {
         Ok(Err(error)) => (if error.is::<Usage>() { 2 } else { 1 }, format!("{error:#}")),
         Err(panic) => (1, panic),
     };
-    // There is nowhere left to tell that stderr is closed.
-    let _ = writeln!(stderr(), "{}", panics::last_line(&said, ADVICE));
+    log::say(&panics::last_line(&said, ADVICE));
     ExitCode::from(code)
 }
 
@@ -46,6 +45,7 @@ fn make(args: &Generate) -> Result<()> {
 }
 
 fn run(cli: Cli) -> Result<()> {
+    cli.says.open().map_err(Usage)?;
     match (cli.inspect, cli.command) {
         (Some(path), _) => inspect::run(&path, false, stdout()),
         (None, Some(Command::Bench(args))) => bench::run(&args, stdout()),

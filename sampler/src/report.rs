@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::Result;
+use flow::log::{self, Level};
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use serde::Serialize;
 
@@ -81,21 +82,24 @@ impl<W: Write> Report<W> {
     pub fn new(lines: W, json: bool, n_calls: u64, device: Device) -> Self {
         let style = ProgressStyle::with_template("{bar:32} {pos}/{len} steps, {eta} left {msg}")
             .unwrap_or_else(|_| ProgressStyle::default_bar());
-        let bar = ProgressBar::new(n_calls).with_style(style).with_finish(ProgressFinish::AndClear);
+        let bar = match log::level() {
+            Level::Quiet => ProgressBar::hidden(),
+            _ => ProgressBar::new(n_calls),
+        };
+        let bar = bar.with_style(style).with_finish(ProgressFinish::AndClear);
         Self { lines, json, bar, device }
     }
 
     /// Something a person should know, on stderr.
-    pub fn notice(&self, text: &str) -> Result<()> {
-        let written = self.bar.suspend(|| writeln!(std::io::stderr(), "note: {text}"));
-        match written {
-            Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
-            _ => Ok(()),
-        }
+    pub fn notice(&self, text: &str) {
+        self.bar.suspend(|| log::note(&format!("note: {text}")));
     }
 
     /// What is being worked on.
     pub fn stage(&self, name: &str) {
+        if !name.is_empty() {
+            self.bar.suspend(|| log::detail(name));
+        }
         self.bar.set_message(name.to_owned());
         self.bar.tick();
     }
@@ -137,6 +141,7 @@ impl<W: Write> Report<W> {
     }
 
     fn line(&mut self, line: &str) -> Result<()> {
+        log::keep(line);
         let lines = &mut self.lines;
         let written = self.bar.suspend(|| writeln!(lines, "{line}").and_then(|()| lines.flush()));
         match written {

@@ -25,6 +25,7 @@ SIZES = {"signs": (32, 32)}
 TILED = {"tiny-flux": (1040, 1056)}
 # A short run of two rewards with different scales, weights and directions.
 ALIGN = {
+    "validate_every": 0,
     "iterations": 1,
     "prompts_per_iteration": 2,
     "rewards": """[

@@ -5,13 +5,14 @@ use std::num::NonZero;
 use anyhow::{Context, Result};
 use cluster::Topology;
 use flow::checksums::Checksums;
+use flow::log;
+use flow::usage::Usage;
 
 use self::args::{Cli, Command, ConfigCommand, SampleArgs, SourceArgs};
 use crate::data::signs;
 use crate::group::rollout::RolloutConfig;
 use crate::network::lora::RANK;
 use crate::network::{model, reference};
-use crate::run::log::{self, Level};
 use crate::run::settings::{self, Source};
 use crate::run::{align, interrupt};
 use crate::tensor::device;
@@ -46,12 +47,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         },
         _ => None,
     };
-    let level = match (cli.quiet, cli.verbose) {
-        (true, _) => Level::Quiet,
-        (_, true) => Level::Verbose,
-        _ => Level::Usual,
-    };
-    log::open(level, cli.log.as_deref())?;
+    cli.says.open().map_err(Usage)?;
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let n_local = place.as_ref().map_or(1, |topology| topology.local_world);
     let threads = cli.threads.unwrap_or((cores / n_local).max(1));

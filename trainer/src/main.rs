@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::{CommandFactory, Parser};
 use flow::usage::Usage;
-use flow::{aborts, panics};
+use flow::{aborts, log, panics};
 use trainer::command::args::Cli;
 
 /// What helps where memory is gone.
@@ -24,19 +24,19 @@ fn main() -> ExitCode {
         Ok(Ok(())) => return ExitCode::SUCCESS,
         Ok(Err(error)) if error.is::<trainer::run::align::Stopped>() => return ExitCode::from(130),
         Ok(Err(error)) if error.is::<trainer::command::Failed>() => {
-            eprintln!("error: {error}");
+            log::say(&format!("error: {error}"));
             let code = error.downcast_ref().map_or(1, trainer::command::Failed::code);
             return ExitCode::from(code);
         }
         Ok(Err(error)) if error.is::<Usage>() => {
-            eprintln!("error: {error:#}");
+            log::say(&format!("error: {error:#}"));
             return ExitCode::from(2);
         }
         Ok(Err(error)) => panics::without_frames(&format!("{error:#}")),
         Err(panic) => panic,
     };
     tell_launcher(&said);
-    eprintln!("{}", panics::last_line(&said, ADVICE));
+    log::say(&panics::last_line(&said, ADVICE));
     ExitCode::FAILURE
 }
 

@@ -6,7 +6,6 @@ pub mod config;
 pub mod interrupt;
 pub(crate) mod layers;
 pub(crate) mod lock;
-pub mod log;
 pub mod metrics;
 pub(crate) mod progress;
 #[cfg(test)]
@@ -19,3 +18,5 @@ pub mod settings;
 mod starvation;
 mod state;
 pub(crate) mod update;
+pub(crate) mod validation;
+mod watching;

@@ -22,7 +22,7 @@ pub(crate) const WEIGHTS: &str = "transformer/diffusion_pytorch_model.safetensor
 const MADE_ANEW: [&str; 4] =
     [WEIGHTS, "reference.safetensors", "training_state.safetensors", "README.md"];
 /// A run of six iterations, a second or two long.
-pub(crate) const SHORT: [&str; 9] = [
+pub(crate) const SHORT: [&str; 10] = [
     "iterations=6",
     "prompts_per_iteration=2",
     "group_size=4",
@@ -31,6 +31,7 @@ pub(crate) const SHORT: [&str; 9] = [
     "train_steps=2",
     "rollout.steps=4",
     "save_every=2",
+    "validate_every=0",
     "rewards.0.std_floor=1e-6",
 ];
 /// Longest wait for a file of a run.
@@ -55,6 +56,11 @@ pub(crate) struct Run {
 impl Run {
     pub(crate) fn new() -> Self {
         Self { home: tempfile::tempdir().unwrap() }
+    }
+
+    /// A folder for what belongs to it.
+    pub(crate) fn home(&self) -> &Path {
+        self.home.path()
     }
 
     pub(crate) fn folder(&self) -> PathBuf {

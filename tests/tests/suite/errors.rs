@@ -177,6 +177,39 @@ fn rewrite(path: &Path, keep: impl Fn(&mut Entry<'_>) -> bool) {
     write_tensors(path, &entries, &[]).unwrap();
 }
 
+/// The same three flags everywhere: quiet keeps results and errors, the log has all that is said.
+#[test]
+fn every_program_says_as_much_as_it_is_asked_to() {
+    let home = tempfile::tempdir().unwrap();
+    let model = typed(&Fixture::open("tiny-schnell").pipeline);
+    let (log, export) = (home.path().join("log"), typed(&home.path().join("export")));
+    let image = typed(&home.path().join("a.png"));
+    let runs: [(Program, &[&str], &str); 2] = [
+        (Program::Export, &[&model, "--out", &export], "writing vae_decoder"),
+        (Program::Sample, &["--model", &export, "--prompt", "a", "-o", &image], "reading prompts"),
+    ];
+    for (program, arguments, detail) in runs {
+        let with = |more: &[&str]| program.run([arguments, more].concat());
+        let verbose = with(&["-v", "--log", &typed(&log)]);
+        assert!(verbose.stderr.contains(detail), "{program:?}: {}", verbose.stderr);
+        let result = verbose.succeeded();
+        let logged = fs::read_to_string(&log).unwrap();
+        assert!(logged.contains(detail), "{program:?}: {logged}");
+        assert!(logged.contains(result.lines().next().unwrap()), "{program:?}: {logged}");
+        let force: &[&str] = if program == Program::Export { &["--force"] } else { &[] };
+        let quiet = with(&[force, &["-q"]].concat());
+        assert_eq!(quiet.stderr, "", "{program:?}");
+        assert_eq!(quiet.succeeded().is_empty(), result.is_empty());
+    }
+    for program in Program::ALL {
+        let help = program.run(["--help"]).succeeded();
+        for flag in ["-q, --quiet", "-v, --verbose", "--log <FILE>"] {
+            assert!(help.contains(flag), "{program:?} has no {flag}");
+        }
+        assert!(help.contains(&format!("Usage: {} ", program.name())), "{help}");
+    }
+}
+
 /// A copy of the program that asks for a library which nobody has.
 #[test]
 fn ng_train_says_what_to_do_without_libtorch() {
@@ -230,7 +263,7 @@ fn ng_train_refuses_with_one_line() {
                 1,
                 &["@/empty.txt", "holds no prompt"],
             ),
-            mistake("bench --model flux.9", 2, &["flux.9", "flux.1-dev"]),
+            mistake("bench --model flux.9", 2, &["flux.9", "flux.1-dev", "hf download"]),
             mistake("bench --model @/model --size 100", 2, &["--size", "1024x768"]),
             mistake("reference @/model --precision fp8", 2, &["fp8", "bf16"]),
             mistake("reference @/no-folder", 1, &["@/no-folder/text_encoder_2"]),
@@ -293,7 +326,8 @@ fn ng_train_align_refuses_with_one_line() {
                 &["flow.batchz", "did you mean batch?"],
             ),
             mistake("align --config @/absent.toml", 1, &["@/absent.toml"]),
-            mistake("align --config @/broken.toml", 1, &["@/broken.toml", "line 2"]),
+            mistake("align", 2, &["--preset <NAME>|--config <FILE>"]),
+            mistake("align --config @/broken.toml", 2, &["@/broken.toml", "line 2"]),
             mistake(
                 "align --config @/wrong.toml",
                 2,

@@ -212,12 +212,17 @@ fn what_ends_a_program_unasked_is_one_line() {
     }
 }
 
-/// Answers requests with the widths of their images, so many; then nobody is there.
-fn server(address: &str, n_answers: usize) -> (SocketAddr, JoinHandle<()>) {
+/// Answers so many requests, then nobody is there. The number of the request and the length of an image say its
+/// score.
+pub(crate) fn server(
+    address: &str,
+    n_answers: usize,
+    score: impl Fn(usize, usize) -> f64 + Send + 'static,
+) -> (SocketAddr, JoinHandle<()>) {
     let listener = TcpListener::bind(address).unwrap();
     let address = listener.local_addr().unwrap();
     let answering = thread::spawn(move || {
-        for stream in listener.incoming().take(n_answers) {
+        for (call, stream) in listener.incoming().take(n_answers).enumerate() {
             let mut stream = stream.unwrap();
             let (mut request, mut part) = (Vec::new(), [0; 1 << 12]);
             let body = loop {
@@ -234,8 +239,8 @@ fn server(address: &str, n_answers: usize) -> (SocketAddr, JoinHandle<()>) {
             };
             let body: serde_json::Value = serde_json::from_str(&body).unwrap();
             let images = body["images"].as_array().unwrap();
-            let scores: Vec<usize> =
-                images.iter().map(|image| image.as_str().unwrap().len()).collect();
+            let length = |image: &serde_json::Value| image.as_str().unwrap().len();
+            let scores: Vec<f64> = images.iter().map(|image| score(call, length(image))).collect();
             let answer = serde_json::json!({ "scores": scores }).to_string();
             let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n", answer.len());
             stream
@@ -255,7 +260,7 @@ fn a_server_that_goes_away_costs_no_iteration() {
 
 fn goes_away(n_ranks: usize, n_answers: usize, expected: &str) {
     let run = Run::new();
-    let (address, answering) = server("127.0.0.1:0", n_answers);
+    let (address, answering) = server("127.0.0.1:0", n_answers, |_, length| length as f64);
     let rewards = format!(
         "rewards=[{{name='far', kind='server', url='http://{address}/', weight=1, retries=0, patience=0}}]"
     );
@@ -281,7 +286,7 @@ fn goes_away(n_ranks: usize, n_answers: usize, expected: &str) {
         .filter(|line| line.contains("iteration 4") && line.contains("saved after iteration 3"));
     assert_eq!(saved.count(), n_ranks, "{}", ended.stderr);
     assert!(run.checkpoint(3).join(STATE).is_file());
-    let (_, answering) = server(&address.to_string(), 6);
+    let (_, answering) = server(&address.to_string(), 6, |_, length| length as f64);
     Ended::after(&mut command(&["save_every=100"])).succeeded();
     answering.join().unwrap();
     assert_eq!(run.metrics().len(), 6);

@@ -28,13 +28,26 @@ pub(crate) struct Copies {
 
 impl Copies {
     pub(crate) fn of(trained: &Parameters) -> Self {
-        let parts: Vec<Tensor> = trained.masters().map(Tensor::copy).collect();
+        Self::with(trained, trained.masters().map(Tensor::copy).collect())
+    }
+
+    fn with(trained: &Parameters, parts: Vec<Tensor>) -> Self {
         let wholes = if trained.shares_storage() {
             parts.iter().map(Tensor::shallow_clone).collect()
         } else {
             trained.seen().collect()
         };
         Self { parts, wholes }
+    }
+
+    /// Of `parts`, this rank's part of each segment in f32, which [`Copies::exchange`] may swap in place.
+    ///
+    /// # Errors
+    /// When the ranks cannot put their parts together.
+    pub(crate) fn given(trained: &Parameters, parts: &[Tensor]) -> Result<Self> {
+        let copies = Self::with(trained, parts.iter().map(Tensor::shallow_clone).collect());
+        copies.renew(trained)?;
+        Ok(copies)
     }
 
     /// Swaps these values with those in use; twice restores both to the bit.

@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser};
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand};
 use flow::checkpoint::MAX_SHARD_BYTES;
 use flow::models::transformer::GUIDANCE;
 use flow::solver::{DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS};
 use flow::tokens::MAX_TEXT_TOKENS;
+use manual::says::Says;
 
 use super::plan::UTILISATION;
 use crate::network::lora::RANK;
@@ -34,15 +35,8 @@ pub struct Cli {
     /// CPU threads [default: all cores]
     #[arg(long, global = true, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     pub threads: Option<usize>,
-    /// Say nothing but warnings and errors
-    #[arg(short, long, global = true, conflicts_with = "verbose")]
-    pub quiet: bool,
-    /// Say every iteration, where no one watches a terminal
-    #[arg(short, long, global = true)]
-    pub verbose: bool,
-    /// Append everything that is said to a file
-    #[arg(long, global = true, value_name = "FILE")]
-    pub log: Option<PathBuf>,
+    #[command(flatten)]
+    pub says: Says,
 }
 
 #[derive(Subcommand)]
@@ -285,9 +279,10 @@ pub enum Command {
 
 /// Where a configuration comes from.
 #[derive(Args)]
+#[command(group = ArgGroup::new("run").required(true).args(["preset", "config"]))]
 pub struct SourceArgs {
     /// A run that ships with the program; `ng-train config list` has them [or --config]
-    #[arg(long, conflicts_with = "config", required_unless_present = "config")]
+    #[arg(long, value_name = "NAME")]
     pub preset: Option<String>,
     /// A run described by a TOML file
     #[arg(long, value_name = "FILE")]

@@ -43,11 +43,24 @@ pub struct CompareConfig {
     pub seeds: Vec<u64>,
     /// Minutes a run trains.
     pub minutes: f64,
+    /// Curves and tables of the reward come from held-out prompts, scored every so many iterations.
+    #[serde(default = "validate_every")]
+    pub validate_every: usize,
+    /// So many of them, the first.
+    #[serde(default = "count")]
+    pub count: usize,
     /// Settings of all runs, KEY=VALUE.
     #[serde(default)]
     pub settings: Vec<String>,
     /// What is laid side by side.
     pub tables: Vec<TableConfig>,
+}
+
+fn validate_every() -> usize {
+    5
+}
+fn count() -> usize {
+    24
 }
 
 /// Runs that are laid side by side.
@@ -145,6 +158,8 @@ fn side_by_side(
 impl CompareConfig {
     fn validate(&self) -> Result<()> {
         ensure!(!self.seeds.is_empty(), "seeds = []: at least one is needed");
+        ensure!(self.validate_every > 0, "validate_every = 0: curves need validations");
+        ensure!(self.count > 0, "count = 0: at least one prompt is needed");
         ensure!(self.minutes > 0.0, "minutes = {}: above 0", self.minutes);
         ensure!(!self.tables.is_empty(), "no [[tables]]: at least one is needed");
         let mut known: BTreeMap<String, &RunConfig> = BTreeMap::new();
@@ -227,7 +242,20 @@ impl<'a> Task<'a> {
         let mut settings: Vec<String> = config.settings.iter().chain(own).cloned().collect();
         settings.push(format!("seed={}", self.seed));
         settings.push(format!("minutes={}", config.minutes));
+        if self.run.is_some() {
+            settings.push(format!("validate_every={}", config.validate_every));
+            settings.push(format!("validation={}", Self::validation(config)));
+        }
         (preset, settings)
+    }
+
+    /// The held-out prompts of every run: those of the comparison, and nothing follows from them.
+    fn validation(config: &CompareConfig) -> toml::Value {
+        let mut table = toml::Table::new();
+        table.insert("prompts".to_owned(), config.prompts.to_string_lossy().into_owned().into());
+        table.insert("count".to_owned(), toml::Value::Integer(config.count as i64));
+        table.insert("best".to_owned(), String::new().into());
+        table.into()
     }
 
     /// Trains, where there is a run, and scores.

@@ -58,9 +58,13 @@ pub fn run(options: &Options<'_>) -> Result<()> {
 /// # Errors
 /// When the model, the prompts or a file of a reward cannot be used.
 pub(super) fn dry(config: &AlignConfig, compute: Compute) -> Result<()> {
+    config.check_files()?;
     let prompts = prompts::read(&config.prompts).context("prompts")?;
     prompts::read(&config.sheet_prompts).context("sheet_prompts")?;
-    config.check_files()?;
+    if let Some(held_out) = config.validation.prompts.as_ref().filter(|_| config.validate_every > 0)
+    {
+        prompts::read(held_out).context("validation.prompts")?;
+    }
     let pipeline = published::open(&config.model.to_string_lossy())?;
     if Pipeline::known(&config.model.to_string_lossy()).is_none() {
         Component::ALL.iter().try_for_each(|component| pipeline.weights(*component).map(drop))?;

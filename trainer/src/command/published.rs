@@ -16,8 +16,13 @@ pub(super) fn open(model: &str) -> Result<Pipeline> {
         return Ok(pipeline);
     }
     let names: Vec<&str> = known::MODELS.iter().map(|(name, _)| *name).collect();
-    let unknown =
-        || Usage(format!("{model}: neither a pipeline folder nor one of {}", names.join(", ")));
+    let unknown = || {
+        let names = names.join(", ");
+        Usage(format!(
+            "{model}: neither a pipeline folder nor one of {names} (the name of a model on a hub? `hf download {model} \
+             --local-dir DIR` fetches it)"
+        ))
+    };
     ensure!(Path::new(model).is_dir(), unknown());
     Ok(Pipeline::open(Path::new(model))?)
 }

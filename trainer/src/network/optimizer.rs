@@ -70,6 +70,8 @@ pub(crate) struct StepReport {
     pub(crate) grad_norm: f64,
     /// Share of parameters whose gradient is non-zero but below `eps`: there the step is damped.
     pub(crate) below_eps: f64,
+    /// Step size, after the warm-up's share.
+    pub(crate) rate: f64,
 }
 
 /// The state of one run.
@@ -115,8 +117,7 @@ impl AdamW {
             segments.extend(network.take_gradients()?);
         }
         let group = parameters.first().map_or_else(Group::alone, |p| p.group().clone());
-        let report = no_grad(|| self.survey(&group, segments.iter().flatten()))?;
-        let grad_norm = report.grad_norm;
+        let [grad_norm, below_eps] = no_grad(|| self.survey(&group, segments.iter().flatten()))?;
         if !grad_norm.is_finite() {
             // The norm is that of all ranks.
             let what = format!("the gradient norm is {grad_norm}: lower the learning rate");
@@ -124,7 +125,8 @@ impl AdamW {
         }
         let clip = (self.config.max_grad_norm / (grad_norm + 1e-6)).min(1.0);
         self.step += 1;
-        let scalars = self.scalars(clip, scale);
+        let rate = self.rate(scale);
+        let scalars = self.scalars(clip, rate);
         let masters: Vec<&Tensor> = parameters.iter().flat_map(|p| p.masters()).collect();
         no_grad(|| {
             for (index, (master, gradients)) in masters.iter().zip(segments).enumerate() {
@@ -134,17 +136,21 @@ impl AdamW {
         for network in parameters {
             network.refresh()?;
         }
-        Ok(report)
+        Ok(StepReport { grad_norm, below_eps, rate })
     }
 
-    /// What a step at `learning_rate·scale` does to each number.
-    fn scalars(&self, clip: f64, scale: f64) -> host::AdamW {
-        let OptimizerConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
+    /// Size of the present step: `learning_rate·scale`, after the warm-up's share.
+    fn rate(&self, scale: f64) -> f64 {
         let warm = match self.config.warmup {
             0 => 1.0,
             warmup => (self.step as f64 / warmup as f64).min(1.0),
         };
-        let rate = self.config.learning_rate * scale * warm;
+        self.config.learning_rate * scale * warm
+    }
+
+    /// What a step of size `rate` does to each number.
+    fn scalars(&self, clip: f64, rate: f64) -> host::AdamW {
+        let OptimizerConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
         let [of_m, of_v] = [beta1, beta2].map(|beta| 1.0 - beta.powi(self.step as i32));
         // rate·(m/of_m) / (√(v/of_v) + eps) = m / (√v·of_m/(rate·√of_v) + eps·of_m/rate)
         host::AdamW {
@@ -162,7 +168,7 @@ impl AdamW {
         &self,
         group: &Group,
         gradients: impl Iterator<Item = &'a Gradient>,
-    ) -> Result<StepReport> {
+    ) -> Result<[f64; 2]> {
         // Sums stay where they are until all are there: a device is waited for once.
         let (mut squares, mut small, mut n_seen) = (Vec::new(), Vec::new(), 0);
         for Gradient { values, .. } in gradients {
@@ -183,7 +189,7 @@ impl AdamW {
         let mut totals = Tensor::from_slice(&[total(&squares), total(&small), n_seen as f64]);
         group.all_reduce(&mut totals, Reduce::Sum)?;
         let [squares, small, n_seen] = [0, 1, 2].map(|index| totals.double_value(&[index]));
-        Ok(StepReport { grad_norm: squares.sqrt(), below_eps: small / n_seen.max(1.0) })
+        Ok([squares.sqrt(), small / n_seen.max(1.0)])
     }
 
     fn move_segment(
@@ -344,7 +350,8 @@ mod tests {
     #[test]
     fn the_processor_steps_as_other_devices_do() {
         let flat = |seed: u64| Tensor::from_slice(&Noise::new(seed).normal(0, 100_001));
-        let step = AdamW { step: 7, ..AdamW::new(config(), &[]) }.scalars(0.3, 1.0);
+        let optimizer = AdamW { step: 7, ..AdamW::new(config(), &[]) };
+        let step = optimizer.scalars(0.3, optimizer.rate(1.0));
         let start = || [flat(1), flat(2), flat(3).square()];
         let (ours, torch) = (start(), start());
         on_processor(&step, ours.each_ref().map(Tensor::shallow_clone), flat(4));

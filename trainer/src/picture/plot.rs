@@ -13,13 +13,16 @@ use plotters::{
     coord::types::RangedCoordf64,
     prelude::{
         BitMapBackend, ChartBuilder, Circle, Color, DashedLineSeries, DrawingArea, FontStyle,
-        IntoDrawingArea, IntoFont, LineSeries, RGBColor, TRANSPARENT,
+        IntoDrawingArea, IntoFont, LineSeries, Polygon, RGBColor, TRANSPARENT,
     },
     style::register_font,
 };
 
+pub(crate) use self::panels::{Panel, panels};
 use super::font;
 use crate::picture;
+
+mod panels;
 
 /// Size in pixels of the finished picture with one row of names.
 const SIZE: (u32, u32) = (960, 540);
@@ -72,6 +75,8 @@ pub struct Series<'a> {
     pub points: &'a [(f64, f64)],
     /// Whether the points are averages already.
     pub is_smooth: bool,
+    /// How far values spread: (x, low, high) in order of x, all of them finite; nothing where there is none.
+    pub band: &'a [(f64, f64, f64)],
 }
 
 /// Draws the series into the PNG `path`: each as it is in a thin line, and smoothed in a thick one; one
@@ -80,13 +85,13 @@ pub struct Series<'a> {
 /// # Errors
 /// When no series has a finite point, or the file cannot be written.
 pub fn curve(path: &Path, title: &str, series: &[Series<'_>], x: &str, y: &str) -> Result<()> {
-    let image =
-        draw(title, series, x, y).with_context(|| format!("plotting {}", path.display()))?;
+    let image = draw(title, series, x, y, SIZE.1)
+        .with_context(|| format!("plotting {}", path.display()))?;
     picture::save(path, &image)
 }
 
-/// The picture that [`curve`] writes.
-fn draw(title: &str, series: &[Series<'_>], x: &str, y: &str) -> Result<RgbImage> {
+/// The picture that [`curve`] writes, `height` pixels high with one row of names.
+fn draw(title: &str, series: &[Series<'_>], x: &str, y: &str, height: u32) -> Result<RgbImage> {
     let curves: Vec<Vec<(f64, f64)>> = series
         .iter()
         .map(|series| series.points.iter().copied())
@@ -97,11 +102,12 @@ fn draw(title: &str, series: &[Series<'_>], x: &str, y: &str) -> Result<RgbImage
     let finite: Vec<Series<'_>> =
         series.iter().zip(&curves).map(|(series, points)| Series { points, ..*series }).collect();
     let x_range = range(all().map(|point| point.0), 0.0);
-    let y_range = range(all().map(|point| point.1), 0.06);
+    let bands = series.iter().flat_map(|series| series.band).flat_map(|band| [band.1, band.2]);
+    let y_range = range(all().map(|point| point.1).chain(bands), 0.06);
     register_fonts();
     let legend = legend(series, y);
     let more = ROW * legend.len().saturating_sub(1) as u32;
-    let size = (SIZE.0, SIZE.1 + more);
+    let size = (SIZE.0, height + more);
     let (width, height) = (size.0 * OVERSAMPLING, size.1 * OVERSAMPLING);
     let mut pixels = vec![255; (width * height * 3) as usize];
     {
@@ -145,8 +151,14 @@ fn draw_curves(
         .y_label_formatter(&y_format)
         .label_style((FAMILY, px(13)).into_font().color(&QUIET))
         .draw()?;
-    for (index, &Series { points, is_smooth, .. }) in series.iter().enumerate() {
+    for (index, &Series { points, is_smooth, band, .. }) in series.iter().enumerate() {
         let colour = colour(index);
+        if !band.is_empty() {
+            let lower = band.iter().map(|&(x, low, _)| (x, low));
+            let upper = band.iter().rev().map(|&(x, _, high)| (x, high));
+            let outline: Vec<(f64, f64)> = lower.chain(upper).collect();
+            chart.draw_series([Polygon::new(outline, colour.mix(0.14).filled())])?;
+        }
         if !is_smooth {
             let thin = colour.mix(0.32).stroke_width(px(1));
             chart.draw_series(LineSeries::new(points.iter().copied(), thin))?;
@@ -243,7 +255,7 @@ fn is_dashed(index: usize) -> bool {
 ///
 /// The weights fall to half within a fortieth of the points, so that a curve keeps its shape
 /// whatever its length.
-fn smoothed(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+pub(crate) fn smoothed(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let half_life = (points.len() as f64 / 40.0).max(0.5);
     let keep = 0.5_f64.powf(1.0 / half_life);
     let (mut sum, mut weight) = (0.0, 0.0);
@@ -295,7 +307,7 @@ mod tests {
     }
 
     fn named<'a>(name: &'a str, points: &'a [(f64, f64)]) -> Series<'a> {
-        Series { name, points, is_smooth: false }
+        Series { name, points, is_smooth: false, band: &[] }
     }
 
     /// Pixels of exactly this colour.
@@ -328,7 +340,7 @@ mod tests {
             vec![(0.0, -1e12), (1e9, 1e12)],
             vec![(0.0, 1e-9), (1.0, 2e-9)],
         ] {
-            draw("t", &[named("", &points)], "x", "y").unwrap();
+            draw("t", &[named("", &points)], "x", "y", SIZE.1).unwrap();
         }
     }
 
@@ -357,7 +369,7 @@ mod tests {
             assert!((end - (SIZE.0 - RIGHT) as f32).abs() < 0.01, "a row ends at {end}");
         }
 
-        let image = draw("Methods", &series, "seconds", label).unwrap();
+        let image = draw("Methods", &series, "seconds", label, SIZE.1).unwrap();
         let last = NAMES + ROW * (rows.len() as u32 - 1);
         // The y axis is the first line in its column that goes on for long.
         let is_ink = |y: u32| image.get_pixel(LEFT, y).0 != [255; 3];
@@ -369,8 +381,9 @@ mod tests {
     #[test]
     fn a_smooth_series_is_one_line_and_one_without_a_colour_of_its_own_is_dashed() {
         let (points, n) = (ramp(200), PALETTE.len());
-        let only =
-            |series: Series<'_>| n_pixels(&draw("t", &[series], "x", "y").unwrap(), PALETTE[0]);
+        let only = |series: Series<'_>| {
+            n_pixels(&draw("t", &[series], "x", "y", SIZE.1).unwrap(), PALETTE[0])
+        };
         let zigzag = only(Series { is_smooth: true, ..named("", &points) });
         let calm = only(named("", &points));
         assert!(zigzag > 3 * calm, "{zigzag} pixels of the points, {calm} of their average");
@@ -378,9 +391,9 @@ mod tests {
         let line = [(0.0, 0.0), (1.0, 1.0)];
         let mut all = vec![named("", &[]); n + 1];
         all[0].points = &line;
-        let solid = n_pixels(&draw("t", &all, "x", "y").unwrap(), PALETTE[0]);
+        let solid = n_pixels(&draw("t", &all, "x", "y", SIZE.1).unwrap(), PALETTE[0]);
         all.swap(0, n);
-        let dashed = n_pixels(&draw("t", &all, "x", "y").unwrap(), PALETTE[0]);
+        let dashed = n_pixels(&draw("t", &all, "x", "y", SIZE.1).unwrap(), PALETTE[0]);
         assert!((solid / 3..solid * 3 / 4).contains(&dashed), "{dashed} of {solid} pixels");
     }
 

@@ -9,8 +9,10 @@ use cluster::{Group, Reduce};
 use flow::checksums::Checksums;
 use flow::contents;
 use flow::latents::LatentSize;
+use flow::log;
 use flow::panics::caught;
 use flow::prompts::Prompt;
+use flow::solver::Step;
 
 use super::config::AlignConfig;
 use super::lock::Lock;
@@ -19,7 +21,9 @@ use super::report::Report;
 use super::resume::Held;
 use super::state::{self, Course, Moment, Restored};
 use super::update::{self, Recorder};
-use super::{agreement, interrupt, log, record};
+use super::validation::{Standing, Validation};
+use super::watching::Watching;
+use super::{agreement, interrupt, record};
 use crate::algorithm::Algorithm;
 use crate::data::prompts;
 use crate::group::experience::{self, Experience, Sources, Stage, Watch};
@@ -109,11 +113,15 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
         introduce(config, options, &model, train_prompts.len(), &restored.changed)?;
     }
     let report = || Report::open(config, found.as_ref(), &model, &size, &plan);
+    let report = ranks.is_first().then(report).transpose()?;
+    let validation = validation(config, options, restored.course.validation.as_ref())?;
     let mut run = Run {
         config,
         held,
         options,
-        report: ranks.is_first().then(report).transpose()?,
+        report,
+        validation,
+        plan,
         order: Order::new(train_prompts.len(), config.group.seed),
         prompts: train_prompts,
         rewards,
@@ -125,11 +133,21 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
         newest: found.map(|position| position.folder),
         seconds: [None; 4],
         course: restored.course,
+        validated: None,
     };
     if ranks.is_first() {
         record::append(config, options, start)?;
     }
     run.iterate(start)
+}
+
+/// The validations, as they stood at the checkpoint that was found.
+fn validation<'a>(
+    config: &'a AlignConfig,
+    options: &Options,
+    standing: Option<&Standing>,
+) -> Result<Option<Validation<'a>>> {
+    Validation::open(config, options.threads, options.compute.device, standing.cloned())
 }
 
 fn say_done(config: &AlignConfig, ranks: &Group, aligned: &Path) {
@@ -176,46 +194,24 @@ struct Run<'a> {
     model: Model,
     optimizer: AdamW,
     size: LatentSize,
+    /// The solver's steps for samples.
+    plan: Vec<Step>,
     /// The first rank's.
     report: Option<Report>,
+    validation: Option<Validation<'a>>,
     /// Iterations of the newest checkpoint, and its folder.
     saved: usize,
     newest: Option<PathBuf>,
     /// What each stage took in the last iteration.
     seconds: [Option<f64>; 4],
     course: Course,
+    /// What the last validation took.
+    validated: Option<f64>,
 }
 
 /// Whether the finished model in `folder` is what it was when it was finished.
 fn is_whole(folder: &Path) -> bool {
     Checksums::open(folder).is_ok_and(|list| list.is_some_and(|list| list.check_all().is_ok()))
-}
-
-/// What an iteration is told of signals.
-struct Watching {
-    iteration: usize,
-    seconds: [Option<f64>; 4],
-    /// Several processes must stop at the same place, which is the end of an iteration.
-    is_alone: bool,
-}
-
-impl Watch for Watching {
-    fn enter(&self, stage: Stage) -> Result<()> {
-        ensure!(!self.is_stopped(), "stopped before the next stage");
-        let name = match stage {
-            Stage::Rollout => "rollout",
-            Stage::Decoding => "decoding",
-            Stage::Rewards => "rewards",
-            Stage::Update => "update",
-        };
-        let name = format!("the {name} of iteration {}", self.iteration + 1);
-        interrupt::enter(name, self.seconds[stage as usize]);
-        Ok(())
-    }
-
-    fn is_stopped(&self) -> bool {
-        self.is_alone && interrupt::asked()
-    }
 }
 
 /// Folder of the logs of the other ranks in the output folder.
@@ -225,7 +221,15 @@ impl Run<'_> {
     fn iterate(&mut self, start: usize) -> Result<()> {
         let total = self.config.iterations;
         let progress = self.progress(start)?;
+        // Before the first iteration, and where a stop came before it.
+        self.validate(start, start == total, &progress)?;
         for iteration in start..total {
+            if self.is_over(&progress) {
+                if iteration > self.saved {
+                    self.save(iteration)?;
+                }
+                break;
+            }
             let steps = self.optimizer.n_steps();
             let line = match self.once(iteration, iteration == start, &progress) {
                 Ok(line) => line,
@@ -235,12 +239,16 @@ impl Run<'_> {
             let done = iteration + 1;
             let [is_late, is_asked] = self.ends()?;
             let is_last = done == total || is_late;
+            let is_better =
+                (!is_asked || is_last) && self.validate(done, is_last, &progress)? && done > 0;
             let is_idle =
                 !is_last && self.course.idle > 0 && self.course.idle == self.config.stop_after_idle;
             let stop = (is_asked || is_idle) && !is_last;
-            if stop || is_last || done.is_multiple_of(self.config.save_every) {
+            let is_due = stop || is_last || done.is_multiple_of(self.config.save_every);
+            if is_due || is_better {
                 self.save(done)?;
-                if let Some(report) = self.report.as_mut().filter(|_| !stop) {
+                if let Some(report) = self.report.as_mut().filter(|_| is_due && !stop) {
+                    interrupt::enter(format!("the sheet after iteration {done}"), None);
                     report.draw(done, &self.model)?;
                 }
             }
@@ -260,6 +268,41 @@ impl Run<'_> {
             }
         }
         self.publish()
+    }
+
+    /// Whether validations say that the run should end; says so.
+    fn is_over(&self, progress: &Progress) -> bool {
+        let said = self.validation.as_ref().and_then(Validation::is_over);
+        if let Some(line) = &said {
+            progress.say(line);
+        }
+        said.is_some()
+    }
+
+    /// Validates where it is time to, `done` iterations being done; whether the model is better than ever. Where
+    /// that fails or is stopped, those iterations are saved.
+    fn validate(&mut self, done: usize, is_last: bool, progress: &Progress) -> Result<bool> {
+        let Self { model, optimizer, size, plan, .. } = self;
+        let Some(validation) = &mut self.validation else { return Ok(false) };
+        if !validation.is_due(done, is_last) {
+            return Ok(false);
+        }
+        interrupt::enter(format!("the validation after iteration {done}"), self.validated);
+        let found = match validation.run(done, model, optimizer, size, plan) {
+            Ok(found) => found,
+            Err(error) => {
+                let error = error.context(format!("validation after iteration {done}"));
+                return Err(self.end(done, self.optimizer.n_steps(), error, progress));
+            }
+        };
+        self.validated = Some(found.seconds);
+        for fault in &found.faults {
+            progress.say(&format!("warning: {fault}"));
+        }
+        if let Some(report) = &mut self.report {
+            progress.say(&report.validated(done, &found)?);
+        }
+        Ok(found.is_better)
     }
 
     /// After an iteration that failed or was stopped: saves what was whole before it.
@@ -355,6 +398,7 @@ impl Run<'_> {
                 &mut self.optimizer,
                 &experience,
                 recorder.as_mut(),
+                &|| watch.is_stopped(),
             )
         });
         let outcome = outcome.map_err(Error::msg).flatten().with_context(numbered)?;
@@ -394,6 +438,8 @@ impl Run<'_> {
     fn save(&mut self, done: usize) -> Result<()> {
         self.report.iter().try_for_each(Report::sync)?;
         interrupt::enter(format!("saving iteration {done}"), None);
+        let standing = self.validation.as_ref().map(|validation| &validation.standing);
+        self.course.validation = standing.cloned();
         let moment = Moment {
             config: self.config,
             held: &self.held,

@@ -11,6 +11,7 @@ use toml::{Table, Value};
 
 use super::layers::leaves;
 use super::settings::remove;
+use super::validation::ValidationConfig;
 use crate::algorithm::{Methods, Setting, TrainingConfig};
 use crate::group::GroupConfig;
 use crate::group::seeds::{Use, family};
@@ -61,9 +62,16 @@ pub struct AlignConfig {
     pub methods: Methods,
     /// AdamW.
     pub optimizer: OptimizerConfig,
-    /// What `ng-train eval` reports beside the rewards; nothing trains on it.
+    /// What `ng-train eval` and validations report beside the rewards; nothing trains on it.
     #[serde(default)]
     pub judges: Vec<RewardConfig>,
+    /// Rewards and judges score held-out prompts every so many iterations, before the first and after the last; 0
+    /// never.
+    #[serde(default)]
+    pub validate_every: usize,
+    /// Those prompts, and what follows from their scores.
+    #[serde(default)]
+    pub validation: ValidationConfig,
     /// A checkpoint, a sheet and a curve every so many iterations.
     #[serde(default = "save_every")]
     pub save_every: usize,
@@ -140,7 +148,19 @@ impl AlignConfig {
         if key == "advantage.quasi_norm" && !self.group.advantage.rescale {
             return Ok(Some("advantage.rescale = false divides by no norm"));
         }
+        if key.starts_with("validation.") && self.validate_every == 0 {
+            return Ok(Some("validate_every = 0 validates nothing"));
+        }
         Ok(self.setting()?.ignores(key))
+    }
+
+    /// The setting that leaves `key` unread where [`AlignConfig::ignores`] says so.
+    pub(crate) fn leaves_unread(key: &str) -> &'static str {
+        match key.split('.').next() {
+            Some("validation") => "validate_every",
+            Some("advantage") => "advantage.rescale",
+            _ => "algorithm",
+        }
     }
 
     /// Every setting that this run reads, with B, K and the number of updates as they come out.
@@ -206,7 +226,11 @@ impl AlignConfig {
     pub(crate) fn check_files(&self) -> Result<()> {
         let named =
             [("prompts", Some(&self.prompts)), ("sheet_prompts", Some(&self.sheet_prompts))];
-        let folders = [("model", Some(&self.model)), ("embeddings", self.embeddings.as_ref())];
+        let folders = [
+            ("model", Some(&self.model)),
+            ("embeddings", self.embeddings.as_ref()),
+            ("validation.prompts", self.validation.prompts.as_ref()),
+        ];
         for (key, path) in named.into_iter().chain(folders) {
             let Some(path) = path.filter(|path| !path.exists()) else { continue };
             bail!("{key} = {}: no such file or folder{}", path.display(), hint(path));
@@ -258,6 +282,7 @@ impl AlignConfig {
         self.lora.iter().try_for_each(LoraConfig::validate)?;
         RewardConfig::validate_all(&self.group.rewards)?;
         RewardConfig::validate_all(&self.judges)?;
+        self.validation.validate(self)?;
         self.setting()?.validate()
     }
 }

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
+use flow::log;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
@@ -62,6 +63,7 @@ pub(crate) fn check() -> Result<()> {
 pub(crate) fn enter(name: String, seconds: Option<f64>) {
     let seconds = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     let end = seconds.and_then(|length| Instant::now().checked_add(length));
+    log::detail(&name);
     *STAGE.lock().unwrap_or_else(PoisonError::into_inner) = Some(Stage { name, end });
 }
 

@@ -9,6 +9,7 @@ use flow::usage::Usage;
 use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
+use super::config::AlignConfig;
 use super::schema::Fault;
 
 /// A place where settings are said.
@@ -52,7 +53,10 @@ impl Layer {
     pub(crate) fn parsed(origin: Origin, text: String) -> Result<Self> {
         let mut table: Table = text.parse().map_err(|error: toml::de::Error| {
             let line = line_of(&text, error.span().map_or(0, |span| span.start));
-            anyhow!("{origin}, line {line}: {}", error.message().replace('\n', ", "))
+            anyhow!(Usage(format!(
+                "{origin}, line {line}: {}",
+                error.message().replace('\n', ", ")
+            )))
         })?;
         if matches!(origin, Origin::Preset(_)) {
             table.iter_mut().filter(|(key, _)| *key != "output").for_each(|(_, value)| find(value));
@@ -173,6 +177,20 @@ impl Layers {
     /// Whether nothing above `index` says `key`.
     pub(crate) fn is_last(&self, index: usize, key: &str) -> bool {
         self.0[index + 1..].iter().all(|layer| layer.get(key).is_none())
+    }
+
+    /// Whether whoever says `key` at `index` could know that it is not read: what leaves it unread is the algorithm,
+    /// which stands at `place`, or another setting, said no later by someone else.
+    pub(crate) fn is_asked(&self, index: usize, key: &str, place: usize) -> bool {
+        match AlignConfig::leaves_unread(key) {
+            "algorithm" => index > place,
+            cause => {
+                let by = self.0.iter().rposition(|layer| layer.get(cause).is_some());
+                let is_shipped =
+                    matches!(self.0[index].origin, Origin::Preset(_) | Origin::Algorithm(_));
+                !is_shipped || by.is_none_or(|by| by < index)
+            }
+        }
     }
 
     /// The error of `fault`: where, which setting, what.

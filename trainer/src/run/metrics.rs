@@ -7,7 +7,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::Write,
     path::{Path, PathBuf},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -20,16 +20,44 @@ use flow::checkpoint::write_atomically;
 
 /// The file of JSON lines in a run's folder.
 pub const FILE: &str = "metrics.jsonl";
+/// The same of its validations.
+pub const VALIDATION: &str = "validation.jsonl";
 
 /// Writes a run's metrics; every step is on disk when [`Metrics::write`] returns.
 #[derive(Debug)]
 pub struct Metrics {
-    lines: File,
-    path: PathBuf,
+    lines: Lines,
+    validations: Lines,
     events: Events,
     start: Instant,
     /// Seconds that earlier parts of a resumed run took.
     wall_before: f64,
+}
+
+/// A file that grows by lines; it is there from the first on.
+#[derive(Debug)]
+struct Lines {
+    file: Option<File>,
+    path: PathBuf,
+}
+
+impl Lines {
+    fn append(&mut self, line: &[u8]) -> Result<()> {
+        if self.file.is_some() && !self.path.exists() {
+            eprintln!("warning: {} is gone: it begins anew", self.path.display());
+            self.file = None;
+        }
+        let file = match &mut self.file {
+            Some(file) => file,
+            None => self.file.insert(opened(&self.path)?),
+        };
+        file.write_all(line).with_context(|| format!("writing {}", self.path.display()))
+    }
+
+    fn sync(&self) -> Result<()> {
+        let synced = self.file.iter().try_for_each(File::sync_data);
+        synced.with_context(|| format!("writing {}", self.path.display()))
+    }
 }
 
 /// One line of the metrics file.
@@ -48,6 +76,9 @@ impl Metrics {
     pub fn create(dir: &Path) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
         write_atomically(&dir.join(FILE), b"")?;
+        if dir.join(VALIDATION).exists() {
+            write_atomically(&dir.join(VALIDATION), b"")?;
+        }
         Self::open(dir, 0, 0.0)
     }
 
@@ -57,18 +88,7 @@ impl Metrics {
     /// or missing are said and gone: a run never depends on what it only shows.
     pub fn resume(dir: &Path, step: u64) -> Result<Self> {
         let path = dir.join(FILE);
-        let bytes = fs::read(&path).unwrap_or_default();
-        let content = String::from_utf8_lossy(&bytes);
-        let whole = content.rfind('\n').map_or("", |end| &content[..=end]);
-        let (mut kept, mut n_kept, mut wall_before) = (String::new(), 0, 0.0);
-        for line in whole.lines() {
-            let Ok(record) = serde_json::from_str::<Record>(line) else { continue };
-            if record.step <= step {
-                kept += line;
-                kept.push('\n');
-                (n_kept, wall_before) = (n_kept + 1, record.wall);
-            }
-        }
+        let (kept, n_kept, wall_before) = up_to(&path, step);
         if n_kept < step {
             eprintln!(
                 "warning: {}: {} of the first {step} iterations are missing; it goes on without them",
@@ -77,7 +97,16 @@ impl Metrics {
             );
         }
         write_atomically(&path, kept.as_bytes())?;
+        let validations = dir.join(VALIDATION);
+        if validations.exists() {
+            write_atomically(&validations, up_to(&validations, step).0.as_bytes())?;
+        }
         Self::open(dir, step + 1, wall_before)
+    }
+
+    /// Lets so much of the time that has passed count for nothing.
+    pub(crate) fn leave_out(&mut self, seconds: f64) {
+        self.start += Duration::try_from_secs_f64(seconds).unwrap_or_default();
     }
 
     /// Seconds of the run so far.
@@ -90,6 +119,22 @@ impl Metrics {
     /// # Errors
     /// When a name is taken (`step`, `wall`) or given twice, or a file cannot be written.
     pub fn write(&mut self, step: u64, values: &[(&str, f64)]) -> Result<()> {
+        let line = self.line(step, values)?;
+        self.lines.append(&line)?;
+        self.events.scalars(step, values)
+    }
+
+    /// The same of a validation after `step` steps.
+    ///
+    /// # Errors
+    /// As [`Metrics::write`].
+    pub fn write_validation(&mut self, step: u64, values: &[(&str, f64)]) -> Result<()> {
+        let line = self.line(step, values)?;
+        self.validations.append(&line)?;
+        self.events.scalars(step, values)
+    }
+
+    fn line(&self, step: u64, values: &[(&str, f64)]) -> Result<Vec<u8>> {
         for (index, (name, _)) in values.iter().enumerate() {
             ensure!(!matches!(*name, "step" | "wall"), "`{name}` cannot name a metric");
             let twice = values[..index].iter().any(|(earlier, _)| earlier == name);
@@ -102,17 +147,18 @@ impl Metrics {
         let mut line = Vec::new();
         serde_json::Serializer::new(&mut line).collect_map(head.into_iter().chain(fields))?;
         line.push(b'\n');
-        if !self.path.exists() {
-            eprintln!("warning: {} is gone: it begins anew", self.path.display());
-            self.lines = lines(&self.path)?;
-        }
-        self.lines.write_all(&line).with_context(|| format!("writing {}", self.path.display()))?;
-        self.events.scalars(step, values)
+        Ok(line)
     }
 
     /// Brings what was written to disk.
     pub fn sync(&self) -> Result<()> {
-        self.lines.sync_data().with_context(|| format!("writing {}", self.path.display()))
+        self.lines.sync()?;
+        self.validations.sync()
+    }
+
+    /// Shows a text in `TensorBoard`, as Markdown.
+    pub fn text(&mut self, step: u64, name: &str, text: &str) -> Result<()> {
+        self.events.text(step, name, text)
     }
 
     /// Shows a picture in `TensorBoard`.
@@ -122,13 +168,32 @@ impl Metrics {
 
     fn open(dir: &Path, first_step: u64, wall_before: f64) -> Result<Self> {
         let path = dir.join(FILE);
-        let lines = lines(&path)?;
+        let lines = Lines { file: Some(opened(&path)?), path };
+        let validations = Lines { file: None, path: dir.join(VALIDATION) };
         let events = Events::create(dir, first_step)?;
-        Ok(Self { lines, path, events, start: Instant::now(), wall_before })
+        Ok(Self { lines, validations, events, start: Instant::now(), wall_before })
     }
 }
 
-fn lines(path: &Path) -> Result<File> {
+/// Whole lines of the file at `path` up to `step`, how many, and the seconds up to the last; damaged ones are left
+/// out.
+fn up_to(path: &Path, step: u64) -> (String, u64, f64) {
+    let bytes = fs::read(path).unwrap_or_default();
+    let content = String::from_utf8_lossy(&bytes);
+    let whole = content.rfind('\n').map_or("", |end| &content[..=end]);
+    let (mut kept, mut n_kept, mut wall) = (String::new(), 0, 0.0);
+    for line in whole.lines() {
+        let Ok(record) = serde_json::from_str::<Record>(line) else { continue };
+        if record.step <= step {
+            kept += line;
+            kept.push('\n');
+            (n_kept, wall) = (n_kept + 1, record.wall);
+        }
+    }
+    (kept, n_kept, wall)
+}
+
+fn opened(path: &Path) -> Result<File> {
     let file = OpenOptions::new().append(true).create(true).open(path);
     file.with_context(|| format!("opening {}", path.display()))
 }

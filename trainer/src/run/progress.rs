@@ -6,10 +6,10 @@ use std::fs::File;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
+use flow::log::{self, Level};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::interrupt::say;
-use super::log::{self, Level};
 
 /// Without a terminal, a line this often.
 const PLAIN_EVERY: Duration = Duration::from_secs(10);

@@ -141,7 +141,7 @@ fn computed(config: &AlignConfig) -> Vec<f64> {
     let prompt = Prompt::new("red \"CAT\"");
     let experience = gather(&sources, rollout, &[&prompt], ITERATION).unwrap();
     let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
-    update::run(config, &*algorithm, model, &mut optimizer, &experience, None).unwrap();
+    update::run(config, &*algorithm, model, &mut optimizer, &experience, None, &|| false).unwrap();
     algorithm.finish(model.engine.trained(), optimizer.n_steps()).unwrap();
     let sums = || {
         let sum = |master: &Tensor| master.to_kind(Kind::Double).abs().sum(Kind::Double);

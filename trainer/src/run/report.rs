@@ -1,6 +1,6 @@
 //! What a run shows while it goes: metrics, a reward curve, sheets of samples.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use flow::latents::LatentSize;
@@ -11,12 +11,13 @@ use crate::data::prompts;
 use crate::group::experience::{self, Experience};
 use crate::network::model::Model;
 use crate::picture;
-use crate::picture::plot::{self, Series};
+use crate::picture::plot::{self, Panel, Series};
 use crate::picture::sheet::{self, Cell};
 use crate::run::config::AlignConfig;
-use crate::run::metrics::{self, Metrics};
+use crate::run::metrics::{self, Metrics, Record};
 use crate::run::state::Position;
 use crate::run::update::Outcome;
+use crate::run::validation::Validated;
 
 /// Images of a sheet.
 const SHEET: usize = 24;
@@ -54,6 +55,9 @@ impl Report {
         };
         let text = toml::to_string(&config.resolved()?)?;
         flow::checkpoint::write_atomically(&folder.join("config.toml"), text.as_bytes())?;
+        let first = found.map_or(0, |position| position.iteration as u64);
+        let mut metrics = metrics;
+        metrics.text(first, "settings", &format!("```toml\n{text}```\n"))?;
         let mut report = Self {
             metrics,
             folder,
@@ -105,8 +109,9 @@ impl Report {
         for (name, value) in [
             ("policy/log_ratio_first", outcome.log_ratio_first),
             ("policy/log_ratio_max", outcome.log_ratio_max),
-            ("optimizer/grad_norm", outcome.last_step.map(|[norm, _]| norm)),
-            ("optimizer/below_eps", outcome.last_step.map(|[_, below]| below)),
+            ("optimizer/grad_norm", outcome.last_step.map(|step| step.grad_norm)),
+            ("optimizer/below_eps", outcome.last_step.map(|step| step.below_eps)),
+            ("optimizer/learning_rate", outcome.last_step.map(|step| step.rate)),
         ] {
             if let Some(value) = value {
                 put(name, value);
@@ -139,20 +144,89 @@ impl Report {
         let grid = sheet::grid(&cells, SHEET_COLUMNS, scale);
         picture::save(&self.folder.join(format!("samples/iteration-{done:06}.png")), &grid)?;
         self.metrics.image(done as u64, "samples", &grid)?;
-        let records = metrics::read_jsonl(&self.folder.join(metrics::FILE)).unwrap_or_default();
-        let names: Vec<&String> = records.first().map_or_else(Vec::new, |record| {
-            record.values.keys().filter(|name| name.starts_with("reward/")).collect()
-        });
-        let points: Vec<(&str, Vec<(f64, f64)>)> = names
+        let read = |file| metrics::read_jsonl(&self.folder.join(file)).unwrap_or_default();
+        curves(&self.folder.join("curve.png"), &read(metrics::FILE), &read(metrics::VALIDATION))
+    }
+
+    /// Writes what a validation after `done` iterations found, which counts for no time of the run, and returns the
+    /// line that says so.
+    pub(crate) fn validated(&mut self, done: usize, found: &Validated) -> Result<String> {
+        self.metrics.leave_out(found.seconds);
+        let values: Vec<(&str, f64)> =
+            found.means.iter().map(|(name, mean)| (name.as_str(), *mean)).collect();
+        let seconds = [("seconds/validation", found.seconds)];
+        self.metrics.write_validation(done as u64, &[&values[..], &seconds].concat())?;
+        let means = values
             .iter()
-            .map(|name| (name.trim_start_matches("reward/"), metrics::series(&records, name)))
-            .collect();
-        let series: Vec<Series<'_>> =
-            points.iter().map(|(name, points)| Series { name, points, is_smooth: false }).collect();
-        if series.is_empty() {
-            return Ok(());
-        }
-        plot::curve(&self.folder.join("curve.png"), "Reward", &series, "iteration", "mean reward")
+            .map(|(name, mean)| format!("{} {mean:.3}", name.trim_start_matches("validation/")));
+        let best = if found.is_better && done > 0 { "  the best so far" } else { "" };
+        Ok(format!("held out after {done}: {}{best}", means.collect::<Vec<_>>().join("  ")))
+    }
+}
+
+/// Draws a panel a reward: its mean and spread in training, and its mean over held-out prompts; and one a judge.
+fn curves(path: &Path, training: &[Record], held_out: &[Record]) -> Result<()> {
+    let names = |records: &[Record], of: &str| -> Vec<String> {
+        let names = records.iter().flat_map(|record| record.values.keys());
+        let mut names: Vec<String> =
+            names.filter_map(|name| name.strip_prefix(of)).map(str::to_owned).collect();
+        names.sort();
+        names.dedup();
+        names
+    };
+    let rewards = names(training, "reward/");
+    let mut judges = names(held_out, "validation/");
+    judges.retain(|name| !rewards.contains(name));
+    let curves: Vec<Curves> = rewards
+        .into_iter()
+        .chain(judges)
+        .map(|name| Curves::new(name, training, held_out))
+        .filter(|curves| !curves.training.is_empty() || !curves.held_out.is_empty())
+        .collect();
+    if curves.is_empty() {
+        return Ok(());
+    }
+    plot::panels(path, &curves.iter().map(Curves::panel).collect::<Vec<_>>(), "iteration")
+}
+
+/// What the panel of a reward or judge is drawn from.
+struct Curves {
+    name: String,
+    training: Vec<(f64, f64)>,
+    held_out: Vec<(f64, f64)>,
+    band: Vec<(f64, f64, f64)>,
+}
+
+impl Curves {
+    fn new(name: String, training: &[Record], held_out: &[Record]) -> Self {
+        let of = |records: &[Record], of: &str| metrics::series(records, &format!("{of}/{name}"));
+        let (means, spreads) = (of(training, "reward"), of(training, "reward_std"));
+        // The mean less and plus the spread, averaged as the plot averages means; both are there or neither is.
+        let edge = |sign: f64| {
+            let points = means.iter().zip(&spreads);
+            let points = points.map(|(&(x, mean), &(_, spread))| (x, mean + sign * spread));
+            plot::smoothed(&points.collect::<Vec<_>>())
+        };
+        let band = edge(-1.0).into_iter().zip(edge(1.0));
+        let band = band.map(|((x, low), (_, high))| (x, low, high)).collect();
+        Self { held_out: of(held_out, "validation"), training: means, band, name }
+    }
+
+    fn panel(&self) -> Panel<'_> {
+        let named = |name, points: &'_ [_]| if points.is_empty() { "" } else { name };
+        let training = Series {
+            name: named("in training, with the spread in a group", &self.training),
+            points: &self.training,
+            is_smooth: false,
+            band: &self.band,
+        };
+        let held_out = Series {
+            name: named("held out", &self.held_out),
+            points: &self.held_out,
+            is_smooth: true,
+            band: &[],
+        };
+        Panel { title: &self.name, y: "mean", series: vec![training, held_out] }
     }
 }
 

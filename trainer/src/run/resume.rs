@@ -14,8 +14,13 @@ use crate::network::model::Model;
 use crate::tensor::device::precision_name;
 
 /// Settings that may change: none of them changes what is computed.
-const FREE: [&str; 13] = [
+const FREE: [&str; 18] = [
     "iterations",
+    "validate_every",
+    "validation.prompts",
+    "validation.count",
+    "validation.best",
+    "validation.patience",
     "minutes",
     "save_every",
     "stop_after_idle",

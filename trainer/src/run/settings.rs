@@ -121,22 +121,27 @@ pub(crate) fn align(source: &Source<'_>, settings: &[String]) -> Result<Run> {
     for (index, layer) in layers.all().enumerate() {
         for (key, value) in layer.leaves() {
             let why = if index == place { None } else { config.ignores(&key)? };
-            if let Some(why) = why.as_ref().filter(|_| index > place) {
-                return Err(layers
-                    .blame(&Fault { key, what: format!("changes nothing under {name}: {why}") }));
+            if let Some(why) = why.as_ref().filter(|_| layers.is_asked(index, &key, place)) {
+                let what = match AlignConfig::leaves_unread(&key) {
+                    "algorithm" => format!("changes nothing under {name}: {why}"),
+                    _ => format!("changes nothing: {why}"),
+                };
+                return Err(layers.blame(&Fault { key, what }));
             }
             let brought =
                 layers[place].get(&key).filter(|brought| index < place && **brought != value);
             if why.is_some() && layers.is_last(index, &key) {
                 remove(&mut table, &key);
-                notes.push(format!("{key} = {value} of {} is left out", layer.origin));
+                if AlignConfig::leaves_unread(&key) == "algorithm" {
+                    notes.push(format!("{key} = {value} of {} is left out", layer.origin));
+                }
             } else if let Some(brought) = brought {
                 let of = &layer.origin;
                 notes.push(format!("{key} = {brought} in place of {value} of {of}"));
             }
         }
     }
-    if !notes.is_empty() {
+    if table != layers.merged()? || !notes.is_empty() {
         config = parsed(&layers, &schema, &table)?;
     }
     config.validate().map_err(|error| layers.explained(&error))?;
@@ -180,10 +185,12 @@ fn gathered(source: &Source<'_>, presets: &[(&str, &str)], settings: &[String]) 
     let mut layers = Vec::new();
     while let Some(base) = top.take("base") {
         let said = &top.origin;
-        let base = base.as_str().with_context(|| format!("{said}: base is no name of a preset"))?;
-        let text = preset(base, presets).map_err(|error| anyhow!("{said}: base: {error}"))?;
+        let wrong = |what: String| Usage(format!("{said}: base: {what}"));
+        let base =
+            base.as_str().ok_or_else(|| wrong("the name of a preset belongs here".into()))?;
+        let text = preset(base, presets).map_err(wrong)?;
         if layers.len() > presets.len() {
-            bail!("{said}: its bases go round in a circle");
+            bail!(wrong("they go round in a circle".into()));
         }
         let below = Layer::parsed(Origin::Preset(base.to_owned()), text.to_owned())?;
         layers.push(std::mem::replace(&mut top, below));
@@ -317,6 +324,7 @@ mod tests {
             ),
             ("anchors=99", "anchors = 99: from 1 to group_size = 12"),
             ("algorithm=dance-grop", "there is no \"dance-grop\": did you mean dance-grpo?"),
+            ("validation.best=x", "validation.best = \"x\": no reward or judge of that name"),
             (
                 "sde.level=0.9",
                 "sde.level: changes nothing under neighbor: the algorithm does not read it",
@@ -332,6 +340,32 @@ mod tests {
         assert!(preset(&["iterations"]).is_err());
         let unknown = read::<AlignConfig>(&Source::Preset("sings"), &ALIGN_PRESETS, &[]);
         assert!(unknown.unwrap_err().to_string().contains("did you mean signs?"));
+    }
+
+    /// What a preset says for validations is no mistake of someone who wants none.
+    #[test]
+    fn what_leaves_a_setting_unread_is_to_blame_only_below_it() {
+        let of = |settings: &[&str]| {
+            let settings: Vec<String> = settings.iter().map(|&s| s.to_owned()).collect();
+            align(&Source::Preset("signs"), &settings)
+        };
+        let without = of(&["validate_every=0"]).unwrap();
+        assert!(without.notes.is_empty(), "{:?}", without.notes);
+        let resolved = without.config.resolved().unwrap();
+        assert!(!resolved.contains_key("validation"), "{resolved}");
+        for settings in [
+            &["validate_every=0", "validation.count=3"][..],
+            &["validation.count=3", "validate_every=0"],
+        ] {
+            let said = of(settings).err().unwrap().to_string();
+            assert!(
+                said.contains("--set validation.count=3: validation.count: changes nothing: "),
+                "{said}"
+            );
+        }
+        let said =
+            of(&["advantage.rescale=false", "advantage.quasi_norm=1"]).err().unwrap().to_string();
+        assert!(said.contains("divides by no norm"), "{said}");
     }
 
     #[test]

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::config::AlignConfig;
 use super::resume::Held;
 use super::starvation::Starvation;
+use super::validation::Standing;
 use crate::algorithm::Copies;
 use crate::group::ranks;
 use crate::network::model::Model;
@@ -30,6 +31,8 @@ const ITERATION: &str = "iteration";
 const STEP: &str = "optimizer_step";
 const HELD: &str = "held";
 const COURSE: &str = "course";
+/// A link to the best checkpoint, in the output folder.
+const BEST: &str = "best";
 
 /// What a run counts beside its iterations.
 #[derive(Debug, Default, Deserialize, Serialize)]
@@ -37,6 +40,9 @@ pub(crate) struct Course {
     /// Iterations in a row in which nothing was learnt.
     pub(crate) idle: usize,
     pub(crate) starvation: Starvation,
+    /// How it stands by its validations, where it has some.
+    #[serde(default)]
+    pub(crate) validation: Option<Standing>,
 }
 
 /// A checkpoint found.
@@ -173,7 +179,7 @@ impl Moment<'_> {
     pub(crate) fn save(&self, before: Option<&Path>) -> Result<PathBuf> {
         let ranks = self.model.engine.trained().group();
         let home = self.config.output.join(CHECKPOINTS);
-        let dir = home.join(format!("iteration-{:06}", self.done));
+        let dir = home.join(name(self.done));
         let mut staged = None;
         let begin = || {
             // The folder's place under its hidden name, too.
@@ -235,15 +241,40 @@ impl Moment<'_> {
         Ok(())
     }
 
+    /// Removes what is older than the newest and not the best.
     fn remove_older(&self) -> Result<()> {
+        let best = self.course.validation.as_ref().and_then(Standing::best);
+        if let Some(best) = best {
+            link(&self.config.output, best)?;
+        }
         let mut older = all(&self.config.output)?;
         older.retain(|position| position.iteration < self.done);
         older.truncate((older.len() + 1).saturating_sub(self.config.keep));
-        for position in older {
+        for position in older.into_iter().filter(|position| Some(position.iteration) != best) {
             staged::remove(&position.folder)?;
         }
         Ok(())
     }
+}
+
+/// Name of the checkpoint of iteration `done`.
+fn name(done: usize) -> String {
+    format!("iteration-{done:06}")
+}
+
+/// Lets [`BEST`] name the checkpoint of iteration `best`.
+fn link(output: &Path, best: usize) -> Result<()> {
+    let link = output.join(BEST);
+    let target = Path::new(CHECKPOINTS).join(name(best));
+    if !output.join(&target).is_dir() || fs::read_link(&link).is_ok_and(|old| old == target) {
+        return Ok(());
+    }
+    let make = || {
+        let work = tempfile::Builder::new().prefix(".best.partial-").tempdir_in(output)?;
+        std::os::unix::fs::symlink(&target, work.path().join(BEST))?;
+        fs::rename(work.path().join(BEST), &link)
+    };
+    make().with_context(|| format!("cannot let {} name {}", link.display(), target.display()))
 }
 
 /// What [`restore`] found.

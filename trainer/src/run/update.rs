@@ -14,7 +14,7 @@ use crate::algorithm::{Algorithm, Item, Objective, Ratio};
 use crate::group::experience::Experience;
 use crate::group::ranks::{self, Exact};
 use crate::network::model::Model;
-use crate::network::optimizer::AdamW;
+use crate::network::optimizer::{AdamW, StepReport};
 use crate::run::config::AlignConfig;
 use crate::tensor::parameters::entry;
 
@@ -27,8 +27,8 @@ pub(crate) struct Outcome {
     pub(crate) log_ratio_first: Option<f64>,
     /// Largest |log ρ| of all updates.
     pub(crate) log_ratio_max: Option<f64>,
-    /// Global gradient norm, and share of parameters whose gradient is below Adam's eps; last update.
-    pub(crate) last_step: Option<[f64; 2]>,
+    /// What the optimiser says of the last update.
+    pub(crate) last_step: Option<StepReport>,
     /// Optimiser steps made; 0 when every group was flat.
     pub(crate) n_updates: usize,
     /// Passes in images: forward and backward, and forward alone.
@@ -50,6 +50,9 @@ impl Outcome {
 
 /// Makes the updates of an iteration. All ranks make as many; one that has nothing to learn in one adds
 /// nothing to its gradient.
+///
+/// # Errors
+/// When something diverges; when `is_stopped` says that nobody waits for it, unless a step was made.
 pub(crate) fn run(
     config: &AlignConfig,
     algorithm: &dyn Algorithm,
@@ -57,6 +60,7 @@ pub(crate) fn run(
     optimizer: &mut AdamW,
     experience: &Experience,
     mut recorder: Option<&mut Recorder>,
+    is_stopped: &dyn Fn() -> bool,
 ) -> Result<Outcome> {
     let started = Instant::now();
     let mut outcome = Outcome::default();
@@ -68,6 +72,7 @@ pub(crate) fn run(
     for (update, (items, total)) in made.enumerate() {
         let mut statistics = Statistics::default();
         for chunk in items.chunks(config.group.rollout.batch) {
+            ensure!(update > 0 || !is_stopped(), "stopped before the first step of the optimiser");
             let condition = experience.conditions(chunk.iter().map(|item| item.group));
             let batch = algorithm.batch(model, experience, chunk, &condition);
             let share = chunk.len() as f64 / total as f64;
@@ -88,7 +93,7 @@ pub(crate) fn run(
             statistics.check_first()?;
         }
         let report = optimizer.step(&[model.engine.trained()], 1.0)?;
-        outcome.last_step = Some([report.grad_norm, report.below_eps]);
+        outcome.last_step = Some(report);
         outcome.n_updates += 1;
         outcome.n_passes += total;
         outcome.n_references += total * algorithm.n_references();
@@ -338,7 +343,8 @@ mod tests {
             let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
             let before = progress(&*algorithm, model, &experience, &items);
             let outcome =
-                run(&config, &*algorithm, model, &mut optimizer, &experience, None).unwrap();
+                run(&config, &*algorithm, model, &mut optimizer, &experience, None, &|| false)
+                    .unwrap();
             let after = progress(&*algorithm, model, &experience, &items);
             let made = (outcome.n_updates, outcome.n_passes);
             assert_eq!(made, (config.training.updates.unwrap(), items.len()), "{settings:?}");

@@ -1,4 +1,4 @@
-//! How the reward of a run grew against what it cost.
+//! How the reward of held-out prompts grew against what a run cost.
 
 use std::path::Path;
 
@@ -6,33 +6,30 @@ use anyhow::{Context, Result, ensure};
 
 use crate::run::metrics::{self, Record};
 
-/// Iterations whose mean reward stands for the last of them: prompts change from one to the next.
-const WINDOW: usize = 8;
-
 /// What a reward can be held against.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Cost {
     Iterations,
     /// Network passes an image: forward in the rollout, forward and backward in the updates.
     Passes,
-    /// Without the time of rewards.
+    /// Without the time of rewards and of validations.
     Seconds,
 }
 
-/// One run's reward after each iteration.
+/// One run's reward at each validation, and what its iterations cost.
 #[derive(Debug)]
 pub(super) struct Growth {
-    points: Vec<Point>,
+    /// So far, before the first iteration and after each.
+    spent: Vec<Spent>,
+    /// Passes an image of an iteration, on average: in the rollout, in the updates.
+    passes: [f64; 2],
+    /// Iterations done, and the reward then.
+    validations: Vec<(usize, f64)>,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Point {
-    reward: f64,
-    /// Passes an image of this iteration: in the rollout, in the updates.
-    passes: [f64; 2],
-    /// So far.
-    iterations: f64,
-    total_passes: f64,
+#[derive(Clone, Copy, Debug, Default)]
+struct Spent {
+    passes: f64,
     seconds: f64,
 }
 
@@ -42,112 +39,129 @@ impl Growth {
     /// # Errors
     /// When its metrics cannot be read or lack something.
     pub(super) fn read(folder: &Path, reward: &str) -> Result<Self> {
-        let path = folder.join(metrics::FILE);
-        let records = metrics::read_jsonl(&path)?;
-        Self::new(&records, reward).with_context(|| path.display().to_string())
+        let read = |file| metrics::read_jsonl(&folder.join(file));
+        let (training, held_out) = (read(metrics::FILE)?, read(metrics::VALIDATION)?);
+        Self::new(&training, &held_out, reward).with_context(|| folder.display().to_string())
     }
 
-    fn new(records: &[Record], reward: &str) -> Result<Self> {
-        ensure!(!records.is_empty(), "no iteration in it");
+    fn new(training: &[Record], held_out: &[Record], reward: &str) -> Result<Self> {
+        ensure!(!training.is_empty(), "no iteration in {}", metrics::FILE);
         let value = |record: &Record, name: &str| {
             let value = record.values.get(name).copied().flatten();
-            value.with_context(|| format!("no {name} in iteration {}", record.step))
+            value.with_context(|| format!("no {name} after {} iterations", record.step))
         };
-        let name = format!("reward/{reward}");
-        let mut points: Vec<Point> = Vec::with_capacity(records.len());
-        for (index, record) in records.iter().enumerate() {
-            let recent = &records[(index + 1).saturating_sub(WINDOW)..=index];
-            let sum = recent.iter().map(|record| value(record, &name)).sum::<Result<f64>>()?;
+        let (mut spent, mut totals) = (vec![Spent::default()], [0.0; 2]);
+        for record in training {
             let passes = [value(record, "nfe/rollout")?, value(record, "nfe/update")?];
             let seconds = value(record, "seconds/iteration")? - value(record, "seconds/reward")?;
-            let before = points.last().map_or([0.0; 2], |p| [p.total_passes, p.seconds]);
-            points.push(Point {
-                reward: sum / recent.len() as f64,
-                passes,
-                iterations: (index + 1) as f64,
-                total_passes: before[0] + passes[0] + passes[1],
-                seconds: before[1] + seconds,
+            let before = spent[spent.len() - 1];
+            spent.push(Spent {
+                passes: before.passes + passes[0] + passes[1],
+                seconds: before.seconds + seconds,
             });
+            totals = [0, 1].map(|i| totals[i] + passes[i]);
         }
-        Ok(Self { points })
+        let name = format!("validation/{reward}");
+        let validation = |record: &Record| {
+            let done = record.step as usize;
+            ensure!(
+                done < spent.len(),
+                "a validation after {done} iterations, of {}",
+                spent.len() - 1
+            );
+            Ok((done, value(record, &name)?))
+        };
+        let validations = held_out.iter().map(validation).collect::<Result<Vec<_>>>()?;
+        ensure!(!validations.is_empty(), "no validation in {}", metrics::VALIDATION);
+        let passes = totals.map(|total| total / training.len() as f64);
+        Ok(Self { spent, passes, validations })
     }
 
-    /// Cost and reward after each iteration with a full window.
-    pub(super) fn points(&self, cost: Cost) -> impl Iterator<Item = (f64, f64)> + Clone {
-        let first = (WINDOW - 1).min(self.points.len() - 1);
-        self.points[first..].iter().map(move |point| (point.cost(cost), point.reward))
+    fn cost(&self, cost: Cost, done: usize) -> f64 {
+        match cost {
+            Cost::Iterations => done as f64,
+            Cost::Passes => self.spent[done].passes,
+            Cost::Seconds => self.spent[done].seconds,
+        }
     }
 
-    /// Mean reward of the first and of the last iterations.
+    /// Cost and reward of each validation.
+    fn points(&self, cost: Cost) -> impl Iterator<Item = (f64, f64)> + Clone {
+        self.validations.iter().map(move |&(done, reward)| (self.cost(cost, done), reward))
+    }
+
+    /// Reward at the first and the last validation.
     pub(super) fn ends(&self) -> [f64; 2] {
-        let mut points = self.points(Cost::Iterations);
-        let first = points.next().map_or(f64::NAN, |point| point.1);
-        [first, points.last().map_or(first, |point| point.1)]
+        [self.validations[0].1, self.validations[self.validations.len() - 1].1]
     }
 
     /// Cost of the whole run.
     pub(super) fn total(&self, cost: Cost) -> f64 {
-        self.points.last().map_or(0.0, |point| point.cost(cost))
+        self.cost(cost, self.spent.len() - 1)
     }
 
     /// Passes an image of an iteration, on average: in the rollout, in the updates.
     pub(super) fn passes(&self) -> [f64; 2] {
-        [0, 1].map(|i| {
-            self.points.iter().map(|p| p.passes[i]).sum::<f64>() / self.points.len() as f64
-        })
+        self.passes
     }
 
     /// Seconds of the median iteration, without rewards.
     pub(super) fn seconds(&self) -> f64 {
-        let mut before = 0.0;
-        let mut all: Vec<f64> = Vec::new();
-        for point in &self.points {
-            all.push(point.seconds - before);
-            before = point.seconds;
-        }
+        let mut all: Vec<f64> =
+            self.spent.windows(2).map(|pair| pair[1].seconds - pair[0].seconds).collect();
         all.sort_by(f64::total_cmp);
         all[all.len() / 2]
     }
 
-    /// Reward once `limit` is spent.
+    /// Reward once `limit` is spent, on the straight line between two validations.
     pub(super) fn at(&self, cost: Cost, limit: f64) -> Option<f64> {
-        self.points(cost).take_while(|point| point.0 <= limit).last().map(|point| point.1)
+        self.stretches(cost)
+            .find_map(|[from, to]| (from.0..=to.0).contains(&limit).then(|| along(limit, from, to)))
     }
 
-    /// Cost at which the reward first is `level` or more.
+    /// Cost at which the reward first is `level` or more, on the straight line between two validations.
     pub(super) fn reaches(&self, cost: Cost, level: f64) -> Option<f64> {
-        self.points(cost).find(|point| point.1 >= level).map(|point| point.0)
+        self.stretches(cost).find(|[_, to]| to.1 >= level).map(|[from, to]| {
+            let turned = |(x, y): (f64, f64)| (y, x);
+            if from.1 >= level { from.0 } else { along(level, turned(from), turned(to)) }
+        })
+    }
+
+    /// From each validation to the next; the first stretch has no length.
+    fn stretches(&self, cost: Cost) -> impl Iterator<Item = [(f64, f64); 2]> {
+        let before = self.points(cost).take(1).chain(self.points(cost));
+        before.zip(self.points(cost)).map(|(from, to)| [from, to])
     }
 }
 
-impl Point {
-    fn cost(&self, cost: Cost) -> f64 {
-        match cost {
-            Cost::Iterations => self.iterations,
-            Cost::Passes => self.total_passes,
-            Cost::Seconds => self.seconds,
-        }
-    }
+/// The value at `x` of the line through both points.
+fn along(x: f64, from: (f64, f64), to: (f64, f64)) -> f64 {
+    let share = if to.0 > from.0 { (x - from.0) / (to.0 - from.0) } else { 1.0 };
+    from.1 + share * (to.1 - from.1)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Rewards 0, 1, 2, …; 3 seconds an iteration of which 1 rewards; 8 and 2 passes.
+    fn record(step: usize, values: &[(&str, f64)]) -> Record {
+        let values = values.iter().map(|&(name, value)| (name.to_owned(), Some(value))).collect();
+        Record { step: step as u64, wall: 0.0, values }
+    }
+
+    /// 3 seconds an iteration of which 1 rewards; 8 and 2 passes; held out 0 before, 1, 2, … after 5, 10, ….
     fn growth(n: usize) -> Growth {
-        let record = |i: usize| {
-            let values = [
-                ("reward/ocr", i as f64),
-                ("nfe/rollout", 8.0),
-                ("nfe/update", 2.0),
-                ("seconds/iteration", 3.0),
-                ("seconds/reward", 1.0),
-            ];
-            let values = values.map(|(name, value)| (name.to_owned(), Some(value))).into();
-            Record { step: i as u64 + 1, wall: 0.0, values }
-        };
-        Growth::new(&(0..n).map(record).collect::<Vec<_>>(), "ocr").unwrap()
+        let costs = [
+            ("nfe/rollout", 8.0),
+            ("nfe/update", 2.0),
+            ("seconds/iteration", 3.0),
+            ("seconds/reward", 1.0),
+        ];
+        let training: Vec<Record> = (1..=n).map(|step| record(step, &costs)).collect();
+        let held_out: Vec<Record> = (0..=n / 5)
+            .map(|index| record(5 * index, &[("validation/ocr", index as f64)]))
+            .collect();
+        Growth::new(&training, &held_out, "ocr").unwrap()
     }
 
     #[test]
@@ -160,19 +174,26 @@ mod tests {
     }
 
     #[test]
-    fn a_reward_is_the_mean_of_its_window() {
+    fn a_reward_is_that_of_held_out_prompts() {
         let growth = growth(20);
-        // Of 0 to 7, and of 12 to 19.
-        assert_eq!(growth.ends(), [3.5, 15.5]);
-        assert_eq!(growth.at(Cost::Seconds, 17.0), Some(3.5));
-        assert_eq!(growth.at(Cost::Seconds, 15.0), None);
-        assert_eq!(growth.reaches(Cost::Passes, 4.0), Some(90.0));
+        assert_eq!(growth.ends(), [0.0, 4.0]);
+        assert_eq!(growth.at(Cost::Seconds, 0.0), Some(0.0));
+        assert_eq!(growth.at(Cost::Seconds, 15.0), Some(1.5));
+        assert_eq!(growth.at(Cost::Iterations, 20.0), Some(4.0));
+        assert_eq!(growth.at(Cost::Seconds, 41.0), None);
+        assert_eq!(growth.reaches(Cost::Passes, 0.0), Some(0.0));
+        assert_eq!(growth.reaches(Cost::Passes, 2.5), Some(125.0));
         assert_eq!(growth.reaches(Cost::Passes, 99.0), None);
     }
 
     #[test]
     fn what_is_missing_is_named() {
-        let error = Growth::new(&[Record { step: 4, wall: 0.0, values: [].into() }], "ocr");
-        assert!(error.unwrap_err().to_string().contains("reward/ocr in iteration 4"));
+        let said = |training: &[Record], held_out: &[Record]| {
+            Growth::new(training, held_out, "ocr").unwrap_err().to_string()
+        };
+        assert!(said(&[record(4, &[])], &[]).contains("nfe/rollout after 4 iterations"));
+        assert!(said(&[], &[]).contains("metrics.jsonl"));
+        let whole = growth(5);
+        assert_eq!(whole.validations, [(0, 0.0), (5, 1.0)]);
     }
 }

@@ -38,11 +38,14 @@ pub(super) fn write(config: &CompareConfig, tasks: &[Task<'_>], reward: &str) ->
     let base = evaluated(&tasks[0].eval())?;
     let metrics: Vec<&str> = base.iter().map(|(name, _)| name.as_str()).collect();
     let mut text = format!(
-        "# Comparison\n\nEvery run trained for {} minutes on one thread from the same model, seeds {:?}. Rewards are \
-         means over iterations; held-out metrics are of {}. ± is the standard deviation over seeds.\n\n",
+        "# Comparison\n\nEvery run trained for {} minutes on one thread from the same model, seeds {}. {reward} is that of \
+         the first {} prompts of {}, every {} iterations, whose time is not counted; what is held out is of all of \
+         them. ± is the standard deviation over seeds.\n\n",
         config.minutes,
-        config.seeds,
-        config.prompts.display()
+        config.seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(", "),
+        config.count,
+        config.prompts.display(),
+        config.validate_every,
     );
     let before: Vec<String> = base.iter().map(|(_, value)| format!("{value:.3}")).collect();
     text += &row("held out", &metrics.iter().map(|&name| name.to_owned()).collect::<Vec<String>>());
@@ -89,8 +92,7 @@ fn section(
     metrics: &[&str],
 ) -> Result<String> {
     let mut text = format!("\n## {}\n\n", table.title);
-    let in_training = format!("{reward} in training");
-    let mut head = vec!["iterations", "NFE old", "NFE θ", "s an iteration", &in_training];
+    let mut head = vec!["iterations", "NFE old", "NFE θ", "s an iteration", reward];
     head.extend(metrics);
     text += &row("run", &head.iter().map(|&name| name.to_owned()).collect::<Vec<String>>());
     text += &rule(head.len());
@@ -121,7 +123,7 @@ fn section(
         let series: Vec<Series<'_>> = runs
             .iter()
             .zip(&curves)
-            .map(|(run, points)| Series { name: run.name, points, is_smooth: true })
+            .map(|(run, points)| Series { name: run.name, points, is_smooth: true, band: &[] })
             .collect();
         plot::curve(&config.output.join(&file), &table.title, &series, unit, reward)?;
         let _ = write!(text, "\n![{reward} against {unit}]({file})\n");
@@ -181,12 +183,11 @@ fn at_equal_cost(runs: &[Measured<'_>], reward: &str) -> String {
 
 /// The mean over seeds, as far as all of them go.
 fn curve(run: &Measured<'_>, cost: Cost) -> Vec<(f64, f64)> {
-    let starts = run.growths.iter().filter_map(|g| g.points(cost).next()).map(|point| point.0);
     let ends = run.growths.iter().map(|growth| growth.total(cost));
-    let (from, to) = (starts.fold(0.0, f64::max), ends.fold(f64::INFINITY, f64::min));
+    let to = ends.fold(f64::INFINITY, f64::min);
     (0..CURVE_POINTS)
         .filter_map(|i| {
-            let x = from + (to - from) * i as f64 / (CURVE_POINTS - 1) as f64;
+            let x = to * i as f64 / (CURVE_POINTS - 1) as f64;
             let values: Option<Vec<f64>> = run.growths.iter().map(|g| g.at(cost, x)).collect();
             Some((x, mean(&values?)))
         })

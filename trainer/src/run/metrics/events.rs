@@ -1,7 +1,7 @@
 //! `TensorBoard` event files: `TFRecord` frames around `Event` messages.
 //!
-//! Field numbers are those of `tensorboard/compat/proto/{event,summary}.proto`; only what is written
-//! here is declared.
+//! Field numbers are those of `tensorboard/compat/proto/{event,summary,tensor,tensor_shape}.proto`; only what is
+//! written here is declared.
 
 use std::{
     fs::{File, OpenOptions},
@@ -20,6 +20,8 @@ use crate::picture;
 const FILE_VERSION: &str = "brain.Event:2";
 /// `SessionLog.SessionStatus.START`.
 const SESSION_START: i32 = 1;
+/// `DataType.DT_STRING`.
+const STRING: i32 = 7;
 /// `Summary.Image.colorspace` of RGB.
 const RGB: i32 = 3;
 
@@ -59,6 +61,7 @@ impl Events {
         let value = values.iter().map(|&(tag, value)| SummaryValue {
             tag: tag.to_owned(),
             value: Some(Content::SimpleValue(value as f32)),
+            metadata: None,
         });
         self.write(step, What::Summary(Summary { value: value.collect() }))
     }
@@ -71,7 +74,22 @@ impl Events {
             colorspace: RGB,
             encoded_image_string: picture::png(image)?,
         };
-        let value = SummaryValue { tag: tag.to_owned(), value: Some(Content::Image(content)) };
+        let value = Some(Content::Image(content));
+        let value = SummaryValue { tag: tag.to_owned(), value, metadata: None };
+        self.write(step, What::Summary(Summary { value: vec![value] }))
+    }
+
+    /// Appends one text, which is shown as Markdown.
+    pub(super) fn text(&mut self, step: u64, tag: &str, text: &str) -> Result<()> {
+        let shape = Shape { dim: vec![Dim { size: 1 }] };
+        let string_val = vec![text.as_bytes().to_vec()];
+        let content = Text { dtype: STRING, tensor_shape: Some(shape), string_val };
+        let plugin = Plugin { plugin_name: "text".to_owned() };
+        let value = SummaryValue {
+            tag: format!("{tag}/text_summary"),
+            value: Some(Content::Tensor(content)),
+            metadata: Some(Metadata { plugin_data: Some(plugin) }),
+        };
         self.write(step, What::Summary(Summary { value: vec![value] }))
     }
 
@@ -142,8 +160,10 @@ struct Summary {
 struct SummaryValue {
     #[prost(string, tag = "1")]
     tag: String,
-    #[prost(oneof = "Content", tags = "2, 4")]
+    #[prost(oneof = "Content", tags = "2, 4, 8")]
     value: Option<Content>,
+    #[prost(message, optional, tag = "9")]
+    metadata: Option<Metadata>,
 }
 
 #[derive(Clone, PartialEq, Oneof)]
@@ -152,6 +172,44 @@ enum Content {
     SimpleValue(f32),
     #[prost(message, tag = "4")]
     Image(Image),
+    #[prost(message, tag = "8")]
+    Tensor(Text),
+}
+
+/// A `TensorProto` of strings.
+#[derive(Clone, PartialEq, Message)]
+struct Text {
+    #[prost(int32, tag = "1")]
+    dtype: i32,
+    #[prost(message, optional, tag = "2")]
+    tensor_shape: Option<Shape>,
+    #[prost(bytes = "vec", repeated, tag = "8")]
+    string_val: Vec<Vec<u8>>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Shape {
+    #[prost(message, repeated, tag = "2")]
+    dim: Vec<Dim>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Dim {
+    #[prost(int64, tag = "1")]
+    size: i64,
+}
+
+/// `SummaryMetadata`: which plug-in shows a value.
+#[derive(Clone, PartialEq, Message)]
+struct Metadata {
+    #[prost(message, optional, tag = "1")]
+    plugin_data: Option<Plugin>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Plugin {
+    #[prost(string, tag = "1")]
+    plugin_name: String,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -205,8 +263,9 @@ mod tests {
         let mut events = Events::create(dir.path(), 3).unwrap();
         events.scalars(3, &[("reward/ocr", 0.25), ("loss", -1.5)]).unwrap();
         events.image(4, "grid", &RgbImage::new(5, 2)).unwrap();
+        events.text(4, "settings", "a = 1").unwrap();
         let read = read(&fs::read(&events.path).unwrap());
-        assert_eq!(read.len(), 4);
+        assert_eq!(read.len(), 5);
         assert_eq!(read[0].what, Some(What::FileVersion(FILE_VERSION.to_owned())));
         assert_eq!(read[1].step, 3);
         assert_eq!(read[1].what, Some(What::SessionLog(SessionLog { status: 1 })));
@@ -217,5 +276,8 @@ mod tests {
         let Some(Content::Image(image)) = &summary.value[0].value else { panic!("{summary:?}") };
         assert_eq!((read[3].step, image.width, image.height), (4, 5, 2));
         assert!(image.encoded_image_string.starts_with(b"\x89PNG"));
+        let Some(What::Summary(summary)) = &read[4].what else { panic!("{:?}", read[4]) };
+        let Some(Content::Tensor(text)) = &summary.value[0].value else { panic!("{summary:?}") };
+        assert_eq!(text.string_val, [b"a = 1"]);
     }
 }

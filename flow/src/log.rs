@@ -1,12 +1,10 @@
-//! What a run says: warnings always, notes unless it is to be quiet, details when they are asked for; all of it
+//! What a program says: warnings always, notes unless it is to be quiet, details when they are asked for; all of it
 //! in a file too, where one is named.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::Path;
-use std::sync::{Mutex, OnceLock};
-
-use anyhow::{Context, Result};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// How much is said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -15,7 +13,7 @@ pub enum Level {
     Quiet,
     /// And what runs, and how far it is.
     Usual,
-    /// And every iteration, where no one watches a terminal.
+    /// And every step, and in it what is under way.
     Verbose,
 }
 
@@ -30,40 +28,49 @@ static LOG: OnceLock<Log> = OnceLock::new();
 ///
 /// # Errors
 /// When the file cannot be opened.
-pub fn open(level: Level, file: Option<&Path>) -> Result<()> {
-    let opened = file.map(|path| {
-        let file = File::options().append(true).create(true).open(path);
-        file.with_context(|| format!("cannot open the log {}", path.display()))
-    });
+pub fn open(level: Level, file: Option<&Path>) -> io::Result<()> {
+    let opened = file.map(|path| File::options().append(true).create(true).open(path));
     let file = opened.transpose()?.map(Mutex::new);
     LOG.get_or_init(|| Log { level, file });
     Ok(())
 }
 
 /// How much is said.
-pub(crate) fn level() -> Level {
+pub fn level() -> Level {
     LOG.get().map_or(Level::Usual, |log| log.level)
 }
 
 /// Tells a person what should not be overlooked.
-pub(crate) fn warn(text: &str) {
-    let text = format!("warning: {text}");
-    eprintln!("{text}");
-    keep(&text);
+pub fn warn(text: &str) {
+    say(&format!("warning: {text}"));
 }
 
 /// Tells what runs.
-pub(crate) fn note(text: &str) {
+pub fn note(text: &str) {
     if level() >= Level::Usual {
-        eprintln!("{text}");
+        say(text);
+    } else {
+        keep(text);
     }
+}
+
+/// Tells what is under way, to those who want to know.
+pub fn detail(text: &str) {
+    if level() == Level::Verbose {
+        say(text);
+    }
+}
+
+/// One line on standard error, which may be gone together with the terminal, and in the log file.
+pub fn say(text: &str) {
+    drop(writeln!(io::stderr(), "{text}"));
     keep(text);
 }
 
 /// Appends `text` to the log file alone.
-pub(crate) fn keep(text: &str) {
+pub fn keep(text: &str) {
     if let Some(file) = LOG.get().and_then(|log| log.file.as_ref()) {
-        let mut file = file.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
         // A full disk must not end the run that it would tell of.
         drop(writeln!(file, "{text}"));
     }
