@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use flow::checkpoint::Weights;
+use flow::checksums;
 use flow::contents::{self, Belonging};
 use flow::log;
 use flow::lora::{Layers, Lora};
@@ -126,6 +127,7 @@ impl<'a> Prepared<'a> {
         let dialects = request.parts.iter().map(|&part| Ok((part, request.choice.dialect(part)?)));
         let dialects = dialects.collect::<Result<Vec<_>>>()?;
         let pipeline = Pipeline::open(&request.checkpoint)?;
+        bar.suspend(|| pipeline.notices().iter().for_each(|notice| eprintln!("note: {notice}")));
         let loras = open_loras(&request.loras, &pipeline, bar)?;
         check_apart(&request.checkpoint, &request.target)?;
         check_target(&request.target, request.replace)?;
@@ -266,7 +268,8 @@ impl<'a> Prepared<'a> {
                 let path = self.pipeline.dir.join(file);
                 made.1.linked.iter().any(|linked| linked.file == path)
             };
-            let is_here = |file: &str| Path::new(file).starts_with(component);
+            let is_here =
+                |file: &str| Path::new(file).starts_with(component) && !checksums::is_config(file);
             sums.check_where(|file| is_here(file) && !is_linked(file))?;
         }
         Ok(made)

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 
 use crate::checkpoint::{CheckpointError, Weights, is_weights, read_bounded};
-use crate::checksums::Checksums;
+use crate::checksums::{self, Checksums};
 use crate::known;
 use crate::latents::{LatentSize, PATCH, SizeError};
 use crate::models::clip::ClipTextConfig;
@@ -93,6 +93,7 @@ pub struct Pipeline {
     pub scheduler: SchedulerConfig,
     /// What its files were when it was finished, where it says so.
     checksums: Option<Checksums>,
+    notices: Vec<String>,
     /// The folder itself, whatever its name will stand for later.
     identity: Option<Identity>,
 }
@@ -101,7 +102,8 @@ pub struct Pipeline {
 type Identity = (u64, u64);
 
 impl Pipeline {
-    /// Reads the configs of a checkpoint folder or of an export made from one.
+    /// Reads the configs of a checkpoint folder or of an export made from one. Configs that were edited
+    /// since the folder was finished are read as they are, and [`Pipeline::notices`] names them.
     ///
     /// # Errors
     /// When the folder is no FLUX pipeline, or a config is missing, malformed or unsupported.
@@ -115,13 +117,15 @@ impl Pipeline {
             .unwrap_or("vae/config.json");
         let identity = identity(dir);
         let checksums = Checksums::open(dir)?;
-        let read = |file: &str| {
-            let bytes = read_bounded(&dir.join(file))?;
-            checksums.iter().try_for_each(|list| list.check_bytes(file, &bytes))?;
-            Ok(Cow::Owned(bytes))
+        let read = |file: &str| Ok(Cow::Owned(read_bounded(&dir.join(file))?));
+        let configs = Self::from_configs(dir, vae, &read)?;
+        let edited = checksums.as_ref().map_or(Ok(Vec::new()), Checksums::edited)?;
+        let notice = |file: &str| {
+            let (path, list) = (dir.join(file), checksums::FILE);
+            format!("{}: edited since {list} was written, read as it is now", path.display())
         };
-        let pipeline =
-            Self { checksums: checksums.clone(), identity, ..Self::from_configs(dir, vae, &read)? };
+        let notices = edited.into_iter().map(notice).collect();
+        let pipeline = Self { checksums, notices, identity, ..configs };
         pipeline.check_unreplaced()?;
         Ok(pipeline)
     }
@@ -158,6 +162,7 @@ impl Pipeline {
             scheduler: source
                 .config("scheduler/scheduler_config.json", SchedulerConfig::validate)?,
             checksums: None,
+            notices: Vec::new(),
             identity: None,
         };
         pipeline.check_seams()?;
@@ -317,14 +322,20 @@ impl Pipeline {
         self.checksums.as_ref()
     }
 
-    /// Compares the files of one of the pipeline's folders with its `SHA256SUMS`, where it has any: reads
-    /// all of them once.
+    /// What is to be said of the folder, a sentence each.
+    pub fn notices(&self) -> &[String] {
+        &self.notices
+    }
+
+    /// Compares the files of one of the pipeline's folders but its configs with its `SHA256SUMS`, where it
+    /// has any: reads all of them once.
     ///
     /// # Errors
     /// Names the first that is missing or differs.
     pub fn check_folder(&self, folder: &str) -> Result<()> {
         let is_inside = |file: &str| file.strip_prefix(folder).is_some_and(|f| f.starts_with('/'));
-        self.checksums.iter().try_for_each(|list| list.check_where(is_inside))
+        let picked = |file: &str| is_inside(file) && !checksums::is_config(file);
+        self.checksums.iter().try_for_each(|list| list.check_where(picked))
     }
 
     /// Whether anything in the folder of `component` may be its weights.
@@ -447,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn damage_is_seen_where_it_is_read() {
+    fn damage_is_seen_where_it_is_read_and_edited_configs_are_said() {
         let home = tempfile::tempdir().unwrap();
         let dir = listed(home.path());
         let pipeline = Pipeline::open(&dir).unwrap();
@@ -465,7 +476,9 @@ mod tests {
         let config = dir.join("transformer/config.json");
         let text = std::fs::read_to_string(&config).unwrap();
         std::fs::write(&config, text + " ").unwrap();
-        let said = Pipeline::open(&dir).err().unwrap().to_string();
-        assert!(said.contains("transformer/config.json: damaged"), "{said}");
+        let edited = Pipeline::open(&dir).unwrap();
+        let [said] = edited.notices() else { panic!("{:?}", edited.notices()) };
+        assert!(said.contains("transformer/config.json: edited since SHA256SUMS"), "{said}");
+        edited.weights(Component::Transformer).unwrap();
     }
 }

@@ -63,6 +63,7 @@ impl Run {
         let (folder, options) = engine_options(&args.engine)?;
         let export = Arc::new(Export::open(&folder, options.text_tokens)?);
         let (prompts, mut notices) = prompts(args)?;
+        notices.extend(export.pipeline.notices().iter().cloned());
         let loras = load_loras(&export, &args.loras, &mut notices)?;
         let base = Request { loras, ..request(&args.image)? };
         let count = args.count as usize;

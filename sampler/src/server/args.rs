@@ -278,6 +278,9 @@ fn card(typed: &str, options: &Options) -> Result<Card> {
         _ => (None, Path::new(typed)),
     };
     let export = Export::open(folder, options.text_tokens)?;
+    for notice in export.pipeline.notices() {
+        Log::default().event("notice", json!({"notice": notice}));
+    }
     let name = name.unwrap_or(&export.name).to_owned();
     if name.is_empty() || name.chars().any(|c| c.is_control() || c.is_whitespace()) {
         bail!(Usage(format!("{name:?} is no name for a model: give NAME=DIR without spaces")));

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Result, ensure};
-use flow::checkpoint::{MAX_SHARD_BYTES, Weights, is_pickle, write_sharded, write_tensors};
+use flow::checkpoint::{MAX_SHARD_BYTES, is_pickle, write_sharded, write_tensors};
 use flow::pipeline::{Component, Pipeline};
 use flow::staged::Staged;
 use flow::usage::Usage;
@@ -46,8 +46,10 @@ fn one_file(from: &Path, to: &Path) -> Result<()> {
         is_named,
         Usage(format!("{}: the name of a .safetensors file is needed", to.display()))
     );
-    let weights = Pipeline::open(from)?.weights(Component::Transformer)?;
-    tell(&weights);
+    let pipeline = Pipeline::open(from)?;
+    let weights = pipeline.weights(Component::Transformer)?;
+    tell(pipeline.notices());
+    tell(weights.notices());
     Ok(write_tensors(to, &weights.bfl_entries()?, &[])?)
 }
 
@@ -55,6 +57,7 @@ fn one_file(from: &Path, to: &Path) -> Result<()> {
 fn folder(from: &Path, to: &Path, like: &Path) -> Result<()> {
     ensure!(!to.exists(), "{} exists: remove it or choose another name", to.display());
     let like = Pipeline::open(like)?;
+    tell(like.notices());
     let single = like.in_file(from)?;
     let mut staged = Staged::begin(to)?;
     let anew: Vec<Component> = single.networks.iter().map(|(component, _)| *component).collect();
@@ -87,10 +90,8 @@ fn folder(from: &Path, to: &Path, like: &Path) -> Result<()> {
     Ok(staged.publish(false)?)
 }
 
-fn tell(weights: &Weights) {
-    for notice in weights.notices() {
-        eprintln!("note: {notice}");
-    }
+fn tell(notices: &[String]) {
+    notices.iter().for_each(|notice| eprintln!("note: {notice}"));
 }
 
 #[cfg(test)]

@@ -86,6 +86,7 @@ impl Model {
 
     pub(crate) fn open(dir: &Path, loading: Loading, missing: Missing) -> Result<Self> {
         let pipeline = Pipeline::open(dir)?;
+        pipeline.notices().iter().for_each(|notice| eprintln!("note: {notice}"));
         let tokenizers = Tokenizers::open(dir, None)?;
         let compute = loading.compute;
         let of_vae = Compute { kind: Kind::Float, ..compute };
