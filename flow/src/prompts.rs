@@ -2,12 +2,14 @@
 
 mod file;
 mod row;
+mod table;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 pub use file::{Prompts, read};
 pub use row::{ANSWER, TEXT_FIELDS};
+pub use table::no_column;
 
 /// What is wrong, and where in the file.
 type Parsed<T> = Result<T, String>;

@@ -250,6 +250,7 @@ Prompts (FILE of --prompts):
   .txt           one a line
   .json, .jsonl  strings, or objects with `prompt`, `text` or `caption`, which may have settings of
                  their own: seed, steps, width, height, guidance, solver, shift
+  .csv, .tsv     columns of the same names
   -              standard input, as .jsonl where it begins with { or \", else as .txt
 
 Exit code: 2 for a mistake in what was typed, 1 for every other failure.

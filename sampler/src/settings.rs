@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, bail};
 use flow::{
-    prompts::Prompt,
+    prompts::{Prompt, TEXT_FIELDS},
     solver::{SOLVERS, Solver},
     usage::Usage,
 };
@@ -22,8 +22,8 @@ const NAMES: [(&str, &[&str]); 7] = [
     ("solver", &["solver", "sampler"]),
     ("shift", &["shift"]),
 ];
-/// Fields that make the prompt itself.
-const TEXT: [&str; 6] = ["prompt", "text", "caption", "target", "colour", "color"];
+/// Fields beside the text that make the prompt itself.
+const PROMPT: [&str; 3] = ["target", "colour", "color"];
 
 /// `base` with the prompt and the settings of its line.
 ///
@@ -43,7 +43,9 @@ pub fn of_prompt(prompt: &Prompt, base: &Request) -> Result<Request> {
 /// Fields of prompts that are neither text nor a setting, in order.
 pub fn unused(prompts: &[Prompt]) -> Vec<String> {
     let known = |field: &str| {
-        TEXT.contains(&field) || NAMES.iter().any(|(_, spellings)| spellings.contains(&field))
+        TEXT_FIELDS.contains(&field)
+            || PROMPT.contains(&field)
+            || NAMES.iter().any(|(_, spellings)| spellings.contains(&field))
     };
     let fields = prompts.iter().flat_map(|prompt| prompt.fields.keys());
     let unknown: BTreeSet<&str> =

@@ -7,12 +7,14 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::row::{Row, of_text, parse};
-use super::{Parsed, Prompt};
+use super::{Parsed, Prompt, table};
 use crate::checkpoint::CheckpointError;
 
 /// Largest accepted prompt file, in bytes.
 const MAX_FILE: u64 = 256 * 1024 * 1024;
-/// Most line ends and commas of a prompt file: a byte on disk can be a hundred in memory.
+/// What the names of prompt files end in.
+const ENDS: [&str; 5] = ["txt", "json", "jsonl", "csv", "tsv"];
+/// Most line ends, commas and tabs of a prompt file: a byte on disk can be a hundred in memory.
 const MAX_PARTS: usize = 20_000_000;
 
 /// The prompts of a file, and what was made of its other rows.
@@ -98,6 +100,7 @@ impl Prompts {
 /// - `.txt`: one prompt a line, blank lines are skipped
 /// - `.json`: a list of strings (as in the test set of `HPDv2`) or of objects
 /// - `.jsonl`: one object or string a line
+/// - `.csv`, `.tsv`: objects, whose fields the first line names
 ///
 /// An object has `prompt`, `text`, `caption` or `prompt_en`, a string or a conversation whose last message
 /// by the user counts, and may have `target` and `colour` (or `color`); its other fields are for reward
@@ -110,8 +113,8 @@ pub fn read(path: &Path) -> Result<Prompts, CheckpointError> {
     let malformed = |why: String| CheckpointError::malformed(path, why);
     let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
     let extension = extension.to_ascii_lowercase();
-    if !["txt", "json", "jsonl"].contains(&&*extension) {
-        return Err(malformed("a prompt file ends in .txt, .json or .jsonl".into()));
+    if !ENDS.contains(&&*extension) {
+        return Err(malformed(format!("a prompt file ends in .{}", ENDS.join(", ."))));
     }
     let metadata = fs::metadata(path).map_err(CheckpointError::io(path))?;
     if !metadata.is_file() {
@@ -127,7 +130,7 @@ pub fn read(path: &Path) -> Result<Prompts, CheckpointError> {
     if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
         return Err(malformed("is UTF-16: save it as UTF-8".into()));
     }
-    let n_parts = bytes.iter().filter(|byte| matches!(byte, b'\n' | b',')).count();
+    let n_parts = bytes.iter().filter(|byte| matches!(byte, b'\n' | b',' | b'\t')).count();
     if n_parts > MAX_PARTS {
         return Err(malformed(format!("more than {MAX_PARTS} lines and fields")));
     }
@@ -138,6 +141,8 @@ pub fn read(path: &Path) -> Result<Prompts, CheckpointError> {
             let value = serde_json::from_str(line).map_err(|error| format!("not JSON: {error}"))?;
             parse(&value)
         })),
+        "csv" => table::parse(bytes, b','),
+        "tsv" => table::parse(bytes, b'\t'),
         _ => Ok(lines(bytes, of_text)),
     };
     read.and_then(Prompts::any).map_err(malformed)

@@ -83,7 +83,7 @@ pub enum Command {
         /// Pipeline folder, or a LoRA (with :SCALE) on the pipeline before it; repeatable
         #[arg(long = "model", required = true, value_name = "DIR|LORA[:SCALE]")]
         models: Vec<String>,
-        /// Prompt file: .txt, .json, .jsonl or .parquet
+        /// Prompt file: .txt, .json, .jsonl, .csv, .tsv or .parquet
         #[arg(long, value_name = "FILE", required = true)]
         prompts: Option<PathBuf>,
         /// Instead of all this: print the win rates of votes that the page of ng-sample serve saved
@@ -148,7 +148,7 @@ pub enum Command {
         /// Pipeline folder
         #[arg(long, value_name = "DIR", required_unless_present = "import")]
         model: Option<PathBuf>,
-        /// Prompt file: .txt, .json, .jsonl or .parquet
+        /// Prompt file: .txt, .json, .jsonl, .csv, .tsv or .parquet
         #[arg(long, value_name = "FILE", required_unless_present = "import")]
         prompts: Option<PathBuf>,
         /// Take over embeddings that DanceGRPO made: its videos2caption.json

@@ -1,4 +1,4 @@
-//! Prompt files: those of [`flow::prompts`], and tables: `.parquet`, `.csv` and `.tsv`.
+//! Prompt files: those of [`flow::prompts`], and `.parquet`.
 
 use std::fs::File;
 use std::path::Path;
@@ -9,7 +9,7 @@ use parquet::file::metadata::{ParquetMetaData, RowGroupMetaData};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
 use parquet::schema::types::Type;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 /// Columns that are read beside a prompt's text, where they are there.
 const MORE: [&str; 4] = ["target", "colour", "color", ANSWER];
@@ -18,25 +18,19 @@ const MAX_ROWS: i64 = 20_000_000;
 const MAX_BYTES: i64 = 1 << 30;
 const MAX_HELD: usize = 256 << 20;
 
-/// Reads a prompt file: `.parquet`, `.csv` or `.tsv` with a column `prompt`, `text`, `caption` or `prompt_en`
-/// (and maybe `target` and `colour`), else as [`flow::prompts::read`]. Of a parquet file other columns stay on
-/// disk; of the others they are for reward servers. What of its rows is left out is told on standard error.
+/// Reads a prompt file: `.parquet` with a column `prompt`, `text`, `caption` or `prompt_en` (and maybe
+/// `target` and `colour`), else as [`flow::prompts::read`]. Of a parquet file other columns stay on disk. What
+/// of its rows is left out is told on standard error.
 ///
 /// # Errors
 /// One line that names the file, and what is wrong with it.
 pub(crate) fn read(path: &Path) -> Result<Vec<Prompt>> {
-    let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
-    let table = match extension.to_ascii_lowercase().as_str() {
-        "parquet" => Some(parquet(path)),
-        "csv" => Some(separated(path, b',')),
-        "tsv" => Some(separated(path, b'\t')),
-        _ => None,
-    };
-    let read = match table {
-        Some(table) => table
-            .and_then(|prompts| prompts.any().map_err(anyhow::Error::msg))
-            .with_context(|| path.display().to_string())?,
-        None => prompts::read(path)?,
+    let is_parquet = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("parquet"));
+    let read = if is_parquet {
+        let read = parquet(path).and_then(|prompts| prompts.any().map_err(anyhow::Error::msg));
+        read.with_context(|| path.display().to_string())?
+    } else {
+        prompts::read(path)?
     };
     for notice in read.notices() {
         eprintln!("note: {}: {notice}", path.display());
@@ -61,46 +55,13 @@ fn parquet(path: &Path) -> Result<Prompts> {
     Ok(prompts)
 }
 
-/// A table whose first line names its columns.
-fn separated(path: &Path, by: u8) -> Result<Prompts> {
-    let size = std::fs::metadata(path)?;
-    ensure!(size.is_file(), "is no regular file");
-    ensure!(size.len() <= MAX_HELD as u64, "{} bytes, a table has at most {MAX_HELD}", size.len());
-    let mut reader = csv::ReaderBuilder::new().delimiter(by).flexible(true).from_path(path)?;
-    let header = reader.headers()?.clone();
-    let plain = |name: &str| name.trim_start_matches('\u{feff}').trim().to_ascii_lowercase();
-    let names: Vec<String> = header.iter().map(plain).collect();
-    ensure!(
-        TEXT_FIELDS.iter().any(|known| names.iter().any(|name| name == known)),
-        "{}; or give a .jsonl or .txt file",
-        unknown(&mut names.iter().map(String::as_str))
-    );
-    let mut prompts = Prompts::default();
-    for (at, record) in reader.records().enumerate() {
-        let row = record.map_err(|error| error.to_string()).map(|record| {
-            let fields = names.iter().cloned().zip(record.iter());
-            let filled = fields.filter(|(_, text)| !text.trim().is_empty());
-            Value::Object(filled.map(|(name, text)| (name, text.into())).collect::<Map<_, _>>())
-        });
-        let row = row.as_ref().map_err(Clone::clone);
-        prompts.push(format_args!("row {}", at + 1), row);
-    }
-    Ok(prompts)
-}
-
-fn unknown(columns: &mut dyn Iterator<Item = &str>) -> String {
-    let known = TEXT_FIELDS.map(|name| format!("`{name}`"));
-    let found: Vec<&str> = columns.take(20).collect();
-    format!("no column {} among {}", known.join(", "), found.join(", "))
-}
-
 /// The columns to read, as a schema.
 fn columns(file: &ParquetMetaData) -> Result<Type> {
     let schema = file.file_metadata().schema();
     let all = schema.get_fields();
     let find = |name: &&str| all.iter().find(|column| column.name() == *name);
     let Some(prompt) = TEXT_FIELDS.iter().find_map(find) else {
-        return Err(anyhow!(unknown(&mut all.iter().map(|column| column.name()))));
+        return Err(anyhow!(prompts::no_column(all.iter().map(|column| column.name()))));
     };
     let columns: Vec<_> =
         [prompt].into_iter().chain(MORE.iter().filter_map(find)).cloned().collect();
@@ -167,23 +128,6 @@ mod tests {
         assert_eq!(prompts[1].target, None);
     }
 
-    /// UniGenBench has commas and quotes in its prompts, PartiPrompts tabs between them.
-    #[test]
-    fn tables_of_text_are_read() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("p.csv");
-        let rows = "\u{feff}index,Prompt_EN,sub_dims\r\n1,\"a \"\"red\"\" fox, asleep\",\"{'a': 1}\"\r\n2,,x\r\n\
-                    3,\"a hen\non a roof\",\n";
-        std::fs::write(&path, rows).unwrap();
-        let prompts = read(&path).unwrap();
-        let texts: Vec<&str> = prompts.iter().map(|prompt| prompt.text.as_str()).collect();
-        assert_eq!(texts, ["a \"red\" fox, asleep", "a hen on a roof"]);
-        assert_eq!(prompts[0].fields["sub_dims"], "{'a': 1}");
-        let path = dir.path().join("p.tsv");
-        std::fs::write(&path, "Prompt\tCategory\na cat, a dog\tAnimals\n").unwrap();
-        assert_eq!(read(&path).unwrap()[0].text, "a cat, a dog");
-    }
-
     #[test]
     fn each_fault_is_one_line_with_file_and_place() {
         let dir = tempfile::tempdir().unwrap();
@@ -193,8 +137,6 @@ mod tests {
         std::fs::create_dir(dir.path().join("pipe.parquet")).unwrap();
         let text = dir.path().join("text.parquet");
         std::fs::write(&text, "a cat\n").unwrap();
-        let csv = dir.path().join("columns.csv");
-        std::fs::write(&csv, "index,wording\n1,a fox\n").unwrap();
         for (path, says) in [
             (fixture("empty.parquet"), "holds no prompt"),
             (fixture("number.parquet"), "row 1: the prompt is not a string"),
@@ -202,7 +144,6 @@ mod tests {
                 fixture("columns.parquet"),
                 "no column `prompt`, `text`, `caption`, `prompt_en` among image, id",
             ),
-            (csv, "among index, wording; or give a .jsonl"),
             (cut, "Parquet"),
             (text, "Parquet"),
             (fixture("dictionary.parquet"), "more than 268435456 bytes of prompts"),

@@ -32,7 +32,7 @@ pub struct AlignConfig {
     pub model: PathBuf,
     /// Folder for checkpoints, metrics and pictures.
     pub output: PathBuf,
-    /// Training prompts: `.txt`, `.json`, `.jsonl` or `.parquet`.
+    /// Training prompts: `.txt`, `.json`, `.jsonl`, `.csv`, `.tsv` or `.parquet`.
     pub prompts: PathBuf,
     /// Prompts of the sample sheets; the first few are drawn.
     pub sheet_prompts: PathBuf,

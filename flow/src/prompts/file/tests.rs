@@ -46,6 +46,22 @@ fn rows_of_other_projects_are_prompts() {
     assert_eq!(targets, [None, None, None, Some("HI"), None]);
 }
 
+/// UniGenBench has commas and quotes in its prompts, PartiPrompts tabs between them.
+#[test]
+fn tables_of_text_are_read() {
+    let rows = "\u{feff}index,Prompt_EN,sub_dims\r\n1,\"a \"\"red\"\" fox, asleep\",\"{'a': 1}\"\r\n2,,x\r\n\
+                3,\"a hen\non a roof\",\n4,a cow, a calf,x\n5,\"a pig\",\n";
+    let read = read_as("p.csv", rows).unwrap();
+    assert_eq!(texts(&read), ["a \"red\" fox, asleep", "a hen on a roof", "a pig"]);
+    assert_eq!(read.prompts[0].fields["sub_dims"], "{'a': 1}");
+    let told = read.notices().concat();
+    assert!(told.contains("2 rows left out (first row 2: the prompt is empty"), "{told}");
+    let read = read_as("p.TSV", "Prompt\tCategory\na cat, a dog\tAnimals\n").unwrap();
+    assert_eq!(texts(&read), ["a cat, a dog"]);
+    let one = read_as("p.csv", "prompt\na cow, a calf\na hen\n").unwrap();
+    assert!(one.notices().concat().contains("row 1: 2 fields under 1 names"), "{one:?}");
+}
+
 #[test]
 fn a_bad_row_costs_itself_alone_and_is_told() {
     let long = format!("ok\n{}\nb", "x".repeat(9000));
@@ -89,7 +105,7 @@ fn a_bad_row_costs_itself_alone_and_is_told() {
 
 #[test]
 fn a_file_without_prompts_is_one_line_with_name_and_reason() {
-    let cases: [(&str, &[u8], &str); 9] = [
+    let cases: [(&str, &[u8], &str); 10] = [
         ("p.txt", b"", "holds no prompt"),
         ("p.txt", b"\n \n", "holds no prompt"),
         ("p.jsonl", b"{\"prompt\":\"  \"}", "holds no prompt: line 1: the prompt is empty"),
@@ -98,7 +114,8 @@ fn a_file_without_prompts_is_one_line_with_name_and_reason() {
         ("p.json", b"[\"a\",\n", "line 2"),
         ("p.json", b"[\"\xff\"]", "not JSON"),
         ("p.txt", b"\xff\xfea\0", "UTF-16"),
-        ("p.csv", b"a", ".txt, .json or .jsonl"),
+        ("p.doc", b"a", "ends in .txt, .json, .jsonl, .csv, .tsv"),
+        ("p.csv", b"index,wording\n1,a fox\n", "among index, wording; or give a .jsonl"),
     ];
     for (name, content, expected) in cases {
         let error = read_as(name, content).unwrap_err().to_string();
@@ -111,8 +128,8 @@ fn a_file_without_prompts_is_one_line_with_name_and_reason() {
 
 proptest::proptest! {
     #[test]
-    fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200), json in 0usize..3) {
-        if let Ok(prompts) = read_as(["p.txt", "p.json", "p.jsonl"][json], bytes) {
+    fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200), end in 0..ENDS.len()) {
+        if let Ok(prompts) = read_as(&format!("p.{}", ENDS[end]), bytes) {
             proptest::prop_assert!(prompts.prompts.iter().all(|p| super::super::check(&p.text).is_ok()));
         }
     }
