@@ -55,7 +55,7 @@ impl Model {
         let session = builder(&environment, options)
             .context("cannot configure ONNX Runtime")?
             .commit_from_file(path)
-            .map_err(|error| one_line(error.message()))
+            .map_err(|error| refusal(error.message()))
             .with_context(|| {
                 format!("cannot open ONNX model {} on {}", path.display(), options.provider)
             })?;
@@ -293,6 +293,17 @@ impl<'a> Narrowed<'a> {
             Self::I32(data) => TensorRef::from_array_view((shape, data.as_slice()))?.into(),
         })
     }
+}
+
+/// ONNX Runtime's reason in one line; in our words where it is long.
+fn refusal(message: &str) -> anyhow::Error {
+    if message.contains("escapes model directory") {
+        return anyhow!(
+            "its weights lie outside its folder, behind a link, which ONNX Runtime refuses: copy the folder \
+             with `cp -rL`"
+        );
+    }
+    one_line(message)
 }
 
 fn builder(environment: &Environment, options: &Options) -> Result<SessionBuilder> {
