@@ -29,6 +29,7 @@ use adapter::Adapter;
 use delta::{Delta, Factor};
 pub use layers::Layers;
 pub use place::{FILE, file, scaled_path};
+pub use settings::settings_beside;
 
 type Result<T> = std::result::Result<T, CheckpointError>;
 

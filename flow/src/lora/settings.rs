@@ -3,7 +3,7 @@
 //! The factor of a layer is α/r, or α/√r with `use_rslora`; `rank_pattern` and `alpha_pattern` give
 //! layers an r and α of their own. Source: PEFT's `tuners/lora/layer.py` and `get_pattern_key`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use fancy_regex::Regex;
 use serde_json::{Map, Value};
@@ -52,6 +52,14 @@ impl Patterns {
         }
         Ok(None)
     }
+}
+
+/// The file of settings that counts for the LoRA `file`: PEFT's `adapter_config.json` or DanceGRPO's
+/// `lora_config.json` beside it.
+pub fn settings_beside(file: &Path) -> Option<PathBuf> {
+    let folder = file.parent().unwrap_or(Path::new(""));
+    let found = [PEFT_FILE, DANCE_FILE].map(|name| folder.join(name));
+    found.into_iter().find(|found| found.is_file() && super::place::owns_settings(file))
 }
 
 impl Settings {
@@ -180,20 +188,14 @@ impl Beside {
     }
 
     fn file_beside(path: &Path) -> Result<Settings> {
-        let folder = path.parent().unwrap_or(Path::new(""));
-        for name in [PEFT_FILE, DANCE_FILE] {
-            let file = folder.join(name);
-            if !file.is_file() || !super::place::owns_settings(path) {
-                continue;
-            }
-            let malformed = |why: String| CheckpointError::malformed(&file, why);
-            let value: Value = serde_json::from_slice(&read_bounded(&file)?)
-                .map_err(|error| malformed(error.to_string()))?;
-            let nested = value.get("lora_params").unwrap_or(&value).as_object();
-            let object = nested.ok_or_else(|| malformed("not an object of settings".into()))?;
-            return Settings::of(object, "", name).map_err(malformed);
-        }
-        Ok(Settings::default())
+        let Some(file) = settings_beside(path) else { return Ok(Settings::default()) };
+        let malformed = |why: String| CheckpointError::malformed(&file, why);
+        let value: Value = serde_json::from_slice(&read_bounded(&file)?)
+            .map_err(|error| malformed(error.to_string()))?;
+        let nested = value.get("lora_params").unwrap_or(&value).as_object();
+        let object = nested.ok_or_else(|| malformed("not an object of settings".into()))?;
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        Settings::of(object, "", &name).map_err(malformed)
     }
 
     /// What holds of the layers of `component`.

@@ -74,7 +74,11 @@ impl Contestant {
             }
         }
         if let Some((path, scale)) = &self.lora {
-            stamps.extend(stamp::of(&lora::file(path)?)?);
+            let file = lora::file(path)?;
+            stamps.extend(stamp::of(&file)?);
+            if let Some(settings) = lora::settings_beside(&file) {
+                stamps.extend(stamp::of(&settings)?);
+            }
             stamps.push(format!("at scale {scale}"));
         }
         Ok(stamps)
@@ -151,6 +155,13 @@ mod tests {
         assert_eq!(stamps[1][..stamps[0].len()], stamps[0]);
         assert_eq!(stamps[1].len(), stamps[0].len() + 2);
         assert_eq!(stamps[3].last().unwrap(), "at scale 0.5");
+        // Its factors follow from the settings beside it.
+        std::fs::write(Path::new(&lora).join("adapter_config.json"), "{}").unwrap();
+        let with_settings = found[1].stamps().unwrap();
+        assert_eq!(with_settings.len(), stamps[1].len() + 1);
+        assert!(
+            with_settings.iter().any(|stamp| stamp.starts_with("adapter_config.json, 2 bytes"))
+        );
         let error = Contestant::all(&names[1..]).err().unwrap();
         assert!(error.is::<Usage>() && error.to_string().contains("before it"), "{error}");
     }
