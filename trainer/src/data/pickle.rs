@@ -247,6 +247,8 @@ fn entry(tensor: &Tensor) -> Entry<'_> {
 mod tests {
     use std::path::PathBuf;
 
+    use proptest::prelude::*;
+
     use super::*;
 
     fn fixture(file: &str) -> PathBuf {
@@ -340,5 +342,26 @@ mod tests {
             assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 0, "{file}");
         }
         assert!(!Path::new("was-run").exists());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..Default::default() })]
+
+        /// Whatever becomes of a file's bytes, nothing larger is made of it.
+        #[test]
+        fn changed_files_are_converted_or_refused(
+            file in prop::sample::select(&["plain.pt", "legacy.pth", "script.pt", "training.pt"][..]),
+            changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
+        ) {
+            let mut bytes = std::fs::read(fixture(file)).unwrap();
+            let n = bytes.len();
+            changes.into_iter().for_each(|(at, byte)| bytes[at.index(n)] = byte);
+            let home = tempfile::tempdir().unwrap();
+            let (from, to) = (home.path().join(file), home.path().join("out.safetensors"));
+            std::fs::write(&from, bytes).unwrap();
+            if convert(&from, &to).is_ok() {
+                prop_assert!(to.metadata().unwrap().len() <= 2 * n as u64 + 4096);
+            }
+        }
     }
 }

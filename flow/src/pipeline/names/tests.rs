@@ -215,3 +215,56 @@ fn a_whole_checkpoint_in_one_file_comes_apart() {
         assert_eq!(single.pipeline.manifest(*component), like.manifest(*component));
     }
 }
+
+/// Parts of names that the readers look for.
+const PARTS: [&str; 20] = [
+    "model.diffusion_model.",
+    "module.",
+    "transformer_blocks.0.",
+    "double_blocks.1.",
+    "single_blocks.999999999999.",
+    "single_blocks.0.linear1.weight",
+    "img_attn.qkv.weight",
+    "final_layer.adaLN_modulation.1.weight",
+    "final_layer.linear.weight",
+    "img_in.weight",
+    "x_embedder.weight",
+    "guidance_in.in_layer.weight",
+    "vae.",
+    "decoder.up.3.block.0.",
+    "decoder.norm_out.weight",
+    "text_encoders.t5xxl.transformer.",
+    "encoder.block.0.layer.0.SelfAttention.q.weight",
+    "text_model.embeddings.token_embedding.weight",
+    "enc.blk.0.attn_q.weight",
+    "token_embd.weight",
+];
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig { cases: 64, failure_persistence: None, ..Default::default() })]
+
+    /// Whatever names and shapes a file has, it is read as a checkpoint or refused in one line.
+    #[test]
+    fn one_file_of_any_names_is_read_or_refused(
+        tensors in proptest::collection::vec(
+            (proptest::collection::vec(0..PARTS.len(), 1..4), 0_usize..50, 0_usize..3),
+            1..12,
+        ),
+    ) {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("flux.safetensors");
+        let named = tensors.into_iter().map(|(parts, rows, columns)| {
+            let name: String = parts.into_iter().map(|part| PARTS[part]).collect();
+            (name, [rows, columns])
+        });
+        let named: BTreeMap<String, [usize; 2]> = named.collect();
+        let values = vec![0.0; 200];
+        let entries: Vec<Entry<'_>> = named
+            .iter()
+            .map(|(name, shape)| Entry::f32(name.clone(), shape, &values[..shape[0] * shape[1]]))
+            .collect();
+        write_tensors(&path, &entries, &[]).unwrap();
+        let error = Pipeline::open(&fixture()).unwrap().in_file(&path).err().expect("too little");
+        proptest::prop_assert!(!error.to_string().contains('\n'));
+    }
+}
