@@ -9,6 +9,7 @@ mod documents;
 mod ends;
 mod errors;
 mod eval;
+mod found;
 mod parity;
 mod ranks;
 mod record;
