@@ -115,7 +115,9 @@ fn commands_about_flux_run() {
     let adapters = home.path().join("out/flux-aligned/aligned/pytorch_lora_weights.safetensors");
     fs::copy(adapters, home.path().join("style.safetensors")).unwrap();
     symlink("FLUX.1-dev", home.path().join("CHECKPOINT")).unwrap();
-    for name in ["docs/export.md", "docs/sample.md", "docs/serve.md", "docs/results.md"] {
+    for name in
+        ["docs/inputs.md", "docs/export.md", "docs/sample.md", "docs/serve.md", "docs/results.md"]
+    {
         run(name, home.path());
     }
 }
