@@ -39,4 +39,5 @@ link() { # link FILE-PATTERN-UNDER-PACKAGES LINK-UNDER-RUNTIME
 }
 link "onnxruntime/capi/libonnxruntime.so.[0-9]*" lib/libonnxruntime.so
 link rapidocr/models/PP-OCRv6_rec_small.onnx models/ocr-v6.onnx
+link rapidocr/models/PP-OCRv6_det_small.onnx models/ocr-detector-v6.onnx
 link rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx models/ocr-v4.onnx

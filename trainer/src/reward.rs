@@ -19,6 +19,7 @@ mod config;
 mod connection;
 mod constant;
 mod ctc;
+mod detector;
 mod forward;
 mod image_reward;
 mod jpeg;
@@ -56,6 +57,7 @@ pub use self::{
     colour::ColourMatch,
     config::{JpegSize, Measure, RewardConfig, RewardKind},
     constant::Constant,
+    detector::DetectorConfig,
     jpeg::Jpeg,
     ocr::{LOG_PROB_FLOOR, Ocr, Verdict},
     onnx::{ImageModel, ImageModelConfig},
@@ -72,8 +74,9 @@ pub trait Reward: Send + Sync {
     /// with a part of the images.
     fn score(&self, prompts: &[&Prompt], images: &[&RgbImage]) -> Result<Vec<f64>>;
 
-    /// Refuses a prompt that this reward can never score, so that a run learns it at its start.
-    fn check(&self, _prompt: &Prompt) -> Result<()> {
+    /// Refuses prompts that this reward can never score from images of `size` (width and height, where all
+    /// have one), so that a run learns it at its start.
+    fn check(&self, _prompts: &[&Prompt], _size: Option<[usize; 2]>) -> Result<()> {
         Ok(())
     }
 
@@ -201,14 +204,13 @@ impl Rewards {
         self.entries.iter().map(|entry| (entry.name.as_str(), entry.weight))
     }
 
-    /// Refuses prompts that a reward can never score (no quoted text for OCR, an unknown colour).
-    pub fn check<'a>(&self, prompts: impl IntoIterator<Item = &'a Prompt>) -> Result<()> {
-        for prompt in prompts {
-            for entry in &self.entries {
-                entry.reward.check(prompt).with_context(|| format!("reward {:?}", entry.name))?;
-            }
-        }
-        Ok(())
+    /// Refuses prompts that a reward can never score from images of `size`: no quoted text for OCR or too
+    /// much of it, an unknown colour.
+    pub fn check(&self, prompts: &[&Prompt], size: Option<[usize; 2]>) -> Result<()> {
+        self.entries.iter().try_for_each(|entry| {
+            let checked = entry.reward.check(prompts, size);
+            checked.with_context(|| format!("reward {:?}", entry.name))
+        })
     }
 
     /// Scores the images of one group; `prompts[i]` belongs to `images[i]`.
@@ -329,8 +331,9 @@ impl Tries {
 
 fn open(kind: &RewardKind, threads: usize, device: Device) -> Result<Box<dyn Reward>> {
     Ok(match kind {
-        RewardKind::Ocr { model, characters, measure } => {
-            Box::new(Ocr::open(model, characters.as_deref(), *measure, threads)?)
+        RewardKind::Ocr { model, characters, detector, measure } => {
+            let (characters, detector) = (characters.as_deref(), detector.as_ref());
+            Box::new(Ocr::open(model, characters, detector, *measure, threads)?)
         }
         RewardKind::Hpsv2 { weights, tokenizer } => {
             Box::new(ClipScore::open(Package::Hpsv2, weights, tokenizer, device)?)

@@ -84,7 +84,8 @@ pub fn run(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
         metrics.push(Metric::new(config, &prompts, options.n_images)?);
     }
     for metric in &mut metrics {
-        metric.open_for(&records, options.threads, options.compute.device)?;
+        let size = config.group.rollout.size;
+        metric.open_for(&records, options.threads, options.compute.device, size)?;
     }
     let mut held = None;
     for (contestant, record) in contestants.iter().zip(&mut records) {

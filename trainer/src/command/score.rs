@@ -46,7 +46,7 @@ pub fn run(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
     let scorers: Vec<_> = config.group.rewards.iter().chain(&config.judges).cloned().collect();
     let rewards = Rewards::open(&scorers, options.threads, options.device)?;
     let prompt = Prompt::new(options.prompt);
-    rewards.check([&prompt])?;
+    rewards.check(&[&prompt], None)?;
     let scores = rewards.score(&vec![&prompt; images.len()], &images.iter().collect::<Vec<_>>())?;
     for (index, image) in options.images.iter().enumerate() {
         let mut line = Line { image, scores: BTreeMap::new() };

@@ -28,8 +28,8 @@ impl Reward for ColourMatch {
         prompts.iter().zip(images).map(|(prompt, image)| Ok(share(image, named(prompt)?))).collect()
     }
 
-    fn check(&self, prompt: &Prompt) -> Result<()> {
-        named(prompt).map(|_| ())
+    fn check(&self, prompts: &[&Prompt], _size: Option<[usize; 2]>) -> Result<()> {
+        prompts.iter().try_for_each(|prompt| named(prompt).map(|_| ()))
     }
 }
 
@@ -289,9 +289,10 @@ mod tests {
             colour: colour.map(Into::into),
             ..Prompt::new("the word \"sun\"")
         };
-        assert!(ColourMatch.check(&prompt(Some("Red"))).is_ok());
-        let unknown = ColourMatch.check(&prompt(Some("blurple"))).unwrap_err().to_string();
+        let check = |prompt: &Prompt| ColourMatch.check(&[prompt], None);
+        assert!(check(&prompt(Some("Red"))).is_ok());
+        let unknown = check(&prompt(Some("blurple"))).unwrap_err().to_string();
         assert!(unknown.contains("blurple") && unknown.contains("purple"), "{unknown}");
-        assert!(ColourMatch.check(&prompt(None)).is_err());
+        assert!(check(&prompt(None)).is_err());
     }
 }

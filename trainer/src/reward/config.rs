@@ -21,7 +21,7 @@ use anyhow::{Result, ensure};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{ChatConfig, MAX_PATIENCE, MAX_RETRIES, ServerConfig};
+use super::{ChatConfig, DetectorConfig, MAX_PATIENCE, MAX_RETRIES, ServerConfig};
 
 /// One reward of a run. Unknown keys are refused, those of [`RewardKind`] included.
 #[derive(Clone, Debug, Deserialize, JsonSchema, Serialize)]
@@ -129,6 +129,9 @@ pub enum RewardKind {
         /// `character`: PaddleOCR's dictionary file.
         #[serde(default)]
         characters: Option<PathBuf>,
+        /// Finds lines of text first; without, the whole image is one line.
+        #[serde(default)]
+        detector: Option<DetectorConfig>,
         /// What of a reading counts.
         #[serde(default)]
         measure: Measure,

@@ -26,6 +26,20 @@ pub(super) struct Frames<'a> {
     pub(super) n_classes: usize,
 }
 
+impl Frames<'_> {
+    /// How many there are.
+    pub(super) fn len(self) -> usize {
+        self.probabilities.len() / self.n_classes
+    }
+}
+
+/// A text that was read.
+pub(super) struct Reading {
+    pub(super) text: String,
+    /// Mean probability of its characters, each in the first frame that shows it; 0 without any.
+    pub(super) confidence: f64,
+}
+
 impl Alphabet {
     /// `characters` are the classes after the blank, in order.
     pub(super) fn new(characters: impl IntoIterator<Item = String>) -> Self {
@@ -59,32 +73,41 @@ impl Alphabet {
             .collect()
     }
 
+    /// Frames that a text takes at least: one a character and one more between two equal characters.
+    ///
+    /// # Errors
+    /// As [`Alphabet::spell`].
+    pub(super) fn frames_of(&self, target: &str) -> Result<usize> {
+        let spelling = self.spell(target)?;
+        let n_doubles = spelling.windows(2).filter(|pair| pair[0] == pair[1]).count();
+        Ok(spelling.len() + n_doubles)
+    }
+
     /// The most probable class of every frame, merged and without blanks.
-    pub(super) fn read(&self, frames: Frames<'_>) -> String {
-        let mut reading = String::new();
-        let mut previous = 0;
+    pub(super) fn read(&self, frames: Frames<'_>) -> Reading {
+        let (mut text, mut previous) = (String::new(), 0);
+        let (mut sum, mut n) = (0.0, 0.0);
         for frame in frames.probabilities.chunks_exact(frames.n_classes) {
             let best = (0..frame.len())
                 .fold(0, |best, class| if frame[class] > frame[best] { class } else { best });
-            if best != previous {
-                reading.push_str(&self.classes[best]);
+            if best != previous && best != 0 {
+                text.push_str(&self.classes[best]);
+                sum += f64::from(frame[best]);
+                n += 1.0;
             }
             previous = best;
         }
-        reading
+        Reading { text, confidence: sum / f64::max(n, 1.0) }
     }
 
     /// ln p(`target`): the forward recursion of Graves et al. (2006, section 4.1) in log space,
     /// over merged classes (their probabilities added), so that neither case nor spaces matter.
     ///
     /// # Errors
-    /// As [`Alphabet::spell`], or there are fewer frames than the target needs: one a character
-    /// and one more between two equal characters.
+    /// As [`Alphabet::spell`], or there are fewer frames than the target takes.
     pub(super) fn log_prob(&self, frames: Frames<'_>, target: &str) -> Result<f64> {
         let spelling = self.spell(target)?;
-        let n_frames = frames.probabilities.len() / frames.n_classes;
-        let n_doubles = spelling.windows(2).filter(|pair| pair[0] == pair[1]).count();
-        let n_needed = spelling.len() + n_doubles;
+        let (n_frames, n_needed) = (frames.len(), self.frames_of(target)?);
         if n_frames < n_needed {
             bail!(
                 "{target:?} takes {n_needed} OCR frames, the image gives {n_frames}: \
@@ -205,7 +228,10 @@ mod tests {
                     row
                 })
                 .collect();
-            alphabet.read(Frames { probabilities: &probabilities, n_classes: 5 })
+            let reading = alphabet.read(Frames { probabilities: &probabilities, n_classes: 5 });
+            let likely = if reading.text.is_empty() { 0.0 } else { 0.6 };
+            assert!((reading.confidence - likely).abs() < 1e-6);
+            reading.text
         };
         assert_eq!(read(&[2, 2, 1, 0, 1, 1]), "zoo");
         assert_eq!(read(&[0, 3, 1, 1, 0, 0]), "Zo");

@@ -1,12 +1,13 @@
 //! Text accuracy under a recognition model in the form of PP-OCR's (v4 to v6 as `rapidocr` ships them,
 //! with their characters in the metadata, or any other with a file of characters).
 //!
-//! The whole image is one line of text; there is no detector. Preprocessing is that of
+//! The whole image is one line of text, or with a [`Detector`] as many lines as that finds, read one after
+//! the other as PaddleOCR does for Flow-GRPO's reward. Preprocessing is that of
 //! `rapidocr/ch_ppocr_rec/main.py`, without its padding to 320 pixels (padding changes no reading
 //! of short words and costs three times the time): the height H that the model is made for (48 where
 //! it leaves it open), width ⌈H·w/h⌉, bilinear, channels
 //! blue, green, red, values (x/255 − 0.5)/0.5. The model returns one softmax row for every 8
-//! pixels of width, so a square image spells at most 6 characters.
+//! pixels of width, so a square line spells at most 6 characters.
 //!
 //! Images go through the model one by one: batches are no faster on one thread, and change the
 //! last bits.
@@ -24,6 +25,7 @@ use onnx::{Model, Tensor};
 use super::{
     Measure, Reward,
     ctc::{Alphabet, Frames},
+    detector::{Detector, DetectorConfig},
     pool::Pool,
     text,
 };
@@ -33,11 +35,16 @@ use flow::prompts::Prompt;
 /// to 0 for a hopeless image, and the reward must stay finite.
 pub const LOG_PROB_FLOOR: f64 = -20.0;
 
+/// Targets that a message names.
+const SHOWN: usize = 3;
 const DEFAULT_HEIGHT: u32 = 48;
 /// Largest accepted file of characters, in bytes.
 const MAX_CHARACTERS: u64 = 4 << 20;
 /// Wider images (in pixels at the model's height) are refused rather than allocated for.
 const MAX_WIDTH: u32 = 8192;
+/// Found lines whose characters are less likely on average are no text (`drop_score` of PaddleOCR,
+/// `text_score` of rapidocr).
+const LEAST_CONFIDENCE: f64 = 0.5;
 
 /// Reads images, and scores the readings against [`Prompt::target_text`].
 pub struct Ocr {
@@ -45,6 +52,15 @@ pub struct Ocr {
     alphabet: Alphabet,
     height: u32,
     measure: Measure,
+    detector: Option<Detector>,
+}
+
+/// What the model says of one image.
+struct Seen {
+    /// Of all lines one after the other, with a frame of nothing but blank between two, row-major
+    /// [frames, classes].
+    probabilities: Vec<f32>,
+    reading: String,
 }
 
 /// One image judged in every way, from one run of the model.
@@ -62,14 +78,15 @@ pub struct Verdict {
 impl Ocr {
     /// Opens a recognition model for up to `threads` workers. The classes after the blank are the
     /// lines of the file `characters` or else of `character` in the model's metadata; a space may
-    /// follow them.
+    /// follow them. With a `detector`, images may hold several lines.
     ///
     /// # Errors
     /// The file is not an ONNX model, or not one with an image input [N, 3, H, W] and as many classes
-    /// as characters.
+    /// as characters; or the detector does not open.
     pub fn open(
         model: &Path,
         characters: Option<&Path>,
+        detector: Option<&DetectorConfig>,
         measure: Measure,
         threads: usize,
     ) -> Result<Self> {
@@ -78,25 +95,31 @@ impl Ocr {
         let (alphabet, height) = pool
             .with(|session| Ok((alphabet(session, characters)?, height(session)?)))
             .with_context(|| format!("{} does not recognise text", model.display()))?;
-        Ok(Self { pool, alphabet, height, measure })
+        let detector = detector.map(|config| Detector::open(config, threads)).transpose()?;
+        Ok(Self { pool, alphabet, height, measure, detector })
     }
 
-    /// What the image reads as, with the model's own case and spaces.
+    /// What the image reads as, with the model's own case and spaces, and a space between two lines.
     pub fn read(&self, image: &RgbImage) -> Result<String> {
-        Ok(self.alphabet.read(self.frames(&self.run(image)?)))
+        Ok(self.see(image)?.reading)
     }
 
     /// Judges one image against the text it should show.
     ///
     /// # Errors
     /// The model fails, or the target is empty, has a character the model does not know, or is
-    /// longer than the image is wide.
+    /// longer than the image is wide where that is one line.
     pub fn judge(&self, target: &str, image: &RgbImage) -> Result<Verdict> {
-        let probabilities = self.run(image)?;
-        let frames = self.frames(&probabilities);
-        let reading = self.alphabet.read(frames);
+        let Seen { probabilities, reading } = self.see(image)?;
+        let frames = Frames { probabilities: &probabilities, n_classes: self.alphabet.len() };
         let len = text::normalised(target).chars().count() as f64;
-        let log_prob = self.alphabet.log_prob(frames, target)? / len;
+        let is_short = frames.len() < self.alphabet.frames_of(target)?;
+        // What a detector finds is the image's doing, not its size's.
+        let log_prob = if is_short && self.detector.is_some() {
+            LOG_PROB_FLOOR
+        } else {
+            self.alphabet.log_prob(frames, target)? / len
+        };
         Ok(Verdict {
             exact: text::exact(&reading, target),
             similarity: text::similarity(&reading, target),
@@ -105,12 +128,54 @@ impl Ocr {
         })
     }
 
-    fn frames<'a>(&self, probabilities: &'a Tensor) -> Frames<'a> {
-        let probabilities = probabilities.as_f32().expect("checked by run");
-        Frames { probabilities, n_classes: self.alphabet.len() }
+    fn see(&self, image: &RgbImage) -> Result<Seen> {
+        let Some(detector) = &self.detector else {
+            let probabilities = self.run(image)?.into_f32()?;
+            let frames = Frames { probabilities: &probabilities, n_classes: self.alphabet.len() };
+            let reading = self.alphabet.read(frames).text;
+            return Ok(Seen { probabilities, reading });
+        };
+        let (mut probabilities, mut readings) = (Vec::new(), Vec::new());
+        for line in detector.lines(image)? {
+            if !probabilities.is_empty() {
+                let blank = (0..self.alphabet.len()).map(|class| f32::from(class == 0));
+                probabilities.extend(blank);
+            }
+            let of_line = self.run(&line)?.into_f32()?;
+            let frames = Frames { probabilities: &of_line, n_classes: self.alphabet.len() };
+            let read = self.alphabet.read(frames);
+            if read.confidence >= LEAST_CONFIDENCE {
+                readings.push(read.text);
+            }
+            probabilities.extend(of_line);
+        }
+        Ok(Seen { probabilities, reading: readings.join(" ") })
     }
 
-    /// Class probabilities of every frame, f32 [1, `n_frames`, `n_classes`].
+    /// Refuses targets that no image of `size` can be scored for.
+    fn check_length(&self, targets: &[&str], [width, height]: [usize; 2]) -> Result<()> {
+        let blank = RgbImage::new(width as u32, height as u32);
+        let n_frames = self.run(&blank)?.shape[1];
+        let mut long = Vec::new();
+        for target in targets {
+            let n_needed = self.alphabet.frames_of(target)?;
+            if n_needed > n_frames {
+                long.push(format!("{target:?} takes {n_needed}"));
+            }
+        }
+        ensure!(
+            long.is_empty(),
+            "{} of {} targets are too long for an image of {width}x{height}, whose one line has {n_frames} \
+             OCR frames: {}{}; give it a `detector`, wider images, or `measure = \"similarity\"`",
+            long.len(),
+            targets.len(),
+            long.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", "),
+            if long.len() > SHOWN { ", …" } else { "" }
+        );
+        Ok(())
+    }
+
+    /// Class probabilities of every frame of a line, f32 [1, `n_frames`, `n_classes`].
     fn run(&self, image: &RgbImage) -> Result<Tensor> {
         let line = line(image, self.height)?;
         self.pool.with(|session| {
@@ -145,8 +210,19 @@ impl Reward for Ocr {
             .collect()
     }
 
-    fn check(&self, prompt: &Prompt) -> Result<()> {
-        self.alphabet.spell(target(prompt)?).map(|_| ())
+    fn check(&self, prompts: &[&Prompt], size: Option<[usize; 2]>) -> Result<()> {
+        let targets = prompts.iter().map(|prompt| target(prompt)).collect::<Result<Vec<_>>>()?;
+        let mut unknown = targets.iter().filter_map(|target| self.alphabet.spell(target).err());
+        let Some(first) = unknown.next() else {
+            let is_bounded = self.measure == Measure::LogProb && self.detector.is_none();
+            let size = size.filter(|_| is_bounded);
+            return size.map_or(Ok(()), |size| self.check_length(&targets, size));
+        };
+        let n = 1 + unknown.count();
+        let told = format!("{n} of {} targets cannot be read: {first:#}", targets.len());
+        ensure!(self.measure != Measure::LogProb, told);
+        eprintln!("note: {told}; what else is in them counts");
+        Ok(())
     }
 }
 
@@ -217,29 +293,19 @@ fn line(image: &RgbImage, line_height: u32) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
     use image::Rgb;
 
     use super::*;
     use crate::picture::font;
+    use crate::reward::tests::installed;
 
-    /// The models `make runtime` installs.
     fn open(name: &str) -> Ocr {
-        Ocr::open(&path(name), None, Measure::LogProb, 2).unwrap()
-    }
-
-    fn path(name: &str) -> PathBuf {
-        let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-        here.ancestors()
-            .map(|folder| folder.join(".runtime/models").join(name))
-            .find(|path| path.is_file())
-            .unwrap_or_else(|| panic!("{name} is not installed: run `make runtime`"))
+        Ocr::open(&installed(name), None, None, Measure::LogProb, 2).unwrap()
     }
 
     #[test]
     fn characters_come_from_a_file_where_one_is_given() {
-        let model = path("ocr-v6.onnx");
+        let model = installed("ocr-v6.onnx");
         let characters =
             Pool::open(&model, 1).unwrap().with(|model| Ok(model.metadata("character"))).unwrap();
         let characters = characters.unwrap();
@@ -247,7 +313,7 @@ mod tests {
         let file = home.path().join("dictionary.txt");
         let open = |text: &str| {
             std::fs::write(&file, text).unwrap();
-            Ocr::open(&model, Some(&file), Measure::LogProb, 1)
+            Ocr::open(&model, Some(&file), None, Measure::LogProb, 1)
         };
         // The letters a and A exchanged: what was read as one is now read as the other.
         let exchanged: Vec<&str> = characters
@@ -265,7 +331,7 @@ mod tests {
         assert!(error.contains("classes for 4 characters"), "{error}");
         let other =
             Path::new(env!("CARGO_MANIFEST_DIR")).join("src/reward/fixtures/channel_means.onnx");
-        let error = Ocr::open(&other, None, Measure::LogProb, 1).err().unwrap();
+        let error = Ocr::open(&other, None, None, Measure::LogProb, 1).err().unwrap();
         assert!(format!("{error:#}").contains("give `characters`"), "{error:#}");
     }
 
@@ -313,11 +379,16 @@ mod tests {
     #[test]
     fn prompts_that_cannot_be_judged_are_refused() {
         let ocr = open("ocr-v6.onnx");
-        assert!(ocr.check(&Prompt::new("red \"SUN\"")).is_ok());
-        let error = |text: &str| ocr.check(&Prompt::new(text)).unwrap_err().to_string();
+        let check = |text: &str| ocr.check(&[&Prompt::new(text)], Some([32, 32]));
+        assert!(check("red \"SUN\"").is_ok());
+        let error = |text: &str| check(text).unwrap_err().to_string();
         assert!(error("a red sun").contains("no text in double quotes"));
         assert!(error("red \"a\u{1}b\"").contains("does not know"));
         let long = Prompt::new("red \"SUNFLOWER\"");
+        let error = error(&long.text);
+        assert!(error.contains("1 of 1 targets are too long for an image of 32x32"), "{error}");
+        assert!(error.contains("6 OCR frames: \"SUNFLOWER\" takes 9"), "{error}");
+        assert!(ocr.check(&[&long], Some([64, 32])).is_ok());
         let image = sign("SUN", 14.0, Rgb([0; 3]));
         let error = ocr.score(&[&long], &[&image]).unwrap_err().to_string();
         assert!(error.contains("takes 9 OCR frames, the image gives 6"), "{error}");

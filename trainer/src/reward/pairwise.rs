@@ -67,10 +67,10 @@ impl Reward for Pairwise {
         Ok(rates)
     }
 
-    fn check(&self, prompt: &Prompt) -> Result<()> {
+    fn check(&self, prompts: &[&Prompt], size: Option<[usize; 2]>) -> Result<()> {
         match &self.judge {
             Judge::Chat(_) => Ok(()),
-            Judge::Scorer(reward) => reward.check(prompt),
+            Judge::Scorer(reward) => reward.check(prompts, size),
         }
     }
 

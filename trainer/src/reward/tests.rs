@@ -2,7 +2,18 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use std::path::{Path, PathBuf};
+
 use super::*;
+
+/// A model that `make runtime` installs.
+pub(super) fn installed(name: &str) -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.ancestors()
+        .map(|folder| folder.join(".runtime/models").join(name))
+        .find(|path| path.is_file())
+        .unwrap_or_else(|| panic!("{name} is not installed: run `make runtime`"))
+}
 
 /// Fails `n_failures` times in one of the ways a reward can fail, then scores by width.
 struct Flaky {
@@ -159,12 +170,13 @@ fn bad_configurations_are_refused() {
     let ocr = RewardKind::Ocr {
         model: "absent.onnx".into(),
         characters: None,
+        detector: None,
         measure: Measure::LogProb,
     };
     let absent = error(&[config("spelling", ocr)]);
     assert!(absent.contains("\"spelling\"") && absent.contains("absent.onnx"), "{absent}");
     let rewards = Rewards::open(&[colour()], 1, Device::Cpu).unwrap();
-    let refused = format!("{:#}", rewards.check(&[Prompt::new("\"SUN\"")]).unwrap_err());
+    let refused = format!("{:#}", rewards.check(&[&Prompt::new("\"SUN\"")], None).unwrap_err());
     assert!(refused.contains("reward \"colour\"") && refused.contains("no colour"), "{refused}");
     let weights: Vec<_> = rewards.weights().collect();
     assert_eq!(weights, [("colour", 1.0)]);

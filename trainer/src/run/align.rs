@@ -11,6 +11,7 @@ use flow::contents;
 use flow::latents::LatentSize;
 use flow::log;
 use flow::panics::caught;
+use flow::pipeline::Pipeline;
 use flow::prompts::Prompt;
 use flow::solver::Step;
 
@@ -163,7 +164,11 @@ fn rewards(config: &AlignConfig, options: &Options, prompts: &[Prompt]) -> Resul
     let mut rewards =
         Rewards::open(&config.group.rewards, options.threads, options.compute.device)?;
     rewards.stop_when(interrupt::asked);
-    rewards.check(prompts)?;
+    let size = match config.group.rollout.size {
+        Some(size) => size,
+        None => [Pipeline::open(&config.model)?.default_size(); 2],
+    };
+    rewards.check(&prompts.iter().collect::<Vec<_>>(), Some(size))?;
     Ok(rewards)
 }
 

@@ -40,7 +40,8 @@ impl<'a> Metric<'a> {
         Ok(Self { config, prompts, n_images, key, rewards: None })
     }
 
-    /// Opens it if one of `records` lacks scores; a network lives on `device`.
+    /// Opens it if one of `records` lacks scores; a network lives on `device`. Images have `size`, where
+    /// all have one.
     ///
     /// # Errors
     /// When it does not open, or refuses a prompt.
@@ -49,10 +50,11 @@ impl<'a> Metric<'a> {
         records: &[Record],
         threads: usize,
         device: Device,
+        size: Option<[usize; 2]>,
     ) -> Result<()> {
         if records.iter().any(|record| !self.missing(&self.rows(record)).is_empty()) {
             let rewards = Rewards::open(std::slice::from_ref(self.config), threads, device)?;
-            rewards.check(self.prompts)?;
+            rewards.check(&self.prompts.iter().collect::<Vec<_>>(), size)?;
             self.rewards = Some(rewards);
         }
         Ok(())

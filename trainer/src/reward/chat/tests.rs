@@ -211,7 +211,7 @@ fn win_rates_by_the_scores_of_another_reward() {
     assert_eq!(rates, [0.25, 1.0, 0.25]);
     let nested = RewardKind::Pairwise { judge: Box::new(RewardKind::Colour {}) };
     assert!(Pairwise::open(&nested, 1, Device::Cpu).is_err());
-    assert!(pairwise("kind = 'colour'").unwrap().check(&Prompt::new("no ink")).is_err());
+    assert!(pairwise("kind = 'colour'").unwrap().check(&[&Prompt::new("no ink")], None).is_err());
 }
 
 /// A verdict that cannot be read is asked for again; the other pairs are not.
