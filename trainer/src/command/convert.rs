@@ -98,7 +98,7 @@ fn tell(notices: &[String]) {
 mod tests {
     use std::path::PathBuf;
 
-    use flow::checkpoint::Entry;
+    use flow::checkpoint::{Entry, Weights};
 
     use super::*;
 
