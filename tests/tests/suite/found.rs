@@ -98,9 +98,11 @@ fn graphs_find_their_data_under_any_name_and_behind_the_links_of_a_hub() {
         in_two(part);
         let blobs = part.parent().unwrap().join("blobs");
         fs::create_dir(&blobs).unwrap();
-        for (i, entry) in fs::read_dir(part).unwrap().map(Result::unwrap).enumerate() {
-            fs::rename(entry.path(), blobs.join(i.to_string())).unwrap();
-            symlink(format!("../blobs/{i}"), entry.path()).unwrap();
+        let files: Vec<PathBuf> =
+            fs::read_dir(part).unwrap().map(|entry| entry.unwrap().path()).collect();
+        for (i, file) in files.iter().enumerate() {
+            fs::rename(file, blobs.join(i.to_string())).unwrap();
+            symlink(format!("../blobs/{i}"), file).unwrap();
         }
     };
     for folder in [exported.changed("two files", in_two), exported.changed("hub", linked)] {
