@@ -91,7 +91,9 @@ fn folder(from: &Path, to: &Path, like: &Path) -> Result<()> {
 }
 
 fn tell(notices: &[String]) {
-    notices.iter().for_each(|notice| eprintln!("note: {notice}"));
+    for notice in notices {
+        eprintln!("note: {notice}");
+    }
 }
 
 #[cfg(test)]

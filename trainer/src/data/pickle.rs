@@ -355,7 +355,9 @@ mod tests {
         ) {
             let mut bytes = std::fs::read(fixture(file)).unwrap();
             let n = bytes.len();
-            changes.into_iter().for_each(|(at, byte)| bytes[at.index(n)] = byte);
+            for (at, byte) in changes {
+                bytes[at.index(n)] = byte;
+            }
             let home = tempfile::tempdir().unwrap();
             let (from, to) = (home.path().join(file), home.path().join("out.safetensors"));
             std::fs::write(&from, bytes).unwrap();
