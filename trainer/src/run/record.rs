@@ -6,12 +6,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use flow::checkpoint::write_atomically;
+use flow::log;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::align::Options;
 use super::config::AlignConfig;
-use super::log;
 use crate::network::model::Model;
 use crate::tensor::device::precision_name;
 

@@ -179,7 +179,8 @@ impl<'a> Validation<'a> {
         let configs: Vec<RewardConfig> = metrics(config).cloned().collect();
         let mut metrics = Rewards::open(&configs, threads, device).context("validation")?;
         metrics.stop_when(interrupt::asked);
-        metrics.check(&prompts).context("validation")?;
+        let of_validation: Vec<&Prompt> = prompts.iter().collect();
+        metrics.check(&of_validation, config.group.rollout.size).context("validation")?;
         let about = (config.validation.best(), &prompts);
         let of = format!("{:x}", Sha256::digest(serde_json::to_vec(&about)?));
         let standing = standing.filter(|standing| standing.of == of);
