@@ -113,7 +113,10 @@ fn commands_about_flux_run() {
     let home = scratch();
     run("docs/flux.md", home.path());
     let adapters = home.path().join("out/flux-aligned/aligned/pytorch_lora_weights.safetensors");
-    fs::copy(adapters, home.path().join("style.safetensors")).unwrap();
+    fs::create_dir(home.path().join("styles")).unwrap();
+    for style in ["style.safetensors", "styles/ink.safetensors"] {
+        fs::copy(&adapters, home.path().join(style)).unwrap();
+    }
     symlink("FLUX.1-dev", home.path().join("CHECKPOINT")).unwrap();
     for name in
         ["docs/inputs.md", "docs/export.md", "docs/sample.md", "docs/serve.md", "docs/results.md"]

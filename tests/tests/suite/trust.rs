@@ -285,7 +285,7 @@ fn goes_away(n_ranks: usize, n_answers: usize, expected: &str) {
     let saved = said
         .filter(|line| line.contains("iteration 4") && line.contains("saved after iteration 3"));
     assert_eq!(saved.count(), n_ranks, "{}", ended.stderr);
-    assert!(run.checkpoint(3).join(STATE).is_file());
+    assert!(run.checkpoint(3).join("SHA256SUMS").is_file());
     let (_, answering) = server(&address.to_string(), 6, |_, length| length as f64);
     Ended::after(&mut command(&["save_every=100"])).succeeded();
     answering.join().unwrap();

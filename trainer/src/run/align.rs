@@ -74,16 +74,7 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
     let ranks = &options.ranks;
     ranks::own(ranks, config.group.prompts_per_iteration)?;
     let aligned = config.output.join(ALIGNED);
-    // The others write nothing but their logs.
-    let _lock = ranks.is_first().then(|| Lock::hold(&config.output)).transpose()?;
-    ensure!(
-        options.resume || !(state::is_begun(&config.output)? || aligned.exists()),
-        "{} holds a run already: continue it with --resume, or choose another output",
-        config.output.display()
-    );
-    if ranks.is_first() {
-        state::remove_leftovers(&config.output)?;
-    }
+    let _lock = claim(config, options, &aligned)?;
     let found = state::newest(&config.output, ranks)?;
     if found.as_ref().is_some_and(|it| it.iteration >= config.iterations)
         && ranks::of_first(ranks, || Ok(is_whole(&aligned)))?
@@ -140,6 +131,22 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
         record::append(config, options, start)?;
     }
     run.iterate(start)
+}
+
+/// Takes the output folder for this run, free of what killed ones left there.
+fn claim(config: &AlignConfig, options: &Options, aligned: &Path) -> Result<Option<Lock>> {
+    let ranks = &options.ranks;
+    // The others write nothing but their logs.
+    let lock = ranks.is_first().then(|| Lock::hold(&config.output)).transpose()?;
+    ensure!(
+        options.resume || !(state::is_begun(&config.output)? || aligned.exists()),
+        "{} holds a run already: continue it with --resume, or choose another output",
+        config.output.display()
+    );
+    if ranks.is_first() {
+        state::remove_leftovers(&config.output)?;
+    }
+    Ok(lock)
 }
 
 /// The validations, as they stood at the checkpoint that was found.

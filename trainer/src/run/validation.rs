@@ -35,8 +35,8 @@ pub struct ValidationConfig {
     /// `ng-train eval`.
     #[serde(default = "count")]
     pub count: usize,
-    /// Name of the reward or judge whose best checkpoint stays beside the newest, as `best` in the output folder;
-    /// empty or left out, there is none.
+    /// Name of the reward or judge whose best checkpoint stays beside the newest, as `best` in the output folder:
+    /// the last judge unless told otherwise, none where it is empty.
     #[serde(default)]
     pub best: Option<String>,
     /// Ends the run, as if that were its last iteration, after so many validations in a row without a better mean of
@@ -57,14 +57,21 @@ impl Default for ValidationConfig {
 
 /// Rewards and judges that score single images, the rewards first.
 fn metrics(config: &AlignConfig) -> impl Iterator<Item = &RewardConfig> {
-    // A share of the group's others that one beats needs a group.
-    let is_of_one = |reward: &&RewardConfig| !matches!(reward.kind, RewardKind::Pairwise { .. });
     config.group.rewards.iter().chain(&config.judges).filter(is_of_one)
 }
 
+/// A share of the group's others that one beats needs a group.
+fn is_of_one(reward: &&RewardConfig) -> bool {
+    !matches!(reward.kind, RewardKind::Pairwise { .. })
+}
+
 impl ValidationConfig {
-    fn best(&self) -> Option<&str> {
-        self.best.as_deref().filter(|name| !name.is_empty())
+    fn best<'a>(&'a self, config: &'a AlignConfig) -> Option<&'a str> {
+        let judge = || Some(config.judges.iter().rfind(is_of_one)?.name.as_str());
+        match &self.best {
+            Some(name) => Some(name.as_str()).filter(|name| !name.is_empty()),
+            None => judge(),
+        }
     }
 
     /// Refuses what cannot be done with the rewards and judges of `config`.
@@ -85,7 +92,7 @@ impl ValidationConfig {
                 "validate_every: two rewards or judges are named {name:?}"
             );
         }
-        match self.best() {
+        match self.best(config) {
             Some(best) => ensure!(
                 names.contains(&best),
                 "validation.best = {best:?}: no reward or judge of that name; there is {}",
@@ -181,7 +188,7 @@ impl<'a> Validation<'a> {
         metrics.stop_when(interrupt::asked);
         let of_validation: Vec<&Prompt> = prompts.iter().collect();
         metrics.check(&of_validation, config.group.rollout.size).context("validation")?;
-        let about = (config.validation.best(), &prompts);
+        let about = (config.validation.best(config), &prompts);
         let of = format!("{:x}", Sha256::digest(serde_json::to_vec(&about)?));
         let standing = standing.filter(|standing| standing.of == of);
         let standing = standing.unwrap_or_else(|| Standing { of, ..Standing::default() });
@@ -199,7 +206,7 @@ impl<'a> Validation<'a> {
     pub(crate) fn is_over(&self) -> Option<String> {
         let Standing { since, best, .. } = self.standing;
         let patience = self.config.validation.patience;
-        let (name, (done, mean)) = (self.config.validation.best()?, best?);
+        let (name, (done, mean)) = (self.config.validation.best(self.config)?, best?);
         (patience > 0 && since >= patience).then(|| {
             format!(
                 "no better {name} in {since} validations: the run ends here; the best is {:.3} after iteration {done}",
@@ -242,7 +249,7 @@ impl<'a> Validation<'a> {
             Some(sum / self.prompts.len() as f64)
         };
         let means: Vec<Option<f64>> = (0..self.names.len()).map(mean).collect();
-        let best = self.config.validation.best();
+        let best = self.config.validation.best(self.config);
         let best = self.names.iter().position(|name| Some(*name) == best);
         let is_better = self.standing.see(done, best.and_then(|index| means[index]));
         let named = self.names.iter().zip(means);
@@ -310,16 +317,14 @@ mod tests {
     fn what_cannot_be_judged_is_refused() {
         let refused = |settings: &[&str]| {
             let settings: Vec<String> = settings.iter().map(|&s| s.to_owned()).collect();
-            let mut config: AlignConfig =
+            let config: AlignConfig =
                 read(&Source::Preset("signs"), &ALIGN_PRESETS, &settings).unwrap();
-            if settings.is_empty() {
-                config.validation = ValidationConfig { patience: 3, ..ValidationConfig::default() };
-            }
             config.validate().unwrap_err().to_string()
         };
         let none = refused(&["validation.best=beauty"]);
         assert!(none.contains("there is ocr, colour, exact, judge_exact"), "{none}");
-        assert!(refused(&[]).contains("set validation.best"));
+        let unsaid = refused(&["judges=[]", "validation.patience=3"]);
+        assert!(unsaid.contains("set validation.best"), "{unsaid}");
         assert!(refused(&["validation.count=0"]).contains("at least 1"));
         let twice = refused(&["judges.0.name=ocr", "validation.best=ocr"]);
         assert!(twice.contains("two rewards or judges are named \"ocr\""), "{twice}");
