@@ -106,7 +106,8 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
     }
     let report = || Report::open(config, found.as_ref(), &model, &size, &plan);
     let report = ranks.is_first().then(report).transpose()?;
-    let validation = validation(config, options, restored.course.validation.as_ref())?;
+    let (threads, device) = (options.threads, options.compute.device);
+    let validation = Validation::open(config, threads, device, restored.course.validation.clone())?;
     let mut run = Run {
         config,
         held,
@@ -147,15 +148,6 @@ fn claim(config: &AlignConfig, options: &Options, aligned: &Path) -> Result<Opti
         state::remove_leftovers(&config.output)?;
     }
     Ok(lock)
-}
-
-/// The validations, as they stood at the checkpoint that was found.
-fn validation<'a>(
-    config: &'a AlignConfig,
-    options: &Options,
-    standing: Option<&Standing>,
-) -> Result<Option<Validation<'a>>> {
-    Validation::open(config, options.threads, options.compute.device, standing.cloned())
 }
 
 fn say_done(config: &AlignConfig, ranks: &Group, aligned: &Path) {
