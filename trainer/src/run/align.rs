@@ -22,7 +22,7 @@ use super::report::Report;
 use super::resume::Held;
 use super::state::{self, Course, Moment, Restored};
 use super::update::{self, Recorder};
-use super::validation::{Standing, Validation};
+use super::validation::Validation;
 use super::watching::Watching;
 use super::{agreement, interrupt, record};
 use crate::algorithm::Algorithm;
