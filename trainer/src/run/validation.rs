@@ -57,17 +57,17 @@ impl Default for ValidationConfig {
 
 /// Rewards and judges that score single images, the rewards first.
 fn metrics(config: &AlignConfig) -> impl Iterator<Item = &RewardConfig> {
-    config.group.rewards.iter().chain(&config.judges).filter(is_of_one)
+    config.group.rewards.iter().chain(&config.judges).filter(|reward| is_of_one(reward))
 }
 
 /// A share of the group's others that one beats needs a group.
-fn is_of_one(reward: &&RewardConfig) -> bool {
+fn is_of_one(reward: &RewardConfig) -> bool {
     !matches!(reward.kind, RewardKind::Pairwise { .. })
 }
 
 impl ValidationConfig {
     fn best<'a>(&'a self, config: &'a AlignConfig) -> Option<&'a str> {
-        let judge = || Some(config.judges.iter().rfind(is_of_one)?.name.as_str());
+        let judge = || Some(config.judges.iter().rfind(|reward| is_of_one(reward))?.name.as_str());
         match &self.best {
             Some(name) => Some(name.as_str()).filter(|name| !name.is_empty()),
             None => judge(),
