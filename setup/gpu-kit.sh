@@ -9,18 +9,11 @@ runtime=$(cd "$2" && pwd)
 mkdir -p "$3"
 out=$(cd "$3" && pwd)
 
-missing=()
-for tool in patchelf xz strip; do command -v $tool > /dev/null || missing+=("${tool/#xz/xz-utils}"); done
-missing=("${missing[@]/#strip/binutils}")
-if [ ${#missing[@]} -gt 0 ]; then
-  if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"
-  else
-    echo "error: missing Debian packages: run \`apt-get install ${missing[*]}\` as root" >&2
-    exit 1
-  fi
-fi
+. setup/debian.sh
+need patchelf command -v patchelf
+need xz-utils command -v xz
+need binutils command -v strip
+install_missing
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
