@@ -25,6 +25,7 @@ pub mod noise;
 pub mod ops;
 pub mod panics;
 pub mod path;
+pub mod picture;
 pub mod pipeline;
 pub mod prompts;
 pub mod reference;

@@ -20,7 +20,7 @@ use onnx::{Binding, Cancel, Data, ElementType, Model, Options, Profile, Tensor};
 
 use crate::{
     adapters::{self, Scaled, Slots},
-    picture::Picture,
+    picture::{Picture, decoded},
     sample::Denoiser,
 };
 
@@ -292,7 +292,7 @@ impl Decoder {
         let factor = self.config.factor();
         let pixels =
             tiles::decode(latents, size, factor, |part, size| self.pixels(part, size, cancel))?;
-        Picture::from_sample(&pixels, size.width * factor, size.height * factor)
+        decoded(&pixels, size.width * factor, size.height * factor)
     }
 
     /// Pixels `[3, f·h, f·w]` of a part.

@@ -12,6 +12,7 @@ use flow::latents::LatentSize;
 use flow::lora::Lora;
 use flow::models::transformer::image_ids;
 use flow::ops::shapes::Shapes;
+use flow::picture::Picture;
 use flow::pipeline::Pipeline;
 use flow::schedule::Schedule;
 use flow::solver::{self, Solver, Walk};
@@ -21,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::blocks::Whole;
 use super::reference;
-use super::similarity::{Picture, gmsd, psnr};
+use super::similarity::{gmsd, psnr};
 use crate::part::Part;
 use crate::precision::Precision;
 use crate::weights::Source;

@@ -1,33 +1,6 @@
 //! How near two pictures are to each other.
 
-/// 8-bit RGB, row-major.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Picture {
-    /// Pixels.
-    pub width: usize,
-    /// Pixels.
-    pub height: usize,
-    /// `[height, width, 3]`.
-    pub rgb: Vec<u8>,
-}
-
-impl Picture {
-    /// The picture of a decoder's output `sample` `[3, height, width]`, −1 (dark) to 1; what is not finite is
-    /// dark.
-    pub fn of_sample(sample: &[f32], width: usize, height: usize) -> Self {
-        let area = width * height;
-        let byte = |x: f32| ((x / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
-        let pixel = |at: usize| [0, 1, 2].map(|channel| byte(sample[channel * area + at]));
-        Self { width, height, rgb: (0..area).flat_map(pixel).collect() }
-    }
-
-    /// Luminance of ITU-R BT.601, 0 to 255.
-    fn luminance(&self) -> Vec<f64> {
-        let weigh =
-            |p: &[u8]| 0.299 * f64::from(p[0]) + 0.587 * f64::from(p[1]) + 0.114 * f64::from(p[2]);
-        self.rgb.chunks_exact(3).map(weigh).collect()
-    }
-}
+use flow::picture::Picture;
 
 /// Peak signal-to-noise ratio in dB, 10·log10(255² / mean squared difference); infinite where nothing differs.
 ///
@@ -62,8 +35,15 @@ pub fn gmsd(a: &Picture, b: &Picture) -> f64 {
     (similar.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / n).sqrt()
 }
 
+/// Luminance of ITU-R BT.601, 0 to 255.
+fn luminance(picture: &Picture) -> Vec<f64> {
+    let weigh =
+        |p: &[u8]| 0.299 * f64::from(p[0]) + 0.587 * f64::from(p[1]) + 0.114 * f64::from(p[2]);
+    picture.rgb.chunks_exact(3).map(weigh).collect()
+}
+
 fn gradients(picture: &Picture) -> Vec<f64> {
-    let (width, full) = (picture.width / 2, picture.luminance());
+    let (width, full) = (picture.width / 2, luminance(picture));
     let height = picture.height / 2;
     let half = |x: usize, y: usize| {
         let at = 2 * y * picture.width + 2 * x;
