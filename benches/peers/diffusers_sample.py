@@ -29,19 +29,7 @@ def diffusers_pipeline(args):
 def optimum_pipeline(args):
     from onnxruntime import SessionOptions
     from optimum.onnxruntime import ORTFluxPipeline
-    from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast
-
-    def tokenizer(folder):
-        """Read by hand: Optimum's transformers is older than the folder."""
-        config = json.loads((folder / "tokenizer_config.json").read_text())
-        names = ("bos_token", "eos_token", "pad_token", "unk_token", "model_max_length")
-        settings = {name: config[name] for name in names if name in config}
-        whole = folder / "tokenizer.json"
-        if whole.is_file():
-            return PreTrainedTokenizerFast(tokenizer_file=str(whole), **settings)
-        return CLIPTokenizerFast(
-            vocab_file=str(folder / "vocab.json"), merges_file=str(folder / "merges.txt"), **settings,
-        )
+    from optimum_tokenizer import tokenizer
 
     options = SessionOptions()
     options.intra_op_num_threads = args.threads

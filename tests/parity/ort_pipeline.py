@@ -7,27 +7,16 @@ diffusers.safetensors in it.
 """
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from optimum.onnxruntime import ORTFluxPipeline
 from report import Report, tensors
-from transformers import CLIPTokenizerFast, PreTrainedTokenizerFast
 
-
-def tokenizer(folder):
-    """The tokenizer in `folder`, read by hand: Optimum's transformers is older than the folder."""
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    names = ("bos_token", "eos_token", "pad_token", "unk_token", "model_max_length")
-    settings = {name: config[name] for name in names if name in config}
-    whole = folder / "tokenizer.json"
-    if whole.is_file():
-        return PreTrainedTokenizerFast(tokenizer_file=str(whole), **settings)
-    return CLIPTokenizerFast(
-        vocab_file=str(folder / "vocab.json"), merges_file=str(folder / "merges.txt"), **settings,
-    )
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benches/peers"))
+from optimum_tokenizer import tokenizer  # noqa: E402
 
 
 def main():
