@@ -36,7 +36,9 @@ mod text;
 
 use std::{
     collections::HashSet,
-    fmt, thread,
+    fmt,
+    sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -65,6 +67,7 @@ pub use self::{
     server::ServerConfig,
     text::{exact, similarity},
 };
+use flow::log;
 use flow::prompts::Prompt;
 
 /// Scores images for their prompts; higher is better.
@@ -160,7 +163,7 @@ struct Entry {
     required: bool,
     retries: u32,
     patience: Duration,
-    reward: Box<dyn Reward>,
+    reward: Arc<dyn Reward>,
 }
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -177,6 +180,32 @@ impl Rewards {
     /// # Errors
     /// There is no reward, two have one name, a setting is out of range, or a model does not open.
     pub fn open(configs: &[RewardConfig], threads: usize, device: Device) -> Result<Self> {
+        Self::assembled(configs, threads, |config| {
+            open(&config.kind, threads, device).map(Arc::from)
+        })
+    }
+
+    /// As [`Rewards::open`], but those that are open here already, by name, are not opened again.
+    pub(crate) fn open_beside(
+        &self,
+        configs: &[RewardConfig],
+        threads: usize,
+        device: Device,
+    ) -> Result<Self> {
+        Self::assembled(configs, threads, |config| {
+            let here = self.entries.iter().find(|entry| entry.name == config.name);
+            here.map_or_else(
+                || open(&config.kind, threads, device).map(Arc::from),
+                |entry| Ok(Arc::clone(&entry.reward)),
+            )
+        })
+    }
+
+    fn assembled(
+        configs: &[RewardConfig],
+        threads: usize,
+        opened: impl Fn(&RewardConfig) -> Result<Arc<dyn Reward>>,
+    ) -> Result<Self> {
         let mut names = HashSet::new();
         let entries = configs
             .iter()
@@ -184,8 +213,8 @@ impl Rewards {
                 let name = &config.name;
                 ensure!(names.insert(name), "two rewards are named {name:?}");
                 config.validate()?;
-                let reward = open(&config.kind, threads, device)
-                    .with_context(|| format!("cannot open reward {name:?}"))?;
+                let reward =
+                    opened(config).with_context(|| format!("cannot open reward {name:?}"))?;
                 Ok(Entry {
                     name: name.clone(),
                     weight: config.weight,
@@ -319,11 +348,11 @@ impl Tries {
         let patience = if entry.required { entry.patience } else { Duration::ZERO };
         let is_patient = absence + pause <= patience;
         if is_patient && is_new {
-            eprintln!(
-                "warning: reward {:?} is away: {error:#}; waiting for it for up to {:.3} minutes",
+            log::warn(&format!(
+                "reward {:?} is away: {error:#}; waiting for it for up to {:.3} minutes",
                 entry.name,
                 patience.as_secs_f64() / 60.0
-            );
+            ));
         }
         (is_patient || has_retries && pause <= LONGEST_PAUSE).then_some(pause)
     }

@@ -56,12 +56,12 @@ fn flaky(fault: Fault, n_failures: u32, required: bool) -> Entry {
         required,
         retries: 2,
         patience: Duration::ZERO,
-        reward: Box::new(Flaky { n_failures: n_failures.into(), fault }),
+        reward: Arc::new(Flaky { n_failures: n_failures.into(), fault }),
     }
 }
 
 fn steady() -> Entry {
-    let reward = Box::new(Constant { value: 7.0 });
+    let reward = Arc::new(Constant { value: 7.0 });
     let (retries, patience) = (0, Duration::ZERO);
     Entry { name: "steady".into(), weight: 0.5, required: true, retries, patience, reward }
 }
@@ -180,4 +180,10 @@ fn bad_configurations_are_refused() {
     assert!(refused.contains("reward \"colour\"") && refused.contains("no colour"), "{refused}");
     let weights: Vec<_> = rewards.weights().collect();
     assert_eq!(weights, [("colour", 1.0)]);
+
+    let other = config("other", RewardKind::Colour {});
+    let beside = rewards.open_beside(&[other, colour()], 1, Device::Cpu).unwrap();
+    let is_shared =
+        |index: usize| Arc::ptr_eq(&rewards.entries[0].reward, &beside.entries[index].reward);
+    assert!(!is_shared(0) && is_shared(1));
 }

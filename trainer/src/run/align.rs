@@ -107,7 +107,8 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
     let report = || Report::open(config, found.as_ref(), &model, &size, &plan);
     let report = ranks.is_first().then(report).transpose()?;
     let (threads, device) = (options.threads, options.compute.device);
-    let validation = Validation::open(config, threads, device, restored.course.validation.clone())?;
+    let standing = restored.course.validation.clone();
+    let validation = Validation::open(config, &rewards, threads, device, standing)?;
     let mut run = Run {
         config,
         held,

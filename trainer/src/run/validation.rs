@@ -166,13 +166,14 @@ pub(crate) struct Validation<'a> {
 type Told = (usize, Vec<Option<Vec<Exact>>>);
 
 impl<'a> Validation<'a> {
-    /// That of `config`, unless there is none; the metrics' networks live on `device`. It goes on from `standing`
+    /// That of `config`, unless there is none; what is not among the open `rewards` lives on `device`. It goes on from `standing`
     /// where that is about the same.
     ///
     /// # Errors
     /// When a metric does not open or can never score one of the prompts.
     pub(crate) fn open(
         config: &'a AlignConfig,
+        rewards: &Rewards,
         threads: usize,
         device: Device,
         standing: Option<Standing>,
@@ -184,7 +185,7 @@ impl<'a> Validation<'a> {
         let mut prompts = prompts::read(file).context("validation.prompts")?;
         prompts.truncate(config.validation.count);
         let configs: Vec<RewardConfig> = metrics(config).cloned().collect();
-        let mut metrics = Rewards::open(&configs, threads, device).context("validation")?;
+        let mut metrics = rewards.open_beside(&configs, threads, device).context("validation")?;
         metrics.stop_when(interrupt::asked);
         let of_validation: Vec<&Prompt> = prompts.iter().collect();
         metrics.check(&of_validation, config.group.rollout.size).context("validation")?;
