@@ -11,6 +11,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::ValueEnum as _;
 use flow::checkpoint::{Dtype, View, Weights};
 use flow::checksums::Checksums;
+use flow::log;
 use flow::lora::{Layers, Lora};
 use flow::pipeline::Pipeline;
 use flow::reference::{FILE, PRECISION};
@@ -120,7 +121,7 @@ impl Asked {
             Ok(n) => n,
             Err(why) => {
                 if let Some(why) = why {
-                    eprintln!("note: {why}");
+                    log::note(&format!("note: {why}"));
                 }
                 return Ok(None);
             }

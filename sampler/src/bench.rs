@@ -2,7 +2,7 @@
 
 use std::{
     env, fs,
-    io::{Write, stderr},
+    io::Write,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
@@ -79,7 +79,7 @@ pub fn run(args: &Bench, mut lines: impl Write) -> Result<()> {
     let (folder, options) = run::engine_options(&args.engine)?;
     let options = Options { memory: Memory::Keep, ..options };
     if let Some(notice) = options.notice() {
-        writeln!(stderr(), "note: {notice}")?;
+        flow::log::note(&format!("note: {notice}"));
     }
     let cold = Spread::of((0..args.starts).map(|_| cold_start()).collect::<Result<Vec<_>>>()?);
     let mut engine = Engine::open(&folder, &options)?;

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 use flow::checkpoint::{MAX_SHARD_BYTES, is_pickle, write_sharded, write_tensors};
+use flow::log;
 use flow::pipeline::{Component, Pipeline};
 use flow::staged::Staged;
 use flow::usage::Usage;
@@ -78,21 +79,21 @@ fn folder(from: &Path, to: &Path, like: &Path) -> Result<()> {
     }
     if let [first, ..] = &single.left[..] {
         let n = single.left.len();
-        eprintln!("note: {}: {n} tensors are left out ({first}, …)", from.display());
+        log::note(&format!("note: {}: {n} tensors are left out ({first}, …)", from.display()));
     }
     let names: Vec<&str> = anew.iter().map(|component| component.folder()).collect();
-    eprintln!(
+    log::note(&format!(
         "note: {} from {}, all else from {}",
         names.join(", "),
         from.display(),
         like.dir.display()
-    );
+    ));
     Ok(staged.publish(false)?)
 }
 
 fn tell(notices: &[String]) {
     for notice in notices {
-        eprintln!("note: {notice}");
+        log::note(&format!("note: {notice}"));
     }
 }
 

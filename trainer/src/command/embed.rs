@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use flow::checkpoint::View;
+use flow::log;
 use flow::pipeline::{Component, read_json};
 use flow::prompts::one_line;
 use serde::Deserialize;
@@ -48,7 +49,7 @@ pub fn run(options: &Options<'_>) -> Result<()> {
         .filter(|text| !known.has(text) && seen.insert(*text))
         .collect();
     let n_known = all.len() - missing.len();
-    eprintln!("{} prompts, {n_known} of them known or alike", all.len());
+    log::note(&format!("{} prompts, {n_known} of them known or alike", all.len()));
     let model = Model::load(options.model, Loading::to_sample(options.compute, true))?;
     let stored = stored_kind(&model)?;
     let progress = Progress::new("embed", missing.len(), 0);
@@ -96,7 +97,7 @@ pub fn import(list: &Path, out: &Path) -> Result<()> {
         .filter(|(_, text)| !text.is_empty() && is_new(text))
         .collect();
     let n_known = items.len() - missing.len();
-    eprintln!("{} captions, {n_known} of them empty, known or alike", items.len());
+    log::note(&format!("{} captions, {n_known} of them empty, known or alike", items.len()));
     let progress = Progress::new("import", missing.len(), 0);
     for items in missing.chunks(PROMPTS_A_FILE) {
         interrupt::check()?;

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use flow::checkpoint::write_atomically;
+use flow::log;
 use flow::prompts::Prompt;
 use serde_json::json;
 
@@ -187,7 +188,7 @@ fn draw(
 /// Ends the work where someone asked for it.
 fn check_interrupt() -> Result<()> {
     if interrupt::asked() {
-        eprintln!("stopped: the same command continues");
+        log::note("stopped: the same command continues");
         bail!(Stopped);
     }
     Ok(())

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use cluster::Group;
 use flow::checkpoint::{Dtype, MAX_SHARD_BYTES};
 use flow::latents::LatentSize;
+use flow::log;
 use flow::noise::Noise;
 use flow::path;
 use flow::pipeline::Component;
@@ -105,9 +106,9 @@ pub fn run(config: &PretrainConfig, device: Device) -> Result<()> {
         model.pipeline.vae.shift_factor = Some(shift);
         model.pipeline.vae.scaling_factor = scaling;
         let psnr = 10.0 * (4.0 / mse).log10();
-        eprintln!(
+        log::note(&format!(
             "autoencoder: PSNR {psnr:.1} dB, latents shifted by {shift:.4}, scaled by {scaling:.4}"
-        );
+        ));
     }
     let mut averaged = None;
     if let Some(stage) = &config.flow {

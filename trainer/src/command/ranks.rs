@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
 use cluster::{Ended, Group, Launch, Node, Ranks, Timeouts, Topology};
+use flow::log;
 use flow::usage::Usage;
 use tch::Cuda;
 
@@ -116,7 +117,7 @@ pub(super) fn join(
     let group = Group::join(topology, Timeouts { join, step })?;
     group.open_device(compute.device)?;
     if group.is_first() && group.world() > 1 {
-        eprintln!("{}", describe(topology, config, compute, &group.carrier()));
+        log::note(&describe(topology, config, compute, &group.carrier()));
     }
     Ok(group)
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use flow::log;
 use flow::prompts::Prompt;
 use serde::Serialize;
 use tch::Device;
@@ -60,7 +61,7 @@ pub fn run(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
     for ((name, _), outcome) in rewards.weights().zip(&scores.outcomes) {
         if outcome.scores.is_none() {
             let why = outcome.error.as_deref().unwrap_or("no scores");
-            eprintln!("warning: {name} is left out: {why}");
+            log::warn(&format!("{name} is left out: {why}"));
         }
     }
     Ok(())

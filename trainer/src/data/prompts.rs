@@ -4,6 +4,7 @@ use std::fs::File;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use flow::log;
 use flow::prompts::{self, ANSWER, Prompt, Prompts, TEXT_FIELDS};
 use parquet::file::metadata::{ParquetMetaData, RowGroupMetaData};
 use parquet::file::reader::{FileReader, SerializedFileReader};
@@ -33,7 +34,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<Prompt>> {
         prompts::read(path)?
     };
     for notice in read.notices() {
-        eprintln!("note: {}: {notice}", path.display());
+        log::note(&format!("note: {}: {notice}", path.display()));
     }
     Ok(read.prompts)
 }

@@ -6,6 +6,7 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
 use cluster::Group;
+use flow::log;
 use flow::lora::{A, B, Layers, Lora};
 use flow::noise::Noise;
 use flow::ops::ParamPath;
@@ -87,7 +88,7 @@ impl LoraConfig {
             lora.is_low_rank(),
             "lora.from: {lora}: only A and B of the transformer's layers can train on"
         );
-        lora.lines().iter().for_each(|line| eprintln!("{line}"));
+        lora.lines().iter().for_each(|line| log::note(line));
         Ok(Some(lora))
     }
 

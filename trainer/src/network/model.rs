@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
 use flow::latents::LatentSize;
+use flow::log;
 use flow::lora::{self, Layers, Lora};
 use flow::models::t5::{State, T5Config};
 use flow::models::transformer::image_ids;
@@ -86,7 +87,7 @@ impl Model {
 
     pub(crate) fn open(dir: &Path, loading: Loading, missing: Missing) -> Result<Self> {
         let pipeline = Pipeline::open(dir)?;
-        pipeline.notices().iter().for_each(|notice| eprintln!("note: {notice}"));
+        pipeline.notices().iter().for_each(|notice| log::note(&format!("note: {notice}")));
         let tokenizers = Tokenizers::open(dir, None)?;
         let compute = loading.compute;
         let of_vae = Compute { kind: Kind::Float, ..compute };
@@ -113,7 +114,10 @@ impl Model {
                 }
                 _ => {
                     let weights = pipeline.weights(component)?;
-                    weights.notices().iter().for_each(|notice| eprintln!("note: {notice}"));
+                    weights
+                        .notices()
+                        .iter()
+                        .for_each(|notice| log::note(&format!("note: {notice}")));
                     Parameters::load(&manifests, weights, compute, storage)
                 }
             }
@@ -145,7 +149,7 @@ impl Model {
         let layers = Layers::of(&self.pipeline);
         let open = |(path, scale): &(PathBuf, f64)| {
             let lora = Lora::open(path, *scale, &layers)?;
-            lora.lines().iter().for_each(|line| eprintln!("{line}"));
+            lora.lines().iter().for_each(|line| log::note(line));
             Ok(lora)
         };
         let loras = files.iter().map(open).collect::<Result<Vec<Lora>>>()?;
@@ -163,8 +167,8 @@ impl Model {
         let texts = [Component::TextEncoder, Component::TextEncoder2];
         let changes = |component| loras.iter().any(|lora| lora.changes(component));
         if self.embeddings.is_some() && texts.into_iter().any(changes) {
-            eprintln!(
-                "note: what a LoRA changes in text encoders does nothing to embeddings made before"
+            log::note(
+                "note: what a LoRA changes in text encoders does nothing to embeddings made before",
             );
         }
         for component in [Component::Transformer, texts[0], texts[1]] {

@@ -16,6 +16,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use flow::checkpoint::read_bounded;
+use flow::log;
 use image::{
     RgbImage,
     imageops::{self, FilterType},
@@ -221,7 +222,7 @@ impl Reward for Ocr {
         let n = 1 + unknown.count();
         let told = format!("{n} of {} targets cannot be read: {first:#}", targets.len());
         ensure!(self.measure != Measure::LogProb, told);
-        eprintln!("note: {told}; what else is in them counts");
+        log::note(&format!("note: {told}; what else is in them counts"));
         Ok(())
     }
 }

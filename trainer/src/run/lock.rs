@@ -1,5 +1,6 @@
 //! One run a folder.
 
+use flow::log;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
@@ -40,10 +41,10 @@ impl Lock {
                         folder.display()
                     );
                 }
-                Err(TryLockError::Error(error)) => eprintln!(
-                    "warning: {} cannot be locked ({error}): see to it that no other run writes there",
+                Err(TryLockError::Error(error)) => log::warn(&format!(
+                    "{} cannot be locked ({error}): see to it that no other run writes there",
                     folder.display()
-                ),
+                )),
             }
             let id = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
             // Whoever held it may have removed it meanwhile.

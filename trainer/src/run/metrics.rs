@@ -17,6 +17,7 @@ use serde_json::Value;
 
 use self::events::Events;
 use flow::checkpoint::write_atomically;
+use flow::log;
 
 /// The file of JSON lines in a run's folder.
 pub const FILE: &str = "metrics.jsonl";
@@ -44,7 +45,7 @@ struct Lines {
 impl Lines {
     fn append(&mut self, line: &[u8]) -> Result<()> {
         if self.file.is_some() && !self.path.exists() {
-            eprintln!("warning: {} is gone: it begins anew", self.path.display());
+            log::warn(&format!("{} is gone: it begins anew", self.path.display()));
             self.file = None;
         }
         let file = match &mut self.file {
@@ -90,11 +91,11 @@ impl Metrics {
         let path = dir.join(FILE);
         let (kept, n_kept, wall_before) = up_to(&path, step);
         if n_kept < step {
-            eprintln!(
-                "warning: {}: {} of the first {step} iterations are missing; it goes on without them",
+            log::warn(&format!(
+                "{}: {} of the first {step} iterations are missing; it goes on without them",
                 path.display(),
                 step - n_kept
-            );
+            ));
         }
         write_atomically(&path, kept.as_bytes())?;
         let validations = dir.join(VALIDATION);

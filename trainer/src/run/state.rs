@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use cluster::Group;
 use flow::checkpoint::{Entry, write_tensors};
 use flow::checksums::{self, Checksums, Sum};
+use flow::log;
 use flow::pipeline::Component;
 use flow::staged::{self, Staged};
 use serde::{Deserialize, Serialize};
@@ -72,10 +73,10 @@ impl Position {
             self.iteration
         );
         if list.is_none() && ranks.is_first() {
-            eprintln!(
-                "warning: {}: missing, so whether this checkpoint is damaged is not known; going on from it",
+            log::warn(&format!(
+                "{}: missing, so whether this checkpoint is damaged is not known; going on from it",
                 self.folder.join(checksums::FILE).display()
-            );
+            ));
         }
         Ok(())
     }
@@ -105,9 +106,9 @@ pub(crate) fn newest(output: &Path, ranks: &Group) -> Result<Option<Position>> {
             None => {
                 let (damage, folder) = (damage.join("; "), position.folder.display());
                 if ranks.is_first() {
-                    eprintln!(
-                        "warning: {damage}; going on from {folder}, the newest that is whole"
-                    );
+                    log::warn(&format!(
+                        "{damage}; going on from {folder}, the newest that is whole"
+                    ));
                 }
                 return Ok(Some(position));
             }
@@ -134,7 +135,7 @@ pub(crate) fn remove_leftovers(output: &Path) -> Result<()> {
         n_removed += staged::remove_leftovers(&folder)?;
     }
     if n_removed > 0 {
-        eprintln!("removed {n_removed} unfinished files and folders of an earlier run");
+        log::note(&format!("removed {n_removed} unfinished files and folders of an earlier run"));
     }
     Ok(())
 }
