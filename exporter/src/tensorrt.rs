@@ -1,9 +1,9 @@
 //! TensorRT as it is: what builds engines of a graph, and an engine as an ONNX file.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use flow::checkpoint::{open_for_reading, read_bounded};
 use flow::pipeline::Pipeline;
 use prost::Message;
 
@@ -69,7 +69,7 @@ pub fn wrap(plan: &Path, graph: &Path, architecture: u32, target: &Path) -> Resu
     let start = {
         use std::io::Read;
         let mut start = Vec::new();
-        let file = fs::File::open(plan).with_context(|| read(plan))?;
+        let file = open_for_reading(plan).with_context(|| read(plan))?;
         file.take(RTX_MAGIC.len() as u64).read_to_end(&mut start).with_context(|| read(plan))?;
         start
     };
@@ -91,7 +91,7 @@ pub fn wrap(plan: &Path, graph: &Path, architecture: u32, target: &Path) -> Resu
         );
     };
     ensure!(!target.exists(), "{} exists: choose another --out", target.display());
-    let bytes = fs::read(graph).with_context(|| read(graph))?;
+    let bytes = read_bounded(graph).with_context(|| read(graph))?;
     let model = ModelProto::decode(bytes.as_slice()).with_context(|| read(graph))?;
     let built = model.graph.with_context(|| format!("{} holds no graph", graph.display()))?;
     let is_weight = |port: &ValueInfoProto| built.initializer.iter().any(|t| t.name == port.name);
@@ -129,6 +129,8 @@ pub fn wrap(plan: &Path, graph: &Path, architecture: u32, target: &Path) -> Resu
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::proto::TensorProto;
 

@@ -2,15 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use sha2::{Digest, Sha256};
 
-use crate::checkpoint::{CheckpointError, read_bounded, write_atomically};
+use crate::checkpoint::{CheckpointError, open_for_reading, read_bounded, write_atomically};
 
 type Result<T> = std::result::Result<T, CheckpointError>;
 /// SHA-256 of a file.
@@ -77,7 +77,7 @@ impl Checksums {
         let mut files = Vec::new();
         list(folder, "", &mut files)?;
         for path in known.keys().map(|file| folder.join(file)) {
-            File::open(&path).map_err(CheckpointError::io(&path))?;
+            open_for_reading(&path)?;
         }
         files.retain(|file| !known.contains_key(file));
         let found = sums_of(folder, &files)?;
@@ -93,7 +93,7 @@ impl Checksums {
     pub fn renew(folder: &Path, file: &str) -> Result<()> {
         let Some(mut list) = Self::open(folder)? else { return Ok(()) };
         let path = folder.join(file);
-        let sum = sum_of(&path).map_err(CheckpointError::io(&path))?;
+        let sum = sum_of(&path)?;
         list.sums.insert(file.to_owned(), sum);
         write_atomically(&folder.join(FILE), text(&list.sums).as_bytes())
     }
@@ -221,7 +221,7 @@ fn sums_of(folder: &Path, files: &[String]) -> Result<Vec<Sum>> {
             let index = next.fetch_add(1, Ordering::Relaxed);
             let Some(file) = files.get(index) else { return Ok(done) };
             let path = folder.join(file);
-            done.push((index, sum_of(&path).map_err(CheckpointError::io(&path))?));
+            done.push((index, sum_of(&path)?));
         }
     };
     let mut sums = vec![Sum::default(); files.len()];
@@ -240,13 +240,13 @@ fn sums_of(folder: &Path, files: &[String]) -> Result<Vec<Sum>> {
 /// SHA-256 of the file `path`.
 ///
 /// # Errors
-/// When it cannot be read.
-pub fn sum_of(path: &Path) -> io::Result<Sum> {
-    let mut file = File::open(path)?;
+/// When it is no regular file or cannot be read.
+pub fn sum_of(path: &Path) -> Result<Sum> {
+    let mut file = open_for_reading(path)?;
     let mut sha = Sha256::new();
     let mut chunk = vec![0; CHUNK];
     loop {
-        match file.read(&mut chunk)? {
+        match file.read(&mut chunk).map_err(CheckpointError::io(path))? {
             0 => return Ok(sha.finalize().into()),
             n => sha.update(&chunk[..n]),
         }

@@ -12,7 +12,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 use tempfile::TempDir;
 
-use crate::checkpoint::CheckpointError;
+use crate::checkpoint::{CheckpointError, open_for_reading};
 use crate::checksums::{Checksums, Sum};
 use crate::disk;
 
@@ -108,7 +108,7 @@ impl Staged {
     /// When it is not there.
     pub fn take_down(&mut self, file: &str, sum: Sum) -> Result<()> {
         let path = self.path().join(file);
-        File::open(&path).map_err(CheckpointError::io(&path))?;
+        open_for_reading(&path)?;
         self.known.insert(file.to_owned(), sum);
         Ok(())
     }

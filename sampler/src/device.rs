@@ -2,6 +2,7 @@
 
 use std::{fs, path::Path};
 
+use flow::checkpoint::read_bounded;
 use onnx::Provider;
 
 /// Name of the processor or of GPU number `index`, as the system has it; empty where it does not say.
@@ -13,7 +14,8 @@ pub fn name(provider: Provider, index: usize) -> String {
     let mut files: Vec<_> =
         gpus.filter_map(|entry| Some(entry.ok()?.path().join("information"))).collect();
     files.sort();
-    let text = files.get(index).and_then(|file| fs::read_to_string(file).ok());
+    let bytes = files.get(index).and_then(|file| read_bounded(file).ok());
+    let text = bytes.and_then(|bytes| String::from_utf8(bytes).ok());
     value(&text.unwrap_or_default(), "Model")
 }
 

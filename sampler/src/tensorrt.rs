@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use flow::{latents::LatentSize, pipeline::Pipeline};
+use flow::{checkpoint::read_bounded, latents::LatentSize, pipeline::Pipeline};
 use onnx::Profile;
 
 use crate::networks::{TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, VAE_DECODER, VAE_ENCODER};
@@ -76,7 +76,7 @@ pub fn folder(root: Option<&Path>, folder: &Path, gpu: &str, tensorrt: &str) -> 
     let mut hasher = DefaultHasher::new();
     for component in [TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, VAE_DECODER] {
         let graph = folder.join(component).join("model.onnx");
-        fs::read(&graph).unwrap_or_default().hash(&mut hasher);
+        read_bounded(&graph).unwrap_or_default().hash(&mut hasher);
         let metadata = fs::metadata(graph.with_file_name("model.onnx_data"));
         metadata.map(|metadata| (metadata.len(), metadata.modified().ok())).ok().hash(&mut hasher);
     }

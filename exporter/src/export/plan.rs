@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::File;
 use std::io::Read;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use flow::checkpoint::open_for_reading;
 use flow::checksums::Summing;
 use flow::staged;
 use indicatif::ProgressBar;
@@ -82,7 +82,7 @@ impl Prepared<'_> {
 fn reading(file: &std::path::Path) -> Result<f64> {
     let cannot = || format!("cannot read {}", file.display());
     let (start, mut bytes) = (Instant::now(), Vec::new());
-    File::open(file)
+    open_for_reading(file)
         .with_context(cannot)?
         .take(SAMPLE)
         .read_to_end(&mut bytes)

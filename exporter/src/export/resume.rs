@@ -9,6 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use flow::checkpoint::read_bounded;
 use flow::contents;
 
 use super::{JOURNAL, Prepared};
@@ -47,7 +48,7 @@ pub(super) fn fingerprint(prepared: &Prepared<'_>) -> Result<String> {
 
 /// Whether `folder` was left by an export of that `fingerprint`.
 pub(super) fn fits(folder: &Path, fingerprint: &str) -> bool {
-    fs::read_to_string(folder.join(JOURNAL)).is_ok_and(|text| text == fingerprint)
+    read_bounded(&folder.join(JOURNAL)).is_ok_and(|text| text == fingerprint.as_bytes())
 }
 
 /// Says in `folder` what it is.

@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result};
+use flow::checkpoint::read_bounded;
 use flow::checksums::{Sum, Summing};
 
 use super::DATA_FILE;
@@ -69,7 +70,8 @@ impl DataFile {
                 }
                 Mode::Resumed => {
                     let journal = folder.join(JOURNAL);
-                    let noted = fs::read_to_string(&journal).ok();
+                    let noted =
+                        read_bounded(&journal).ok().and_then(|text| String::from_utf8(text).ok());
                     let noted = noted.and_then(|text| text.trim().parse().ok()).unwrap_or(0);
                     let mut options = OpenOptions::new();
                     let options = options.read(true).write(true).create(true).truncate(false);

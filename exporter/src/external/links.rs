@@ -1,7 +1,7 @@
 //! The checkpoint's files that a graph uses where they lie: linked into its folder, and read once.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs;
 use std::io::Read;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
@@ -10,6 +10,7 @@ use std::sync::Mutex;
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
+use flow::checkpoint::open_for_reading;
 use flow::checksums::{Sum, Summing};
 
 use super::{DATA_FILE, MIN_EXTERNAL, MODEL_FILE, Mode, Placement, stored};
@@ -154,7 +155,7 @@ pub fn scan(files: &[&Linked], advance: &(dyn Fn(usize) -> Result<()> + Sync)) -
 fn read(linked: &Linked, advance: &(dyn Fn(usize) -> Result<()> + Sync)) -> Result<Sum> {
     let path = &linked.file;
     let cannot = || format!("cannot read {}", path.display());
-    let mut file = File::open(path).with_context(cannot)?;
+    let mut file = open_for_reading(path).with_context(cannot)?;
     let n_bytes = file.metadata().with_context(cannot)?.len() as usize;
     let (mut sum, mut chunk, mut at) = (Summing::default(), vec![0; CHUNK], 0);
     let mut places: Vec<&Place> = linked.tensors.iter().collect();

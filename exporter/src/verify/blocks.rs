@@ -1,10 +1,10 @@
 //! A written graph, stage by stage in ONNX Runtime, against the checkpoint in the interpreter of `host/`.
 
 use std::collections::HashMap;
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use flow::checkpoint::read_bounded;
 use flow::lora::Lora;
 use flow::pipeline::Pipeline;
 use onnx::{Model, Options, Tensor};
@@ -193,7 +193,7 @@ impl<'a> Written<'a> {
     fn open(folder: &'a Path) -> Result<Self> {
         let path = folder.join(MODEL_FILE);
         let read = || format!("cannot read {}", path.display());
-        let bytes = fs::read(&path).with_context(read)?;
+        let bytes = read_bounded(&path).with_context(read)?;
         let model = ModelProto::decode(bytes.as_slice()).with_context(read)?;
         let mut metadata = model.metadata_props.iter();
         let seams = metadata.find(|entry| entry.key.as_deref() == Some(SEAMS));

@@ -1,14 +1,14 @@
 //! Prompt files, read row by row: what is wrong with one row is told and costs that row alone.
 
 use std::fmt::Display;
-use std::fs;
+use std::io::Read;
 use std::path::Path;
 
 use serde_json::Value;
 
 use super::row::{Row, of_text, parse};
 use super::{Parsed, Prompt, table};
-use crate::checkpoint::CheckpointError;
+use crate::checkpoint::{CheckpointError, open_for_reading};
 
 /// Largest accepted prompt file, in bytes.
 const MAX_FILE: u64 = 256 * 1024 * 1024;
@@ -116,17 +116,13 @@ pub fn read(path: &Path) -> Result<Prompts, CheckpointError> {
     if !ENDS.contains(&&*extension) {
         return Err(malformed(format!("a prompt file ends in .{}", ENDS.join(", ."))));
     }
-    let metadata = fs::metadata(path).map_err(CheckpointError::io(path))?;
-    if !metadata.is_file() {
-        return Err(malformed(
-            "is no regular file: give a file instead of a pipe or device".into(),
-        ));
-    }
-    let size = metadata.len();
+    let mut file = open_for_reading(path)?;
+    let size = file.metadata().map_err(CheckpointError::io(path))?.len();
     if size > MAX_FILE {
         return Err(malformed(format!("{size} bytes, a prompt file has at most {MAX_FILE}")));
     }
-    let bytes = fs::read(path).map_err(CheckpointError::io(path))?;
+    let mut bytes = Vec::new();
+    file.by_ref().take(MAX_FILE).read_to_end(&mut bytes).map_err(CheckpointError::io(path))?;
     if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
         return Err(malformed("is UTF-16: save it as UTF-8".into()));
     }

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use flow::usage::Usage;
+use flow::{checkpoint::read_bounded, usage::Usage};
 use serde_json::json;
 use tokio::{
     net::TcpListener,
@@ -253,8 +253,9 @@ fn guard(args: &ServeArgs) -> Result<Guard> {
 fn token(args: &ServeArgs) -> Result<Option<String>> {
     let (place, text) = match &args.token_file {
         Some(file) => {
-            let text = fs::read_to_string(file)
-                .with_context(|| format!("cannot read the token file {}", file.display()))?;
+            let bytes = read_bounded(file).context("--token-file")?;
+            let text = String::from_utf8(bytes)
+                .with_context(|| format!("--token-file {}", file.display()))?;
             (file.display().to_string(), text)
         }
         None => match std::env::var(TOKEN) {

@@ -120,6 +120,30 @@ fn sources() -> Vec<PathBuf> {
     files
 }
 
+/// A pipe or a device that is read like a file has no end, and a large one fills the memory.
+#[test]
+fn files_are_opened_by_one_function() {
+    let owners = ["flow/src/checkpoint.rs", "flow/src/disk.rs"];
+    let opens = [" File::open(", "fs::File::open(", "fs::read(", "fs::read_to_string("];
+    let (mut others, mut n_owned) = (Vec::new(), 0);
+    for file in sources() {
+        let name = file.display().to_string();
+        if !name.contains("/src/") || name.contains("tests") || name.starts_with("benches") {
+            continue;
+        }
+        let text = fs::read_to_string(root().join(&file)).unwrap();
+        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+        let here = |line: &&str| opens.iter().any(|open| line.contains(open));
+        let found = code.lines().filter(here).filter(|line| !line.contains("\"/proc/"));
+        match owners.contains(&&*name) {
+            true => n_owned += found.count(),
+            false => others.extend(found.map(|line| format!("{name}: {}", line.trim()))),
+        }
+    }
+    assert!(n_owned > 4, "only {n_owned} were found");
+    assert!(others.is_empty(), "not by flow::checkpoint:\n{}", others.join("\n"));
+}
+
 /// Name and number of lines of each function, by the indentation that rustfmt gives.
 fn functions(text: &str) -> Vec<(String, usize)> {
     let lines: Vec<&str> = text.lines().collect();

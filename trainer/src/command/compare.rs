@@ -12,7 +12,7 @@ use std::sync::Mutex;
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
-use flow::checkpoint::write_atomically;
+use flow::checkpoint::{read_bounded, write_atomically};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -224,9 +224,9 @@ impl<'a> Task<'a> {
         let wanted = [vec![preset.to_owned(), format!("{}", config.prompts.display())], settings];
         let wanted = wanted.concat().join("\n") + "\n";
         let note = self.folder.join("settings.txt");
-        match fs::read_to_string(&note) {
+        match read_bounded(&note) {
             Ok(found) => ensure!(
-                found == wanted,
+                found == wanted.as_bytes(),
                 "{} holds a run with other settings: remove it or choose another output",
                 self.folder.display()
             ),
@@ -294,7 +294,8 @@ impl<'a> Task<'a> {
         if ended.success() {
             return Ok(());
         }
-        let said = fs::read_to_string(&log).unwrap_or_default();
+        let said = read_bounded(&log).unwrap_or_default();
+        let said = String::from_utf8_lossy(&said);
         let last = said.lines().last().unwrap_or("it said nothing");
         bail!("{}: {command} failed ({ended}), see {}: {last}", self.label(), log.display())
     }

@@ -1,9 +1,9 @@
 //! Prompt files: those of [`flow::prompts`], and `.parquet`.
 
-use std::fs::File;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use flow::checkpoint::open_for_reading;
 use flow::log;
 use flow::prompts::{self, ANSWER, Prompt, Prompts, TEXT_FIELDS};
 use parquet::file::metadata::{ParquetMetaData, RowGroupMetaData};
@@ -40,8 +40,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<Prompt>> {
 }
 
 fn parquet(path: &Path) -> Result<Prompts> {
-    ensure!(std::fs::metadata(path)?.is_file(), "is no regular file");
-    let reader = SerializedFileReader::new(File::open(path)?)?;
+    let reader = SerializedFileReader::new(open_for_reading(path)?)?;
     let columns = columns(reader.metadata())?;
     let (mut prompts, mut n_held) = (Prompts::default(), 0);
     for (at, row) in reader.get_row_iter(Some(columns))?.enumerate() {

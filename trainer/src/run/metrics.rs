@@ -16,7 +16,7 @@ use serde::{Deserialize, Serializer};
 use serde_json::Value;
 
 use self::events::Events;
-use flow::checkpoint::write_atomically;
+use flow::checkpoint::{read_bounded, write_atomically};
 use flow::log;
 
 /// The file of JSON lines in a run's folder.
@@ -179,7 +179,7 @@ impl Metrics {
 /// Whole lines of the file at `path` up to `step`, how many, and the seconds up to the last; damaged ones are left
 /// out.
 fn up_to(path: &Path, step: u64) -> (String, u64, f64) {
-    let bytes = fs::read(path).unwrap_or_default();
+    let bytes = read_bounded(path).unwrap_or_default();
     let content = String::from_utf8_lossy(&bytes);
     let whole = content.rfind('\n').map_or("", |end| &content[..=end]);
     let (mut kept, mut n_kept, mut wall) = (String::new(), 0, 0.0);
@@ -215,7 +215,8 @@ pub fn series(records: &[Record], name: &str) -> Vec<(f64, f64)> {
 }
 
 fn read_text(path: &Path) -> Result<String> {
-    fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))
+    let text = String::from_utf8(read_bounded(path)?);
+    text.with_context(|| format!("reading {}", path.display()))
 }
 
 fn records<'a>(path: &Path, content: &'a str) -> Result<Vec<(&'a str, Record)>> {

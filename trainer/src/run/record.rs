@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use flow::checkpoint::write_atomically;
+use flow::checkpoint::{open_for_reading, read_bounded, write_atomically};
 use flow::log;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -51,7 +51,7 @@ pub(crate) fn append(config: &AlignConfig, options: &Options, done: usize) -> Re
         done,
         settings: config.resolved()?,
     };
-    let mut starts: Vec<Value> = match fs::read(&path) {
+    let mut starts: Vec<Value> = match read_bounded(&path) {
         Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|_| {
             log::warn(&format!("{}: damaged: begun anew", path.display()));
             Vec::new()
@@ -124,7 +124,7 @@ fn device_name(options: &Options) -> String {
 /// When something there cannot be read.
 pub(crate) fn content(path: &Path) -> Result<String> {
     use sha2::{Digest, Sha256};
-    use std::io::{Read, Seek, SeekFrom};
+    use std::io::{Read, Seek, SeekFrom, copy};
     const ENDS: u64 = 1 << 16;
     let mut hash = Sha256::new();
     let mut left = vec![path.to_owned()];
@@ -140,18 +140,16 @@ pub(crate) fn content(path: &Path) -> Result<String> {
             left.extend(inside.into_iter().rev());
             continue;
         }
-        let mut file = fs::File::open(&at).with_context(|| failed(&at))?;
+        let mut file = open_for_reading(&at).with_context(|| failed(&at))?;
         let length = file.metadata().with_context(|| failed(&at))?.len();
         let name = at.strip_prefix(path).unwrap_or(&at).to_string_lossy().into_owned();
         hash.update(format!("{name} {length}\n"));
-        let mut part = Vec::new();
-        file.by_ref().take(ENDS).read_to_end(&mut part).with_context(|| failed(&at))?;
+        copy(&mut file.by_ref().take(ENDS), &mut hash).with_context(|| failed(&at))?;
         if length > ENDS {
             let rest = if path.is_dir() { ENDS.min(length - ENDS) } else { length - ENDS };
             file.seek(SeekFrom::End(-(rest as i64))).with_context(|| failed(&at))?;
-            file.read_to_end(&mut part).with_context(|| failed(&at))?;
+            copy(&mut file, &mut hash).with_context(|| failed(&at))?;
         }
-        hash.update(&part);
     }
     Ok(format!("{:x}", hash.finalize()))
 }

@@ -1,3 +1,5 @@
+use std::fs;
+
 use super::*;
 
 fn read_as(name: &str, content: impl AsRef<[u8]>) -> Result<Prompts, CheckpointError> {
