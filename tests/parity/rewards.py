@@ -55,19 +55,23 @@ class Comparison:
 
     def compare(self, kind, settings, score):
         """Our scores of every image and prompt, and those of `score(image, prompt)`; removes the weights."""
-        fields = {"name": kind, "kind": kind, "weight": 1.0, **settings}
-        table = ", ".join(f"{key} = {json.dumps(value, default=str)}" for key, value in fields.items())
         for index, prompt in enumerate(PROMPTS):
-            lines = run(
-                self.programs / "ng-train", "--device", "cpu", "score", *self.images, "--prompt", prompt,
-                "--preset", "signs", "--set", f"rewards=[{{{table}}}]", "--set", "judges=[]",
-            ).splitlines()
-            ours = [json.loads(line)["scores"][kind] for line in lines]
+            ours = self.scores(kind, settings, prompt)
             theirs = [score(Image.open(path), prompt) for path in self.images]
             print(f"{kind}: {', '.join(f'{value:.4f}' for value in theirs)}")
             self.report.absolute(f"{kind}, prompt {index}", ours, theirs, LIMIT)
         for weights in settings.keys() & {"weights", "clip"}:
             settings[weights].unlink()
+
+    def scores(self, kind, settings, prompt):
+        """What `ng-train score` says of every image."""
+        fields = {"name": kind, "kind": kind, "weight": 1.0, **settings}
+        table = ", ".join(f"{key} = {json.dumps(value, default=str)}" for key, value in fields.items())
+        lines = run(
+            self.programs / "ng-train", "--device", "cpu", "score", *self.images, "--prompt", prompt,
+            "--preset", "signs", "--set", f"rewards=[{{{table}}}]", "--set", "judges=[]",
+        ).splitlines()
+        return [json.loads(line)["scores"][kind] for line in lines]
 
 
 def hpsv2(comparison, make, architecture):
@@ -105,6 +109,36 @@ def open_clip(comparison, make):
         return float((images * model.encode_text(tokenize([prompt]), normalize=True)).sum())
 
     comparison.compare("clip", {"weights": weights, "tokenizer": CLIP_TOKENIZER}, score)
+
+
+def forms(comparison, make):
+    """One small CLIP in the files that people have: each scores as the plain one does."""
+    from open_clip.model import CLIP
+
+    config = {
+        "embed_dim": 64, "quick_gelu": True,
+        "vision_cfg": {"image_size": 64, "layers": 2, "width": 128, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2},
+    }
+    model = make.draw(CLIP(**config)).eval()
+    (comparison.out / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    state = model.state_dict()
+    wrapped = {f"module.{name}": value for name, value in state.items()}
+    optimizer = torch.optim.AdamW(model.parameters()).state_dict()
+    write = {
+        "plain": lambda file: torch.save(state, file),
+        "before PyTorch 1.6": lambda file: torch.save(state, file, _use_new_zipfile_serialization=False),
+        "of training": lambda file: torch.save({"epoch": 1, "state_dict": wrapped, "optimizer": optimizer}, file),
+        "TorchScript": lambda file: torch.jit.script(model).save(str(file)),
+    }
+    for kind in ("clip", "hpsv2"):
+        found = {}
+        for form, save in write.items():
+            save(comparison.out / "form.pt")
+            settings = {"weights": comparison.out / "form.pt", "tokenizer": CLIP_TOKENIZER}
+            found[form] = comparison.scores(kind, settings, PROMPTS[0])
+            comparison.report.absolute(f"{kind}, file {form}", found[form], found["plain"], 0)
+    (comparison.out / "form.pt").unlink()
 
 
 def pickscore(comparison, make):
@@ -185,6 +219,7 @@ def main():
         if args.part == "clip":
             hpsv2(comparison, make, "ViT-H-14" if args.vit_h else "ViT-B-32")
             open_clip(comparison, make)
+            forms(comparison, make)
             pickscore(comparison, make)
         else:
             image_reward(comparison, make)

@@ -107,7 +107,7 @@ pub enum Command {
     ///
     /// Scales, higher being better: hpsv2, pickscore and clip are cosines, about 0.2 to 0.4, 0.18 to 0.24
     /// and 0.1 to 0.4; image-reward is about -2.5 to 2.5, aesthetic 1 to 10, jpeg in kB, colour 0 to 1.
-    /// The README has the files and how each prepares images.
+    /// docs/rewards.md has the files and how each prepares images.
     Score {
         /// PNG or JPEG files
         #[arg(required = true, value_name = "IMAGE")]
