@@ -13,6 +13,7 @@ use crate::data::signs;
 use crate::group::rollout::RolloutConfig;
 use crate::network::lora::RANK;
 use crate::network::{model, reference};
+use crate::run::config::AlignConfig;
 use crate::run::settings::{self, Source};
 use crate::run::{align, interrupt};
 use crate::tensor::device;
@@ -41,10 +42,12 @@ pub mod score;
 /// Whatever is wrong, in one line.
 pub fn run(cli: &Cli) -> Result<()> {
     let place = match &cli.command {
-        Command::Align { processes, .. } => match ranks::place(*processes)? {
-            ranks::Place::Started => return Ok(()),
-            ranks::Place::Here(topology) => topology,
-        },
+        Command::Align { processes, .. } | Command::Eval { processes, .. } => {
+            match ranks::place(*processes)? {
+                ranks::Place::Started => return Ok(()),
+                ranks::Place::Here(topology) => topology,
+            }
+        }
         _ => None,
     };
     cli.says.open().map_err(Usage)?;
@@ -89,16 +92,7 @@ fn carry_out(
                 settings::read(&of(source), &pretrain::PRETRAIN_PRESETS, &source.settings)?;
             pretrain::run(&config, compute.device)
         }
-        Command::Eval { votes: Some(votes), .. } => eval::votes(votes),
-        Command::Eval { models, prompts, n_images, seed, out, source, votes: None } => {
-            let prompts = prompts.as_deref().context("--prompts is missing")?;
-            let config = settings::read(&of(source), &settings::ALIGN_PRESETS, &source.settings)?;
-            let (n_images, seed) = (*n_images, *seed);
-            eval::run(
-                &config,
-                &eval::Options { models, prompts, n_images, seed, out, threads, compute },
-            )
-        }
+        Command::Eval { .. } => evaluate(&cli.command, place, threads, compute),
         Command::Score { images, prompt, source } => {
             let config = settings::read(&of(source), &settings::ALIGN_PRESETS, &source.settings)?;
             let device = compute.device;
@@ -153,6 +147,29 @@ fn align(
     let ranks = ranks::join(place, &run.config, compute)?;
     let options = align::Options { resume, record_update, threads, compute, ranks };
     align::run(&run.config, &options)
+}
+
+fn evaluate(
+    command: &Command,
+    place: Option<&Topology>,
+    threads: usize,
+    compute: device::Compute,
+) -> Result<()> {
+    let Command::Eval { models, prompts, n_images, seed, out, source, votes, .. } = command else {
+        unreachable!("called for this");
+    };
+    if let Some(votes) = votes {
+        return eval::votes(votes);
+    }
+    let prompts = prompts.as_deref().context("--prompts is missing")?;
+    let config: AlignConfig =
+        settings::read(&of(source), &settings::ALIGN_PRESETS, &source.settings)?;
+    let ranks = ranks::meet(place, &config.ranks)?;
+    let (n_images, seed) = (*n_images, *seed);
+    eval::run(
+        &config,
+        &eval::Options { models, prompts, n_images, seed, out, threads, compute, ranks },
+    )
 }
 
 /// What a model costs, counted or measured.

@@ -263,13 +263,41 @@ fn forget(path: &Path) {
 }
 
 #[test]
+fn several_processes_find_what_one_finds() {
+    let comparison = Comparison::new();
+    let prompts: Vec<String> = (0..40).map(|i| format!("{} {i}", PROMPTS[i % 5])).collect();
+    fs::write(comparison.home.path().join("prompts.txt"), prompts.join("\n")).unwrap();
+    let (base, lora) = (comparison.base(), comparison.lora());
+    let pixels = || -> Vec<(PathBuf, Vec<u8>)> {
+        let images = comparison.images().into_keys();
+        images
+            .map(|file| (file.clone(), fs::read(comparison.folder().join(file)).unwrap()))
+            .collect()
+    };
+    let columns = comparison.run(&[&base, &lora], &[]);
+    let alone = pixels();
+    fs::remove_dir_all(comparison.folder()).unwrap();
+    assert_eq!(comparison.run(&[&base, &lora], &["--processes", "3"]), columns);
+    assert!(pixels() == alone);
+    let files = files_below(&comparison.folder());
+    let is_part = |file: &&PathBuf| file.to_string_lossy().contains("scores-rank");
+    assert_eq!(files.iter().find(is_part), None);
+    assert!(files.contains(&PathBuf::from("logs/rank-002.log")), "{files:?}");
+}
+
+#[test]
 fn a_stopped_comparison_goes_on() {
+    stops_and_goes_on(&[]);
+    stops_and_goes_on(&["--processes", "2"]);
+}
+
+fn stops_and_goes_on(shared: &[&str]) {
     let (whole, stopped) = (Comparison::new(), Comparison::new());
     let many = ["--images", "24"];
     let base = whole.base();
     let columns = whole.run(&[&base], &many);
 
-    let mut command = stopped.command(&[&base], &many);
+    let mut command = stopped.command(&[&base], &[&many, shared].concat());
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let started = Instant::now();
     while !stopped.folder().exists() || stopped.images().is_empty() {

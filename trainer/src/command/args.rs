@@ -99,6 +99,10 @@ pub enum Command {
         /// Folder for the results
         #[arg(short, long, alias = "output", value_name = "DIR", default_value = "out/eval")]
         out: PathBuf,
+        /// Share the work among so many processes of this machine, or of several where torchrun's or Slurm's
+        /// variables say so; all see the same folders
+        #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=512))]
+        processes: Option<usize>,
         /// Rewards, judges, rollout, embeddings and stream come from it
         #[command(flatten)]
         source: SourceArgs,

@@ -5,11 +5,14 @@
 //! settings, the prompts, and the files, by name, size and time of change. What is there is not made
 //! again. What a server answers, or another version of this program computes, leaves no such trace.
 
+use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use cluster::Group;
 use flow::checkpoint::write_atomically;
-use flow::log;
+use flow::log::{self, Level};
 use flow::prompts::Prompt;
 use serde_json::json;
 
@@ -18,6 +21,7 @@ use self::metric::Metric;
 use self::record::Record;
 use self::table::Column;
 use crate::data::prompts;
+use crate::group;
 use crate::network::embeddings::Embeddings;
 use crate::network::model::Model;
 use crate::picture;
@@ -54,14 +58,24 @@ pub struct Options<'a> {
     pub threads: usize,
     /// Where tensors live.
     pub compute: Compute,
+    /// Who shares the work; all see the same folders.
+    pub ranks: Group,
 }
 
-/// Samples and scores what is not there yet; prints a Markdown table.
+/// Samples and scores what is not there yet; prints a Markdown table. Several ranks share batches and prompts,
+/// and the first one reports.
 ///
 /// # Errors
-/// When a model, the prompts or a metric fails, or the output cannot be written; [`Stopped`] when asked
-/// to stop.
+/// On all ranks when a model, the prompts or a metric fails, or the output cannot be written; [`Stopped`] when
+/// asked to stop.
 pub fn run(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
+    let ranks = &options.ranks;
+    if !ranks.is_first() {
+        let folder = options.out.join("logs");
+        fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
+        let file = folder.join(format!("rank-{:03}.log", ranks.rank()));
+        log::open(Level::Quiet, Some(&file)).with_context(|| format!("{}", file.display()))?;
+    }
     let prompts = prompts::read(options.prompts)?;
     if let Some(folder) = &config.embeddings {
         Embeddings::open(folder)?.check(prompts.iter().map(|prompt| &*prompt.text))?;
@@ -69,13 +83,6 @@ pub fn run(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
     let contestants = Contestant::all(options.models)?;
     let names: Vec<&str> = contestants.iter().map(|one| &*one.name).collect();
     let headers = contestant::short(&names);
-    let mut records = contestants
-        .iter()
-        .map(|one| {
-            let settings = settings(config, options, one, &prompts)?;
-            Record::open(options.out, one.last_name(), &settings)
-        })
-        .collect::<Result<Vec<Record>>>()?;
     let configs: Vec<&RewardConfig> = config.group.rewards.iter().chain(&config.judges).collect();
     let mut metrics = Vec::new();
     for (i, config) in configs.iter().enumerate() {
@@ -84,20 +91,39 @@ pub fn run(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
         ensure!(is_new, "two rewards are named {name:?}");
         metrics.push(Metric::new(config, &prompts, options.n_images)?);
     }
+    let keys: BTreeMap<String, String> =
+        metrics.iter().map(|metric| (metric.config.name.clone(), metric.key.clone())).collect();
+    let mut records = contestants
+        .iter()
+        .map(|one| {
+            let settings = settings(config, options, one, &prompts)?;
+            Record::open(options.out, one.last_name(), &settings, ranks.rank(), keys.clone())
+        })
+        .collect::<Result<Vec<Record>>>()?;
     for metric in &mut metrics {
         let size = config.group.rollout.size;
         metric.open_for(&records, options.threads, options.compute.device, size)?;
     }
     let mut held = None;
-    for (contestant, record) in contestants.iter().zip(&mut records) {
+    let drawn = contestants.iter().zip(&records).try_for_each(|(contestant, record)| {
         let name = &contestant.name;
-        held = draw(config, options, contestant, &prompts, record, held)
+        held = draw(config, options, contestant, &prompts, record, held.take())
             .with_context(|| format!("cannot evaluate {name}"))?;
-        for metric in &metrics {
-            metric.score(record, name).with_context(|| format!("cannot evaluate {name}"))?;
-        }
-    }
+        Ok(())
+    });
     drop(held);
+    together(ranks, drawn)?;
+    let scored = contestants.iter().zip(&mut records).try_for_each(|(contestant, record)| {
+        let name = &contestant.name;
+        metrics.iter().try_for_each(|metric| {
+            metric.score(record, name, ranks).with_context(|| format!("cannot evaluate {name}"))
+        })
+    });
+    together(ranks, scored)?;
+    if !ranks.is_first() {
+        return Ok(());
+    }
+    records.iter_mut().try_for_each(Record::gather)?;
     let mut columns: Vec<Column> = Vec::new();
     for (name, record) in names.iter().zip(&records) {
         let scores = metrics
@@ -112,6 +138,24 @@ pub fn run(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
     let sheet = sheet::draw(&headers, &prompts, &records, &columns, &configs)?;
     picture::save(&options.out.join("side-by-side.png"), &sheet)?;
     print!("{text}");
+    Ok(())
+}
+
+/// Waits for all ranks to have done their part.
+///
+/// # Errors
+/// On all ranks where a part failed, or somebody was asked to stop.
+fn together(ranks: &Group, part: Result<()>) -> Result<()> {
+    let is_stopped = match part {
+        Err(error) if error.is::<Stopped>() => Ok(true),
+        part => part.map(|()| false),
+    };
+    if group::ranks::outcomes(ranks, is_stopped)?.contains(&true) {
+        if ranks.is_first() {
+            log::note("stopped: the same command continues");
+        }
+        bail!(Stopped);
+    }
     Ok(())
 }
 
@@ -160,16 +204,19 @@ fn draw(
     let all: Vec<usize> = (0..prompts.len()).collect();
     let batches = (0..options.n_images)
         .flat_map(|image| all.chunks(rollout.batch).map(move |batch| (image, batch)));
-    let missing: Vec<(usize, &[usize])> = batches
-        .filter(|(image, batch)| !batch.iter().all(|&prompt| record.has(prompt, *image)))
-        .collect();
+    let (rank, world) = (options.ranks.rank(), options.ranks.world());
+    let own: Vec<(usize, &[usize])> = batches.skip(rank).step_by(world).collect();
+    let total: usize = own.iter().map(|(_, batch)| batch.len()).sum();
+    let is_missing = |(image, batch): &(usize, &[usize])| {
+        !batch.iter().all(|&prompt| record.has(prompt, *image))
+    };
+    let missing: Vec<(usize, &[usize])> = own.into_iter().filter(is_missing).collect();
     if missing.is_empty() {
         return Ok(held);
     }
     let model = contestant.load(held, config, options.compute)?;
     let size = model.latent_size(rollout.size)?;
     let plan = rollout.plan(&model.pipeline.scheduler, &size)?;
-    let total = prompts.len() * options.n_images;
     let n_missing: usize = missing.iter().map(|(_, batch)| batch.len()).sum();
     let progress = Progress::new("sample", total, total - n_missing);
     for (image, batch) in missing {
@@ -188,7 +235,6 @@ fn draw(
 /// Ends the work where someone asked for it.
 fn check_interrupt() -> Result<()> {
     if interrupt::asked() {
-        log::note("stopped: the same command continues");
         bail!(Stopped);
     }
     Ok(())

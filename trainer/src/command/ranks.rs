@@ -10,7 +10,7 @@ use flow::log;
 use flow::usage::Usage;
 use tch::Cuda;
 
-use crate::run::config::AlignConfig;
+use crate::run::config::{AlignConfig, RanksConfig};
 use crate::run::interrupt;
 use crate::tensor::device::{Compute, precision_name};
 
@@ -112,14 +112,22 @@ pub(super) fn join(
     compute: Compute,
 ) -> Result<Group> {
     let Some(topology) = place else { return Ok(Group::alone()) };
-    let [join, step] =
-        [config.ranks.join_seconds, config.ranks.step_seconds].map(Duration::from_secs_f64);
-    let group = Group::join(topology, Timeouts { join, step })?;
+    let group = meet(place, &config.ranks)?;
     group.open_device(compute.device)?;
     if group.is_first() && group.world() > 1 {
         log::note(&describe(topology, config, compute, &group.carrier()));
     }
     Ok(group)
+}
+
+/// Meets the other ranks, for what they tell each other from the processor.
+///
+/// # Errors
+/// When not all of them come.
+pub(super) fn meet(place: Option<&Topology>, config: &RanksConfig) -> Result<Group> {
+    let Some(topology) = place else { return Ok(Group::alone()) };
+    let [join, step] = [config.join_seconds, config.step_seconds].map(Duration::from_secs_f64);
+    Ok(Group::join(topology, Timeouts { join, step })?)
 }
 
 fn describe(topology: &Topology, config: &AlignConfig, compute: Compute, carrier: &str) -> String {

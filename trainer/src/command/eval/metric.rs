@@ -1,6 +1,7 @@
 //! What images are scored by.
 
 use anyhow::Result;
+use cluster::Group;
 use flow::prompts::Prompt;
 use image::RgbImage;
 use serde_json::json;
@@ -21,7 +22,7 @@ pub(super) struct Metric<'a> {
     /// Images a prompt.
     n_images: usize,
     /// Follows from its settings, the files that these name, and the prompts.
-    key: String,
+    pub(super) key: String,
     /// Opened where something is left to score.
     rewards: Option<Rewards>,
 }
@@ -66,19 +67,20 @@ impl<'a> Metric<'a> {
         self.missing(&rows).is_empty().then_some(rows)
     }
 
-    /// Scores the images of `record` that it has not scored, and keeps every few prompts. A failure ends
-    /// the work on this record with a warning, unless the metric is required.
+    /// Scores the images of `record` that it has not scored, this rank's share of them, and keeps every few
+    /// prompts. A failure ends the work on this record with a warning, unless the metric is required.
     ///
     /// # Errors
     /// When a required metric fails, an image cannot be read, or the scores cannot be written.
-    pub(super) fn score(&self, record: &mut Record, contestant: &str) -> Result<()> {
+    pub(super) fn score(&self, record: &mut Record, contestant: &str, ranks: &Group) -> Result<()> {
         let (name, mut rows) = (&self.config.name, self.rows(record));
-        let missing = self.missing(&rows);
+        let is_own = |prompt: &usize| prompt / PROMPTS_AT_ONCE % ranks.world() == ranks.rank();
+        let total = (0..self.prompts.len()).filter(is_own).count();
+        let missing: Vec<usize> = self.missing(&rows).into_iter().filter(is_own).collect();
         let Some(rewards) = self.rewards.as_ref().filter(|_| !missing.is_empty()) else {
             return Ok(());
         };
-        let done = self.prompts.len() - missing.len();
-        let progress = Progress::new("score", self.prompts.len(), done);
+        let progress = Progress::new("score", total, total - missing.len());
         for chunk in missing.chunks(PROMPTS_AT_ONCE) {
             check_interrupt()?;
             let images = self.images(record, chunk)?;
