@@ -9,10 +9,12 @@ use self::rollout::RolloutConfig;
 use crate::reward::RewardConfig;
 
 pub mod advantage;
+pub(crate) mod division;
 pub(crate) mod experience;
 pub(crate) mod order;
 pub(crate) mod ranks;
 pub mod rollout;
+pub(crate) mod scoring;
 pub(crate) mod seeds;
 
 /// How groups come about, and what their members are worth.

@@ -10,6 +10,7 @@ use flow::log;
 use flow::usage::Usage;
 use tch::Cuda;
 
+use crate::group::division::Division;
 use crate::run::config::{AlignConfig, RanksConfig};
 use crate::run::interrupt;
 use crate::tensor::device::{Compute, precision_name};
@@ -114,8 +115,9 @@ pub(super) fn join(
     let Some(topology) = place else { return Ok(Group::alone()) };
     let group = meet(place, &config.ranks)?;
     group.open_device(compute.device)?;
+    let division = Division::new(&group, &config.group, config.group.prompts_per_iteration)?;
     if group.is_first() && group.world() > 1 {
-        log::note(&describe(topology, config, compute, &group.carrier()));
+        log::note(&describe(topology, &division, compute, &group.carrier()));
     }
     Ok(group)
 }
@@ -130,13 +132,12 @@ pub(super) fn meet(place: Option<&Topology>, config: &RanksConfig) -> Result<Gro
     Ok(Group::join(topology, Timeouts { join, step })?)
 }
 
-fn describe(topology: &Topology, config: &AlignConfig, compute: Compute, carrier: &str) -> String {
+fn describe(topology: &Topology, division: &Division, compute: Compute, carrier: &str) -> String {
     let Topology { world, local_world, launcher, .. } = topology;
     let machines = match topology.n_nodes() {
         1 => "1 machine".to_owned(),
         n => format!("{n} machines of {local_world}"),
     };
-    let n = config.group.prompts_per_iteration;
     let mut variables: Vec<String> = env::vars()
         .filter(|(name, _)| name.starts_with("NCCL_") || name.starts_with("GLOO_"))
         .map(|(name, value)| format!("{name}={value}"))
@@ -144,10 +145,9 @@ fn describe(topology: &Topology, config: &AlignConfig, compute: Compute, carrier
     variables.sort();
     let variables = if variables.is_empty() { "none".to_owned() } else { variables.join(" ") };
     format!(
-        "{world} ranks on {machines}, started by {launcher}; {:?} in {} by {carrier}; shard = states; {} of {n} \
-         prompts a rank; NCCL and Gloo variables: {variables}",
+        "{world} ranks on {machines}, started by {launcher}; {:?} in {} by {carrier}; shard = states; {division}; \
+         NCCL and Gloo variables: {variables}",
         compute.device,
         precision_name(compute.kind),
-        n / world,
     )
 }

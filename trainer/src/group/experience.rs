@@ -1,10 +1,10 @@
 //! What one iteration learns from: groups of trajectories, their images, rewards and advantages.
 
 use std::ops::Range;
+use std::thread;
 use std::time::Instant;
 
 use anyhow::{Error, Result, ensure};
-use cluster::Group;
 use flow::latents::LatentSize;
 use flow::panics::caught;
 use flow::prompts::Prompt;
@@ -14,36 +14,39 @@ use tch::{Kind, Tensor};
 
 use super::GroupConfig;
 use super::advantage::{Advantages, Scored};
-use super::ranks::{self, Exact};
+use super::division::Division;
 use super::rollout::{self, Rollout, Trajectory};
+use super::scoring::{self, Scoring};
 use super::seeds::{Use, family};
 use crate::network::condition::Condition;
 use crate::network::model::Model;
-use crate::reward::{Outcome, RewardConfig, Rewards, Scores};
+use crate::reward::{RewardConfig, Rewards, Scores};
 
-/// P groups of G members, of which this rank has rolled out its own.
+/// P groups of G members, of which this rank has rolled out its part.
 pub(crate) struct Experience {
     /// Iterations before this one.
     pub(crate) iteration: usize,
     /// Number of the first group in the run.
     pub(crate) first_group: u64,
-    /// Groups of this rank.
-    pub(crate) own: Range<usize>,
+    /// Who has rolled out what.
+    pub(crate) division: Division,
+    /// Groups that this rank has a part of: of these it has all trajectories.
+    held: Range<usize>,
     /// G.
     pub(crate) group_size: usize,
     /// Shape of a latent.
     pub(crate) size: LatentSize,
-    /// Conditions, one row an own group.
+    /// Conditions, one row a held group.
     condition: Condition,
     /// How the trajectories came about.
     pub(crate) rollout: Rollout,
-    /// The trajectories of own groups as rows, G a group.
+    /// The trajectories of held groups as rows, G a group.
     pub(crate) trajectory: Trajectory,
     /// Scores of each of the P groups.
     pub(crate) scores: Vec<Scores>,
     /// Advantages of each of the P groups.
     pub(crate) advantages: Vec<Advantages>,
-    /// Seconds of rollout, decoding and rewards.
+    /// Seconds of rollout, of decoding, and of waiting for rewards after both.
     pub(crate) seconds: [f64; 3],
 }
 
@@ -65,29 +68,29 @@ impl Experience {
         config.rewards.iter().enumerate().filter_map(line).collect()
     }
 
-    /// Own groups whose rewards are not all flat.
+    /// Held groups whose rewards are not all flat.
     pub(crate) fn live(&self) -> Vec<usize> {
-        self.own.clone().filter(|&group| !self.advantages[group].is_flat).collect()
+        self.held.clone().filter(|&group| !self.advantages[group].is_flat).collect()
     }
 
-    /// The row of `all` on the way to `member` of `group`. `all` holds n ≤ G rows an own group, each on the
+    /// The row of `all` on the way to `member` of `group`. `all` holds n ≤ G rows a held group, each on the
     /// way to as many members.
     pub(crate) fn row(&self, all: &Tensor, group: usize, member: usize) -> Tensor {
-        let width = all.size()[0] as usize / self.own.len();
-        let group = group - self.own.start;
+        let width = all.size()[0] as usize / self.held.len();
+        let group = group - self.held.start;
         all.get((group * width + member * width / self.group_size) as i64)
     }
 
-    /// The rows of `all`, which holds G an own group, that are of `group`.
+    /// The rows of `all`, which holds G a held group, that are of `group`.
     pub(crate) fn members(&self, all: &Tensor, group: usize) -> Tensor {
         let g = self.group_size as i64;
-        all.narrow(0, (group - self.own.start) as i64 * g, g)
+        all.narrow(0, (group - self.held.start) as i64 * g, g)
     }
 
     /// The conditions of `groups`, a row each.
     pub(crate) fn conditions(&self, groups: impl Iterator<Item = usize>) -> Condition {
-        let rows: Vec<i64> = groups.map(|group| (group - self.own.start) as i64).collect();
-        let device = self.trajectory.x0.device();
+        let rows: Vec<i64> = groups.map(|group| (group - self.held.start) as i64).collect();
+        let device = self.condition.pooled.device();
         self.condition.rows(&Tensor::from_slice(&rows).to_device(device))
     }
 
@@ -107,7 +110,7 @@ pub(crate) struct Sources<'a> {
 }
 
 /// Who looks on while groups are gathered, and may end it.
-pub(crate) trait Watch {
+pub(crate) trait Watch: Sync {
     /// The next stage begins.
     ///
     /// # Errors
@@ -138,103 +141,113 @@ pub(crate) enum Stage {
     Update,
 }
 
-/// Rolls out a group for each prompt, decodes and scores it; each rank its own.
+/// Rolls out a group for each prompt, decodes and scores it; each rank its part. Where a network call does not take
+/// all groups, those that are decoded are scored while the next ones roll out.
 pub(crate) fn gather(
     sources: &Sources<'_>,
     rollout: Rollout,
     prompts: &[&Prompt],
     iteration: usize,
 ) -> Result<Experience> {
-    let Sources { config, model, size, watch, .. } = sources;
+    let Sources { config, model, rewards, size, watch } = sources;
     watch.enter(Stage::Rollout)?;
-    let started = Instant::now();
     let ranks = model.engine.trained().group();
-    let first_group = (iteration * prompts.len()) as u64;
-    let own = ranks::own(ranks, prompts.len())?;
-    let prompts = &prompts[own.clone()];
-    let texts: Vec<&str> = prompts.iter().map(|prompt| prompt.text.as_str()).collect();
-    let condition = model.encode(&texts, config.rollout.guidance, size)?;
-    let trajectory = roll_out(sources, &rollout, &condition, first_group + own.start as u64);
-    let rolled = started.elapsed().as_secs_f64();
-    let scored = caught(|| score(sources, &trajectory, prompts)).map_err(Error::msg).flatten();
-    let (scores, decoded) = scored.map_or_else(|error| (Err(error), 0.0), |(s, t)| (Ok(s), t));
-    let scored = started.elapsed().as_secs_f64() - rolled - decoded;
-    let scores = of_all(ranks, scores)?;
-    let advantages = scores
-        .iter()
-        .map(|scores| config.advantage.of_group(config.group_size, &given(config, scores)))
-        .collect();
-    Ok(Experience {
+    let division = Division::new(ranks, config, prompts.len())?;
+    let held = division.groups();
+    let texts: Vec<&str> = prompts[held.clone()].iter().map(|prompt| &*prompt.text).collect();
+    let mut seconds = [0.0; 3];
+    let condition = timed(&mut seconds[0], || model.encode(&texts, config.rollout.guidance, size))?;
+    let mut experience = Experience {
         iteration,
-        first_group,
-        own,
+        first_group: (iteration * prompts.len()) as u64,
+        division,
+        held,
         group_size: config.group_size,
         size: *size,
         condition,
         rollout,
-        trajectory,
-        scores,
-        advantages,
-        seconds: [rolled, decoded, scored],
-    })
+        trajectory: Trajectory { calls: Vec::new(), x0: Tensor::new() },
+        scores: Vec::new(),
+        advantages: Vec::new(),
+        seconds,
+    };
+    let scores = thread::scope(|scope| {
+        let scoring = Scoring::start(scope, rewards, *watch);
+        experience.roll_out(sources, prompts, &scoring).map(|decoded| {
+            let scores = timed(&mut experience.seconds[2], || scoring.finish());
+            decoded.and(scores)
+        })
+    })?;
+    experience.scores = scoring::of_all(ranks, &division, scores)?;
+    let advantages = |scores| config.advantage.of_group(config.group_size, &given(config, scores));
+    experience.advantages = experience.scores.iter().map(advantages).collect();
+    Ok(experience)
 }
 
-/// Decodes and scores the own groups, asking no other rank; with the seconds that decoding took.
-fn score(
-    sources: &Sources<'_>,
-    trajectory: &Trajectory,
-    prompts: &[&Prompt],
-) -> Result<(Vec<Scores>, f64)> {
-    let Sources { config, model, rewards, size, watch } = sources;
-    watch.enter(Stage::Decoding)?;
+/// Adds what `work` takes to `seconds`.
+fn timed<T>(seconds: &mut f64, work: impl FnOnce() -> T) -> T {
     let started = Instant::now();
-    ensure!(
-        trajectory.x0.isfinite().all().int64_value(&[]) == 1,
-        "the rollout is not finite: the model has diverged"
-    );
-    let images = model.decode(&trajectory.x0, size)?;
-    let decoded = started.elapsed().as_secs_f64();
-    watch.enter(Stage::Rewards)?;
-    let groups = images.chunks(config.group_size).zip(prompts);
-    let scores = groups.map(|(images, prompt)| {
-        ensure!(!watch.is_stopped(), "stopped between two groups");
-        let images: Vec<&RgbImage> = images.iter().collect();
-        rewards.score(&vec![*prompt; images.len()], &images)
-    });
-    Ok((scores.collect::<Result<_>>()?, decoded))
+    let done = work();
+    *seconds += started.elapsed().as_secs_f64();
+    done
 }
 
-/// What a rank says of one reward of one group: scores, failures, retries, seconds, why the last one failed.
-type Told = (Option<Vec<Exact>>, u32, u32, Exact, Option<String>);
-
-/// The scores of all ranks' groups, in order; or what one of them failed with, on all.
-fn of_all(group: &Group, own: Result<Vec<Scores>>) -> Result<Vec<Scores>> {
-    if group.world() == 1 {
-        return own;
-    }
-    let told = |outcome: Outcome| -> Told {
-        let Outcome { scores, failures, retries, seconds, error } = outcome;
-        let scores = scores.map(|scores| scores.into_iter().map(Exact::from).collect());
-        (scores, failures, retries, seconds.into(), error)
-    };
-    let heard = |(scores, failures, retries, seconds, error): Told| {
-        let scores = scores.map(|scores| scores.into_iter().map(f64::from).collect());
-        Outcome { scores, failures, retries, seconds: seconds.into(), error }
-    };
-    let own: Result<Vec<Vec<Told>>, String> = match own {
-        Ok(own) => {
-            Ok(own.into_iter().map(|it| it.outcomes.into_iter().map(told).collect()).collect())
+impl Experience {
+    /// Rolls out and decodes the held groups, as many at a time as a network call takes, and hands the own images to
+    /// `scoring`. What decoding failed with, asking no other rank, is inside.
+    fn roll_out<'a>(
+        &mut self,
+        sources: &Sources<'_>,
+        prompts: &[&'a Prompt],
+        scoring: &Scoring<'a>,
+    ) -> Result<Result<()>> {
+        let Sources { config, watch, .. } = sources;
+        // Ranks that share groups go through all of theirs together.
+        let at_once = if self.division.is_spread() {
+            self.held.len()
+        } else {
+            (config.rollout.batch / self.group_size).max(1)
+        };
+        let mut parts = Vec::new();
+        let mut decoded = Ok(());
+        for first in self.held.clone().step_by(at_once) {
+            let groups = first..(first + at_once).min(self.held.end);
+            watch.enter(Stage::Rollout)?;
+            let mut seconds = self.seconds;
+            let part = timed(&mut seconds[0], || trajectory(sources, self, groups.clone()))?;
+            let images = timed(&mut seconds[1], || caught(|| self.decode(sources, &part)));
+            self.seconds = seconds;
+            parts.push(part);
+            decoded = images.map_err(Error::msg).flatten().map(|images| {
+                let mut images = images.into_iter();
+                groups.for_each(|group| {
+                    let n = self.division.members(group).len();
+                    scoring.add(prompts[group], images.by_ref().take(n).collect());
+                });
+            });
+            if decoded.is_err() || scoring.has_failed() {
+                break;
+            }
         }
-        Err(error) => Err(format!("{error:#}")),
-    };
-    let mut all = Vec::new();
-    for (rank, part) in ranks::all(group, &own)?.into_iter().enumerate() {
-        let failed = |why| cluster::Error::Shared { what: format!("rank {rank}: {why}") };
-        all.extend(part.map_err(failed)?);
+        self.trajectory = Trajectory::joined(parts);
+        watch.enter(Stage::Rewards)?;
+        Ok(decoded)
     }
-    let scores =
-        |outcomes: Vec<Told>| Scores { outcomes: outcomes.into_iter().map(heard).collect() };
-    Ok(all.into_iter().map(scores).collect())
+
+    /// The images of the own members among those of `trajectory`.
+    fn decode(&self, sources: &Sources<'_>, trajectory: &Trajectory) -> Result<Vec<RgbImage>> {
+        let Sources { model, size, watch, .. } = sources;
+        watch.enter(Stage::Decoding)?;
+        ensure!(
+            trajectory.x0.isfinite().all().int64_value(&[]) == 1,
+            "the rollout is not finite: the model has diverged"
+        );
+        if !self.division.is_spread() {
+            return model.decode(&trajectory.x0, size);
+        }
+        let own = self.division.own_nodes(self.group_size);
+        model.decode(&trajectory.x0.narrow(0, own.start as i64, own.len() as i64), size)
+    }
 }
 
 /// The rewards of a group that did not fail.
@@ -250,15 +263,17 @@ pub(crate) fn given<'a>(config: &GroupConfig, scores: &'a Scores) -> Vec<Scored<
         .collect()
 }
 
-fn roll_out(
+/// Rolls out `groups`, which are held.
+fn trajectory(
     sources: &Sources<'_>,
-    rollout: &Rollout,
-    condition: &Condition,
-    first_group: u64,
-) -> Trajectory {
+    experience: &Experience,
+    groups: Range<usize>,
+) -> Result<Trajectory> {
     let Sources { config, model, size, watch, .. } = sources;
+    let Experience { rollout, division, .. } = experience;
+    let condition = &experience.conditions(groups.clone());
     let (group_size, widths) = (config.group_size, rollout.widths(config.group_size));
-    let groups = || (first_group..).take(condition.pooled.size()[0] as usize);
+    let groups = || groups.clone().map(|group| experience.first_group + group as u64);
     let start = family(config.seed, Use::Neighbourhood);
     let eps: Vec<Vec<f32>> = groups()
         .flat_map(|group| rollout.start.noises(start, group, group_size, widths[0], size))
@@ -284,7 +299,13 @@ fn roll_out(
     };
     let mut network = Batched::new(model, condition, config.rollout.batch);
     let velocity = |x_t: &Tensor, t: f64| {
-        if watch.is_stopped() { x_t.zeros_like() } else { network.velocity(x_t, rollout.time(t)) }
+        if watch.is_stopped() {
+            Ok(x_t.zeros_like())
+        } else if division.is_spread() {
+            network.shared(x_t, rollout.time(t), division)
+        } else {
+            Ok(network.velocity(x_t, rollout.time(t)))
+        }
     };
     rollout::solve(&rollout.steps, model.pack(&eps, size), velocity, disturb)
 }
@@ -298,7 +319,8 @@ pub(crate) fn solve_in_batches(
     batch: usize,
 ) -> Trajectory {
     let mut network = Batched::new(model, condition, batch);
-    rollout::solve(plan, eps, |x_t, t| network.velocity(x_t, t), |_, x| x)
+    let velocity = |x_t: &Tensor, t: f64| Ok(network.velocity(x_t, t));
+    rollout::solve(plan, eps, velocity, |_, x| x).expect("a velocity without ranks")
 }
 
 /// The network a few rows at a time.
@@ -320,13 +342,31 @@ impl<'a> Batched<'a> {
     /// as many neighbouring rows of `x_t`.
     fn velocity(&mut self, x_t: &Tensor, t: f64) -> Tensor {
         let n_rows = x_t.size()[0];
+        self.of_rows(x_t, t, 0..n_rows)
+    }
+
+    /// The same of states of held groups, each rank computing its part.
+    fn shared(&mut self, x_t: &Tensor, t: f64, division: &Division) -> Result<Tensor> {
+        let width = x_t.size()[0] as usize / division.groups().len();
+        let own = division.own_nodes(width);
+        let v = self.of_rows(x_t, t, own.start as i64..own.end as i64);
+        division.gathered(self.model.engine.trained().group(), &v, width)
+    }
+
+    /// That of some `rows`, of which there are as many whenever `x_t` has as many.
+    fn of_rows(&mut self, x_t: &Tensor, t: f64, rows: Range<i64>) -> Tensor {
+        let (n_rows, n_own) = (x_t.size()[0], rows.end - rows.start);
         if n_rows != self.n_rows {
             let n_prompts = self.condition.pooled.size()[0];
             let prompts = Tensor::arange(n_prompts, (Kind::Int64, x_t.device()));
-            let rows = prompts.repeat_interleave_self_int(n_rows / n_prompts, 0, None);
-            let parts = rows.split(self.batch, 0);
+            let all = prompts.repeat_interleave_self_int(n_rows / n_prompts, 0, None);
+            let parts = all.narrow(0, rows.start, n_own).split(self.batch, 0);
             self.parts = parts.iter().map(|part| self.condition.rows(part)).collect();
             self.n_rows = n_rows;
+        }
+        let x_t = x_t.narrow(0, rows.start, n_own);
+        if n_own == 0 {
+            return x_t.zeros_like();
         }
         let velocities: Vec<Tensor> = x_t
             .split(self.batch, 0)

@@ -1,8 +1,6 @@
 //! What the ranks of a run tell each other, beside tensors.
 
-use std::ops::Range;
-
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow};
 use cluster::Group;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -70,22 +68,6 @@ pub(crate) fn of_first<T: Serialize + DeserializeOwned>(
     outcomes(ranks, own)?.into_iter().flatten().next().context("rank 0 has said nothing")
 }
 
-/// Which of `n` things are this rank's.
-///
-/// # Errors
-/// When they cannot be divided evenly; names the nearest numbers that can.
-pub(crate) fn own(ranks: &Group, n: usize) -> Result<Range<usize>> {
-    let (rank, world) = (ranks.rank(), ranks.world());
-    let below = n / world * world;
-    let near = if below == 0 { world.to_string() } else { format!("{below} or {}", below + world) };
-    ensure!(
-        n.is_multiple_of(world),
-        "prompts_per_iteration = {n}: {world} ranks cannot share them evenly; the nearest is {near}"
-    );
-    let each = n / world;
-    Ok(rank * each..(rank + 1) * each)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -101,7 +83,6 @@ mod tests {
 
     #[test]
     fn a_process_that_is_alone_has_everything() {
-        assert_eq!(own(&Group::alone(), 5).unwrap(), 0..5);
         assert_eq!(all(&Group::alone(), &"text".to_owned()).unwrap(), ["text"]);
         assert_eq!(of_first(&Group::alone(), || Ok(5)).unwrap(), 5);
         let failed = outcomes::<u8>(&Group::alone(), Err(anyhow!("full"))).unwrap_err();

@@ -143,6 +143,25 @@ pub(crate) struct Call {
 }
 
 impl Trajectory {
+    /// That of the rows of all `parts`, in order.
+    ///
+    /// # Panics
+    /// When there are none.
+    pub(crate) fn joined(mut parts: Vec<Self>) -> Self {
+        if parts.len() == 1 {
+            return parts.remove(0);
+        }
+        let rows = |pick: &dyn Fn(&Self) -> &Tensor| {
+            Tensor::cat(&parts.iter().map(pick).collect::<Vec<&Tensor>>(), 0)
+        };
+        let call = |index: usize| Call {
+            step: parts[0].calls[index].step,
+            x_t: rows(&|part| &part.calls[index].x_t),
+            v: rows(&|part| &part.calls[index].v),
+        };
+        Self { calls: (0..parts[0].calls.len()).map(call).collect(), x0: rows(&|part| &part.x0) }
+    }
+
     /// Indices of the calls that begin a transition (a corrector's call does not), in order.
     pub(crate) fn transitions(&self) -> Vec<usize> {
         (0..self.calls.len())
@@ -161,16 +180,19 @@ impl Trajectory {
 
 /// Applies `steps` from `eps` `[B, S, C]`. `velocity(x_t, t)` is the network; `disturb(index, x)` may add
 /// noise to the state after step `index`, or rows.
+///
+/// # Errors
+/// The first of `velocity`.
 pub(crate) fn solve(
     steps: &[Step],
     eps: Tensor,
-    mut velocity: impl FnMut(&Tensor, f64) -> Tensor,
+    mut velocity: impl FnMut(&Tensor, f64) -> Result<Tensor>,
     mut disturb: impl FnMut(usize, Tensor) -> Tensor,
-) -> Trajectory {
+) -> Result<Trajectory> {
     let (mut x_t, mut past): (Tensor, Option<Past>) = (eps, None);
     let mut calls = Vec::with_capacity(steps.len());
     for (index, step) in steps.iter().enumerate() {
-        let v = velocity(&x_t, step.t);
+        let v = velocity(&x_t, step.t)?;
         let next = advance(step, &x_t, &v, past.as_ref());
         let [of_x, of_v] = path::x0_from_v(step.t);
         let x0 = &x_t * of_x + &v * of_v;
@@ -178,7 +200,7 @@ pub(crate) fn solve(
         calls.push(Call { step: *step, x_t, v });
         x_t = disturb(index, next);
     }
-    Trajectory { calls, x0: x_t }
+    Ok(Trajectory { calls, x0: x_t })
 }
 
 /// What the calls before left.
@@ -267,10 +289,11 @@ mod tests {
                 Tensor::from_slice(&eps),
                 |x, t| {
                     let x = Vec::<f32>::try_from(x).unwrap();
-                    Tensor::from_slice(&x.iter().map(|&x| field(x, t)).collect::<Vec<f32>>())
+                    Ok(Tensor::from_slice(&x.iter().map(|&x| field(x, t)).collect::<Vec<f32>>()))
                 },
                 |_, x| x,
-            );
+            )
+            .unwrap();
             let mut walk = Walk::new(eps.clone());
             for step in &steps {
                 let v: Vec<f32> = walk.x().iter().map(|&x| field(x, step.t)).collect();
@@ -284,8 +307,13 @@ mod tests {
     fn transitions_skip_correctors() {
         let schedule = Schedule::new(3, Shift::Factor(1.0)).unwrap();
         let steps = plan(flow::solver::Solver::Heun, &schedule);
-        let trajectory =
-            solve(&steps, Tensor::ones([1], (Kind::Float, Device::Cpu)), |x, _| x * 0.5, |_, x| x);
+        let trajectory = solve(
+            &steps,
+            Tensor::ones([1], (Kind::Float, Device::Cpu)),
+            |x, _| Ok(x * 0.5),
+            |_, x| x,
+        )
+        .unwrap();
         let transitions = trajectory.transitions();
         assert_eq!(transitions, [0, 2, 4]);
         assert_eq!(trajectory.arrived(0), &trajectory.calls[2].x_t);

@@ -72,7 +72,6 @@ pub fn run(config: &AlignConfig, options: &Options) -> Result<()> {
 fn train(config: &AlignConfig, options: &Options) -> Result<()> {
     config.validate()?;
     let ranks = &options.ranks;
-    ranks::own(ranks, config.group.prompts_per_iteration)?;
     let aligned = config.output.join(ALIGNED);
     let _lock = claim(config, options, &aligned)?;
     let found = state::newest(&config.output, ranks)?;

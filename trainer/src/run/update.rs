@@ -65,7 +65,8 @@ pub(crate) fn run(
     let started = Instant::now();
     let mut outcome = Outcome::default();
     let ranks = model.engine.trained().group();
-    let updates = algorithm.updates(experience);
+    let updates: Vec<Vec<Item>> =
+        algorithm.updates(experience).iter().map(|items| own(experience, items)).collect();
     let totals = totals(ranks, &updates)?;
     let n_updates = totals.iter().filter(|&&total| total > 0).count();
     let made = updates.iter().zip(totals).filter(|(_, total)| *total > 0);
@@ -101,6 +102,12 @@ pub(crate) fn run(
     }
     outcome.seconds = started.elapsed().as_secs_f64();
     Ok(outcome)
+}
+
+/// Of `items`, group after group, what this rank learns from; another one that shares the group has the rest.
+fn own(experience: &Experience, items: &[Item]) -> Vec<Item> {
+    let groups = items.chunk_by(|a, b| a.group == b.group);
+    groups.flat_map(|items| experience.division.part(items[0].group, items)).copied().collect()
 }
 
 /// Transitions of each update, of all ranks.

@@ -73,9 +73,10 @@ fn the_old_policy_steps_once_wherever_the_solver_arrived() {
     let group = rollout::solve(
         &steps,
         normal(5, &[G, S, C]),
-        |x, t| (x * 2.0).sin() + x * (t - 0.3),
+        |x, t| Ok((x * 2.0).sin() + x * (t - 0.3)),
         |_, x| x,
-    );
+    )
+    .unwrap();
     let (call, arrived) = (&group.calls[3], group.arrived(3));
     let anchor = |x: &Tensor| x.narrow(0, 0, 1);
     let [t_in, t_next] = [call.step.t, call.step.t_next].map(|t| Tensor::from_slice(&[t as f32]));
