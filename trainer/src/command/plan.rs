@@ -171,16 +171,28 @@ impl Plan {
         }
     }
 
-    /// An iteration, of `scale` times the prompts.
-    fn iteration(&self, options: &Options<'_>, sharded: Sharded, scale: f64) -> Result<Iteration> {
+    /// An iteration of so many `prompts` on `world` ranks.
+    fn iteration(
+        &self,
+        options: &Options<'_>,
+        sharded: Sharded,
+        prompts: usize,
+        world: usize,
+    ) -> Result<Iteration> {
         let config = options.config;
-        let batches = scale * self.images / config.group.rollout.batch as f64;
+        let scale = prompts as f64 / config.group.prompts_per_iteration as f64;
+        // A rank makes one at least, however few its images.
+        let batches = (scale * self.images / config.group.rollout.batch as f64).max(world as f64);
+        let is_spread = prompts < world;
+        let velocities = self.nfe[0] * scale * self.images * self.size.len() as f64;
         Ok(Iteration {
             sharded,
             segments: self.segments,
             flops: scale * self.flops(config, sharded.is_adapted),
             passes: self.nfe.map(|passes| passes * batches),
             steps: config.setting()?.n_updates as f64,
+            gathers: if is_spread { config.group.rollout.steps as f64 } else { 0.0 },
+            gathered: if is_spread { F32 * velocities } else { 0.0 },
         })
     }
 }

@@ -99,7 +99,7 @@ impl Sharded {
 }
 
 /// The share of a whole that a rank sends on when parts go round a ring.
-fn others(world: usize) -> f64 {
+pub(crate) fn others(world: usize) -> f64 {
     1.0 - 1.0 / world as f64
 }
 

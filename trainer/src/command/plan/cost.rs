@@ -1,6 +1,6 @@
 //! Seconds of an iteration on several ranks: what they compute, and what they wait for each other.
 
-use crate::network::sharding::{Shard, Sharded};
+use crate::network::sharding::{Shard, Sharded, others};
 
 /// How ranks are joined.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +36,9 @@ pub(super) struct Iteration {
     pub(super) passes: [f64; 2],
     /// Optimiser steps.
     pub(super) steps: f64,
+    /// Velocities that ranks which share groups tell each other: how often, and bytes of all.
+    pub(super) gathers: f64,
+    pub(super) gathered: f64,
 }
 
 /// Seconds of a rank.
@@ -60,7 +63,8 @@ impl Iteration {
         let [forward, training] = self.passes.map(|passes| passes / world as f64);
         let training = training * self.sharded.pass(world, true);
         let step = of_step + training / self.steps;
-        [step, self.steps * step + forward * self.sharded.pass(world, false)]
+        let rollout = forward * self.sharded.pass(world, false) + self.gathered * others(world);
+        [step, self.steps * step + rollout]
     }
 
     /// On `world` ranks of `machine`. Where weights are divided, a segment is gathered while the one before it
@@ -75,6 +79,7 @@ impl Iteration {
         let hops = (n - 1.0) * link.latency;
         let steps: f64 = self.sharded.step(world).iter().map(|bytes| bytes / rate).sum();
         let mut waiting = self.steps * (steps + 2.0 * self.segments * hops);
+        waiting += self.gathered * others(world) / rate + self.gathers * hops;
         if self.sharded.shard == Shard::States {
             return Seconds { computing, waiting };
         }
@@ -110,6 +115,8 @@ mod tests {
         flops: 64e15,
         passes: [128.0, 64.0],
         steps: 4.0,
+        gathers: 0.0,
+        gathered: 0.0,
     };
     const LINK: Link = Link { name: "", bytes: 50e9, latency: 1e-5, is_shared: false };
     const MACHINE: Machine = Machine { flops: 400e12, processors: usize::MAX, link: LINK };
@@ -135,6 +142,15 @@ mod tests {
         let [step, iteration] = ITERATION.sent(8);
         assert_near(step, 52.5e9);
         assert_near(iteration, 210e9);
+    }
+
+    #[test]
+    fn members_of_a_group_on_several_ranks_by_hand() {
+        let spread = Iteration { gathers: 8.0, gathered: 4e9, ..ITERATION };
+        // 7/8 of 4 GB at 50 GB/s, and 8 messages of 7 hops of 10 µs.
+        let more = spread.seconds(&MACHINE, 8).waiting - ITERATION.seconds(&MACHINE, 8).waiting;
+        assert_near(more, 0.07 + 8.0 * 7e-5);
+        assert_near(spread.sent(8)[1] - ITERATION.sent(8)[1], 3.5e9);
     }
 
     #[test]

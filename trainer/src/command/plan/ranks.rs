@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::cost::{Link, Machine, Seconds};
 use super::{Options, Plan};
+use crate::group::division::enough;
 use crate::network::sharding::{Held, Shard};
 
 /// Dense bf16 operations a second of one H800, and its memory (NVIDIA's data sheet).
@@ -35,8 +36,8 @@ impl fmt::Display for Ranks<'_> {
             f,
             "\non H800s that reach {:.0} % of their peak, all joined by one kind of link, of which {:.0} % are \
              reached: GB a rank; GB\nthat a rank sends in an optimiser step and in an iteration; seconds of \
-             an iteration without decoding and rewards;\nwhat limits them at 400 Gb/s. Where there are more \
-             ranks than prompts, an iteration has a prompt a rank",
+             an iteration without decoding and rewards;\nwhat limits them at 400 Gb/s. Where ranks cannot \
+             share the images evenly, an iteration has the next number of prompts that they can",
             100.0 * self.options.utilisation,
             100.0 * REACHED,
         )?;
@@ -78,10 +79,9 @@ impl Ranks<'_> {
         let Options { config, utilisation, .. } = *self.options;
         let sharded = self.plan.sharded(config, lora, shard);
         let n_prompts = config.group.prompts_per_iteration;
-        let prompts = n_prompts.max(world);
-        let scale = prompts as f64 / n_prompts as f64;
+        let prompts = enough(n_prompts, config.group.group_size, world);
         let iteration =
-            self.plan.iteration(self.options, sharded, scale).map_err(|_| fmt::Error)?;
+            self.plan.iteration(self.options, sharded, prompts, world).map_err(|_| fmt::Error)?;
         let Held { weights, gradients, states } = sharded.held(world);
         let working: f64 = self.plan.working(config, world).iter().sum();
         let total = weights + gradients + states + working;
