@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Long trials of runs shared by several processes: `make soak`.
 
-  equal    every algorithm, whole and LoRA, on 2, 3 and 4 ranks against one process: gradient norm of the first
-           update, relative difference
+  equal    every algorithm, whole and LoRA, on 2, 3 and 4 ranks against one process, groups whole on each rank and
+           one group spread over all: gradient and loss of the first update
+  narrow   the same of all weights in bf16
   killed   a random rank killed at a random time: the launcher ends with an error that names it
   frozen   a random rank stopped: the others end when their time is over, naming it
   resumed  20 iterations against 10 and 10 on 1 and 2 ranks: the same bytes of weights, moments and average; what
@@ -14,8 +15,10 @@ Prints a line a trial and n of n at the end; ends with 1 if any failed.
 """
 
 import argparse
+import array
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -65,21 +68,71 @@ def weights(out):
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
 
 
+def gradient(out, ranks):
+    """AdamW's first moments after one update, which are the gradient but for a factor: a list a segment."""
+    folder = Path(out) / "checkpoints/iteration-000001"
+    name = lambda rank: f"training_state-{rank + 1:05}-of-{ranks:05}.safetensors" if ranks > 1 else "training_state.safetensors"
+    segments = {}
+    for rank in range(ranks):
+        data = (folder / name(rank)).read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        for key, entry in json.loads(data[8:start]).items():
+            if key.startswith("m."):
+                begin, end = entry["data_offsets"]
+                segments.setdefault(key, array.array("f")).frombytes(data[start + begin:start + end])
+    return segments
+
+
+def away(one, several):
+    """Of the gradient, as a share of its length; behind what ranks divide lie zeros that make it even."""
+    between = math.hypot(*(math.dist(one[key], several[key][: len(one[key])]) for key in one))
+    return between / math.hypot(*(math.hypot(*values) for values in one.values()))
+
+
+def compared(home, title, more, worlds, settings):
+    """The largest differences of gradient and loss; J is of the size of advantages, which is 1."""
+    for seed in range(8):
+        found = {}
+        for ranks in (1, *worlds):
+            out = home / "run"
+            shutil.rmtree(out, ignore_errors=True)
+            run(out, ranks, more, iterations=1, updates=1, seed=seed, **settings)
+            found[ranks] = metrics(out)[0], gradient(out, ranks)
+        one, of_one = found[1]
+        # A pixel that a rounding moved is another reward: there is nothing to compare.
+        if all(found[n][0]["reward_std/jpeg"] == one["reward_std/jpeg"] for n in worlds):
+            break
+    else:
+        return None, f"{title}: no seed with equal rewards"
+    loss = "policy/objective"
+    of_gradient = max(away(of_one, found[n][1]) for n in worlds)
+    of_loss = max(abs(found[n][0][loss] - one[loss]) / max(1, abs(one[loss])) for n in worlds)
+    return max(of_gradient, of_loss), f"{title}, seed {seed}: gradient {of_gradient:.1e}, loss {of_loss:.1e}"
+
+
+def divisions(algorithm):
+    yield "whole groups", (2, 3, 4), {}
+    if algorithm == "branch-grpo":
+        yield "one group", (2, 4), {"prompts_per_iteration": 1}
+    else:
+        yield "one group", (2, 3, 4), {"prompts_per_iteration": 1, "group_size": 12}
+
+
 def equal(home, _):
     for algorithm in ALGORITHMS:
-        for lora in ({}, {"lora__rank": 4}):
-            for seed in range(5):
-                found = {}
-                for ranks in (1, 2, 3, 4):
-                    out = home / f"{algorithm}-{len(lora)}-{ranks}-{seed}"
-                    run(out, ranks, algorithm=algorithm, iterations=1, updates=1, seed=seed, **lora)
-                    found[ranks] = metrics(out)[0]
-                # A pixel that a rounding moved is another reward: there is nothing to compare.
-                if all(found[n]["reward_std/jpeg"] == found[1]["reward_std/jpeg"] for n in (2, 3, 4)):
-                    break
-            norms = {n: step["optimizer/grad_norm"] for n, step in found.items()}
-            off = max(abs(norms[n] / norms[1] - 1) for n in (2, 3, 4))
-            yield off <= 1e-6, f"{algorithm}{' LoRA' if lora else ''}, seed {seed}: {off:.1e}"
+        for what, lora in (("all weights", {}), ("LoRA", {"lora__rank": 4})):
+            for how, worlds, division in divisions(algorithm):
+                settings = {"algorithm": algorithm, **lora, **division}
+                off, text = compared(home, f"{algorithm}, {what}, {how}", (), worlds, settings)
+                yield off is not None and off <= 1e-6, text
+
+
+def narrow(home, _):
+    for algorithm in ALGORITHMS:
+        for how, worlds, division in divisions(algorithm):
+            settings = {"algorithm": algorithm, **division}
+            off, text = compared(home, f"{algorithm}, bf16, {how}", ("--precision", "bf16"), worlds, settings)
+            yield off is not None and off <= 2e-2, text
 
 
 def ranks_of(launcher):
@@ -230,7 +283,7 @@ def memory(home, _):
 
 
 PARTS = {
-    "equal": equal, "killed": killed, "frozen": frozen, "resumed": resumed, "restarted": restarted, "memory": memory,
+    "equal": equal, "narrow": narrow, "killed": killed, "frozen": frozen, "resumed": resumed, "restarted": restarted, "memory": memory,
 }
 
 

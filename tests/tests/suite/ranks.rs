@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use flow::checkpoint::Weights;
 use rustix::process::{Pid, Signal, kill_process};
 use tests::program::{Ended, Program, typed};
 
@@ -26,33 +27,67 @@ fn shared(run: &Run, n: usize, more: &[&str]) -> Command {
     command
 }
 
+/// AdamW's first moments after the first update of `world` ranks, which are its gradient but for a factor.
+fn gradient(run: &Run, world: usize) -> Vec<Vec<f32>> {
+    let files: Vec<Weights> =
+        states(run, 1, world).iter().map(|path| Weights::open_file(path).unwrap()).collect();
+    let segments = (0..).map(|index| format!("m.{index}"));
+    let segments = segments.take_while(|name| files[0].get(name).is_some());
+    segments.map(|name| files.iter().flat_map(|file| file.f32(&name).unwrap()).collect()).collect()
+}
+
+/// ‖a − b‖/‖a‖; b may be longer by what makes it even.
+fn away(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let pairs = || a.iter().zip(b).flat_map(|(a, b)| a.iter().zip(b));
+    let [of_a, between] = [0.0, 1.0].map(|share| {
+        pairs().map(|(a, b)| (f64::from(*a) - share * f64::from(*b)).powi(2)).sum::<f64>().sqrt()
+    });
+    between / of_a
+}
+
+/// Whole groups on each rank, and the members of one or two groups on several.
 #[test]
-fn two_ranks_learn_what_one_process_learns() {
-    let cases: [&[&str]; 3] = [
-        &["algorithm=neighbor"],
-        &["algorithm=dance-grpo", "lora.rank=4"],
-        &["algorithm=diffusion-nft", "optimizer.ema=0.5"],
+fn ranks_learn_what_one_process_learns() {
+    let cases: [(usize, &[&str]); 4] = [
+        (2, &["algorithm=neighbor"]),
+        (4, &["algorithm=dance-grpo", "lora.rank=4", "prompts_per_iteration=1"]),
+        (3, &["algorithm=diffusion-nft", "optimizer.ema=0.5", "group_size=6"]),
+        (2, &["algorithm=branch-grpo", "prompts_per_iteration=1", "rollout.steps=5"]),
     ];
-    for case in cases {
-        let settings = [&["iterations=1", "updates=1"], case].concat();
-        let metrics = [1, 2].map(|n| {
-            let run = Run::new();
-            Ended::after(&mut shared(&run, n, &settings)).succeeded();
-            run.metrics().remove(0)
-        });
-        let [one, two] = &metrics;
-        assert_eq!(one.keys().collect::<Vec<_>>(), two.keys().collect::<Vec<_>>(), "{case:?}");
+    for (world, case) in cases {
+        let of_seed = |seed: &String| {
+            let settings = [&["iterations=1", "updates=1", seed], case].concat();
+            let runs = [1, world].map(|n| {
+                let run = Run::new();
+                Ended::after(&mut shared(&run, n, &settings)).succeeded();
+                (run.metrics().remove(0), gradient(&run, n))
+            });
+            // A pixel that a rounding has moved is another reward: there is nothing to compare.
+            let rewards = runs.each_ref().map(|(metrics, _)| metrics["reward_std/jpeg"]);
+            (rewards[0] == rewards[1]).then_some(runs)
+        };
+        let seeds = (0..5).map(|seed| format!("seed={seed}"));
+        let mut compared = seeds.filter_map(|seed| of_seed(&seed));
+        let [(one, of_one), (several, of_several)] = compared.next().expect("rewards alike");
+        assert_eq!(one.keys().collect::<Vec<_>>(), several.keys().collect::<Vec<_>>(), "{case:?}");
+        let off = away(&of_one, &of_several);
+        println!("{case:?} on {world}: the gradient is {off:.1e} away");
+        assert!(off <= 1e-6, "{case:?} on {world}: {off:e}");
         for name in ["optimizer/grad_norm", "reward/jpeg", "advantage/norm", "nfe/update"] {
-            let [one, two] = [one[name].unwrap(), two[name].unwrap()];
-            println!("{case:?}: {name} {one} {two}");
-            assert!((one - two).abs() <= 1e-6 * one.abs(), "{case:?}: {name} {one} {two}");
+            let [one, several] = [one[name].unwrap(), several[name].unwrap()];
+            let off = (one - several).abs();
+            assert!(off <= 1e-6 * one.abs(), "{case:?} on {world}: {name} {one} {several}");
         }
     }
 }
 
 /// Files of the state in the checkpoint of `iteration`, by rank.
 fn states(run: &Run, iteration: usize, world: usize) -> Vec<PathBuf> {
-    let name = |rank| format!("training_state-{rank:05}-of-{world:05}.safetensors");
+    let name = |rank| match world {
+        1 => "training_state.safetensors".to_owned(),
+        _ => format!("training_state-{rank:05}-of-{world:05}.safetensors"),
+    };
     (1..=world).map(|rank| run.checkpoint(iteration).join(name(rank))).collect()
 }
 
@@ -124,6 +159,13 @@ fn prompts_that_cannot_be_shared_are_refused() {
     assert_eq!(ended.status.code(), Some(1));
     let expected =
         "prompts_per_iteration = 3: 2 ranks cannot share them evenly; the nearest is 2 or 4";
+    assert!(ended.stderr.contains(expected), "{}", ended.stderr);
+    let compares = "rewards=[{name = 'better', kind = 'pairwise', weight = 1.0, judge = {kind = 'jpeg', prefer = \
+                    'small'}}]";
+    let ended = Ended::after(&mut shared(&run, 2, &["prompts_per_iteration=1", compares]));
+    assert_eq!(ended.status.code(), Some(1));
+    let expected = "reward \"better\" compares the images of a group, which 2 ranks with 1 prompts share: take 2 \
+                    prompts_per_iteration or fewer ranks";
     assert!(ended.stderr.contains(expected), "{}", ended.stderr);
     assert!(!run.folder().exists());
 }
