@@ -262,11 +262,15 @@ impl Recorder {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Condvar, Mutex};
+    use std::thread::{self, ThreadId};
+    use std::time::Duration;
+
     use flow::prompts::Prompt;
 
     use super::*;
     use crate::algorithm;
-    use crate::group::experience::{Sources, gather};
+    use crate::group::experience::{Sources, Stage, Watch, gather};
     use crate::reward::Rewards;
     use crate::run::settings::{ALIGN_PRESETS, Source, read};
     use crate::tensor::device::Compute;
@@ -312,6 +316,54 @@ mod tests {
             None => objective.value,
         };
         wanted.sum(Kind::Double).double_value(&[])
+    }
+
+    /// Holds scores back until the second group rolls out.
+    struct Gate {
+        gatherer: ThreadId,
+        rollouts: Mutex<usize>,
+        changed: Condvar,
+    }
+
+    impl Watch for Gate {
+        fn enter(&self, stage: Stage) -> Result<()> {
+            *self.rollouts.lock().unwrap() += usize::from(stage == Stage::Rollout);
+            self.changed.notify_all();
+            Ok(())
+        }
+
+        fn is_stopped(&self) -> bool {
+            if thread::current().id() == self.gatherer {
+                return false;
+            }
+            // Once as it begins, and once a group.
+            let (rollouts, patience) = (self.rollouts.lock().unwrap(), Duration::from_mins(2));
+            let waited = self.changed.wait_timeout_while(rollouts, patience, |n| *n < 3).unwrap();
+            waited.1.timed_out()
+        }
+    }
+
+    #[test]
+    fn a_group_is_scored_while_the_next_one_rolls_out() {
+        let config = config(&["rollout.batch=4"]);
+        let model = config.load(Compute::CPU, &Group::alone()).unwrap();
+        let size = model.latent_size(config.group.rollout.size).unwrap();
+        let grid = config.group.rollout.grid(&model.pipeline.scheduler, &size);
+        let rollout = || config.setting().unwrap().open(grid).rollout(0).unwrap();
+        let rewards = Rewards::open(&config.group.rewards, 1, tch::Device::Cpu).unwrap();
+        let prompts = ["red \"CAT\"", "blue \"DOG\""].map(Prompt::new);
+        let (gatherer, rollouts) = (thread::current().id(), Mutex::default());
+        let watch = Gate { gatherer, rollouts, changed: Condvar::new() };
+        let (group, model, rewards) = (&config.group, &model, &rewards);
+        let sources = Sources { config: group, model, rewards, size, watch: &watch };
+        let found = gather(&sources, rollout(), &prompts.each_ref(), 0).unwrap();
+        let alone = Sources { watch: &(), ..sources };
+        // A group a call: the images are those of either group alone.
+        let first = gather(&alone, rollout(), &[&prompts[0]], 0).unwrap();
+        assert_eq!(found.scores.len(), 2);
+        let scores = |experience: &Experience| experience.scores[0].outcomes[0].scores.clone();
+        assert_eq!(scores(&found), scores(&first));
+        assert_ne!(found.scores[1].outcomes[0].scores, scores(&first));
     }
 
     /// After an update, what the objective wants has become more probable.
