@@ -1,9 +1,12 @@
-//! Images by `ng-sample` against the same weights in Python's `diffusers` and in Optimum on ONNX Runtime:
-//! from process start to PNG, one image after another in a process that is warm, a step, memory and what
-//! has to be installed. The embedded model at its own size, and a random FLUX of 302 M parameters at
-//! 512×512 with FLUX's 1024 image tokens. Euler, f32, one thread. The three take turns, so that other work
-//! on the machine disturbs all alike.
+//! Images by `ng-sample` against the same weights in Python's `diffusers` and in Optimum on ONNX Runtime,
+//! which runs its own export and ours: from process start to PNG, one image after another in a process that
+//! is warm, a step, memory and what has to be installed. The embedded model at its own size, and a random
+//! FLUX of 302 M parameters at 512×512 with FLUX's 1024 image tokens. Euler, f32, one thread. All take turns,
+//! so that other work on the machine disturbs them alike.
+//!
+//! `cargo bench -p benches --bench sample -- --case=embedded` (or `random`) measures one of the two.
 
+use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,14 +16,16 @@ use benches::{median, program, table, variant};
 use serde_json::{Value, json};
 
 const PROMPT: &str = r#"red "CAT""#;
-/// Prints the largest resident memory of a command in bytes, after what it printed itself.
+/// Runs a command and prints the largest resident memory that it had.
 const PEAK: &str = "import resource, subprocess, sys\n\
-                    subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n\
+                    subprocess.run(sys.argv[1:], check=True)\n\
                     print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10)";
 
 /// What is measured of one model.
 struct Case {
     name: &'static str,
+    /// As `--case` has it.
+    word: &'static str,
     random: bool,
     /// Pixels.
     side: usize,
@@ -35,6 +40,7 @@ struct Case {
 const CASES: [Case; 2] = [
     Case {
         name: "the embedded model",
+        word: "embedded",
         random: false,
         side: 32,
         steps: [8, 2],
@@ -44,6 +50,7 @@ const CASES: [Case; 2] = [
     },
     Case {
         name: "a random FLUX of 302 M parameters",
+        word: "random",
         random: true,
         side: 512,
         steps: [3, 1],
@@ -59,10 +66,16 @@ enum Maker {
     Ours,
     Diffusers,
     Optimum,
+    /// On our export.
+    OptimumOnOurs,
 }
 
-const MAKERS: [(&str, Maker); 3] =
-    [("ng-sample", Maker::Ours), ("diffusers", Maker::Diffusers), ("Optimum", Maker::Optimum)];
+const MAKERS: [(&str, Maker); 4] = [
+    ("ng-sample", Maker::Ours),
+    ("diffusers", Maker::Diffusers),
+    ("Optimum", Maker::Optimum),
+    ("Optimum on our export", Maker::OptimumOnOurs),
+];
 /// Columns of the table.
 const COLUMNS: [&str; 6] =
     ["", "start to PNG, ms", "image, ms", "step, ms", "MB resident", "MB installed"];
@@ -71,11 +84,19 @@ const COLUMNS: [&str; 6] =
 struct Folders {
     checkpoint: PathBuf,
     export: PathBuf,
+    optimum: PathBuf,
     images: PathBuf,
 }
 
+/// Milliseconds from start to PNG, of a warm image and of a step, and bytes of resident memory.
+type Turn = [f64; 4];
+
 fn main() -> Result<()> {
-    for case in &CASES {
+    let word = env::args().find_map(|arg| arg.strip_prefix("--case=").map(str::to_owned));
+    let chosen = CASES.iter().filter(|case| word.as_ref().is_none_or(|word| word == case.word));
+    let chosen: Vec<&Case> = chosen.collect();
+    ensure!(!chosen.is_empty(), "no such case: embedded and random are there");
+    for case in chosen {
         measure(case).with_context(|| format!("cannot measure {}", case.name))?;
     }
     Ok(())
@@ -89,38 +110,25 @@ fn measure(case: &Case) -> Result<()> {
     for (_, maker) in MAKERS {
         program::run(&mut case.command(maker, &folders, 1, 1)?)?;
     }
-    let turns = (0..case.turns).map(turn).collect::<Result<Vec<Vec<[f64; 3]>>>>()?;
+    let turns = (0..case.turns).map(turn).collect::<Result<Vec<Vec<Turn>>>>()?;
+    let installed =
+        MAKERS.iter().map(|&(_, maker)| installed(maker)).collect::<Result<Vec<_>>>()?;
     let mut rows = Vec::new();
-    for (index, (name, maker)) in MAKERS.into_iter().enumerate() {
-        let of = |column: usize| turns.iter().map(|turn| turn[index][column]).collect::<Vec<_>>();
-        let memory = peak_memory(&case.command(maker, &folders, case.steps[1], 1)?)?;
-        let [start, image, step] = [0, 1, 2].map(|column| format!("{:.1}", median(&of(column))));
-        rows.push([
-            name.into(),
-            start,
-            image,
-            step,
-            megabytes(memory),
-            megabytes(installed(maker)?),
-        ]);
+    for (index, (name, _)) in MAKERS.into_iter().enumerate() {
+        let of =
+            |column: usize| median(&turns.iter().map(|t| t[index][column]).collect::<Vec<_>>());
+        let [start, image, step] = [0, 1, 2].map(|column| format!("{:.1}", of(column)));
+        let [memory, size] = [of(3), installed[index]].map(|bytes| format!("{:.0}", bytes / 1e6));
+        rows.push([name.into(), start, image, step, memory, size]);
     }
     for (index, (name, _)) in MAKERS.into_iter().enumerate().skip(1) {
         let ratio = |column: usize| {
             let of_turns = turns.iter().map(|turn| turn[index][column] / turn[0][column]);
             format!("{:.2}×", median(&of_turns.collect::<Vec<f64>>()))
         };
-        let of_rows = |column: usize| -> Result<String> {
-            let [theirs, ours]: [f64; 2] = [rows[index][column].parse()?, rows[0][column].parse()?];
-            Ok(format!("{:.1}×", theirs / ours))
-        };
-        rows.push([
-            format!("{name} / ng-sample"),
-            ratio(0),
-            ratio(1),
-            ratio(2),
-            of_rows(4)?,
-            of_rows(5)?,
-        ]);
+        let size = format!("{:.1}×", installed[index] / installed[0]);
+        let name = format!("{name} / ng-sample");
+        rows.push([name, ratio(0), ratio(1), ratio(2), ratio(3), size]);
     }
     println!(
         "\n{}: {side}×{side} pixels, {} Euler steps, f32, one thread; medians of {} turns of {} images",
@@ -132,10 +140,6 @@ fn measure(case: &Case) -> Result<()> {
     );
     table::print(COLUMNS, &rows);
     Ok(())
-}
-
-fn megabytes(bytes: f64) -> String {
-    format!("{:.0}", bytes / 1e6)
 }
 
 impl Case {
@@ -162,27 +166,32 @@ impl Case {
         let mut command = Command::new(program::built("ng-export")?);
         command.arg(&checkpoint).arg("--out").arg(&export).args(["--precision", "f32"]);
         program::run(&mut command)?;
-        Ok(Folders { checkpoint, export, images: home.to_owned() })
+        let optimum = home.join("optimum");
+        program::run(peer(Maker::Optimum)?.arg(&checkpoint).arg("--export").arg(&optimum))?;
+        Ok(Folders { checkpoint, export, optimum, images: home.to_owned() })
     }
 
-    /// Milliseconds from start to PNG, of a warm image, and of a step.
-    fn turn(&self, maker: Maker, folders: &Folders) -> Result<[f64; 3]> {
+    fn turn(&self, maker: Maker, folders: &Folders) -> Result<Turn> {
         let [steps, fewer] = self.steps;
-        let cold = program::run(&mut self.command(maker, folders, steps, 1)?)?.seconds * 1e3;
-        let warm = |steps: usize| -> Result<f64> {
-            let stdout =
-                program::run(&mut self.command(maker, folders, steps, self.images)?)?.stdout;
+        let of = |stdout: &str| -> Result<f64> {
             let images = stdout.lines().map(milliseconds).collect::<Result<Vec<f64>>>()?;
-            ensure!(images.len() == self.images, "{} images, not {}", images.len(), self.images);
-            Ok(median(&images[self.not_counted..]))
+            Ok(median(images.get(self.not_counted..).context("too few images")?))
         };
-        let (image, shorter) = (warm(steps)?, warm(fewer)?);
-        Ok([cold, image, (image - shorter) / (steps - fewer) as f64])
+        let cold = program::run(&mut self.command(maker, folders, steps, 1)?)?;
+        let image = if self.images == 1 {
+            of(&cold.stdout)?
+        } else {
+            of(&program::run(&mut self.command(maker, folders, steps, self.images)?)?.stdout)?
+        };
+        let short = program::run(&mut peak(&self.command(maker, folders, fewer, self.images)?)?)?;
+        let (bytes, lines) = short.stdout.trim().rsplit_once('\n').context("no memory")?;
+        let step = (image - of(lines)?) / (steps - fewer) as f64;
+        Ok([cold.seconds * 1e3, image, step, bytes.parse()?])
     }
 
     /// Makes `n` images and prints one JSON object each, with its milliseconds by stage.
     fn command(&self, maker: Maker, folders: &Folders, steps: usize, n: usize) -> Result<Command> {
-        let Folders { checkpoint, export, images } = folders;
+        let Folders { checkpoint, export, optimum, images } = folders;
         let (side, steps) = (self.side.to_string(), steps.to_string());
         let mut command = match maker {
             Maker::Ours => {
@@ -191,10 +200,14 @@ impl Case {
                 command.args(["--solver", "euler", "--json"]);
                 command
             }
-            Maker::Diffusers | Maker::Optimum => {
+            _ => {
                 let mut command = peer(maker)?;
-                let model = if matches!(maker, Maker::Optimum) { export } else { checkpoint };
-                command.arg(model).args(["--side", &side]);
+                command.arg(match maker {
+                    Maker::Diffusers => checkpoint,
+                    Maker::Optimum => optimum,
+                    _ => export,
+                });
+                command.args(["--side", &side]);
                 command
             }
         };
@@ -207,7 +220,7 @@ impl Case {
 fn peer(maker: Maker) -> Result<Command> {
     let mut command = Command::new(program::python()?);
     command.args(["-B", "benches/peers/diffusers_sample.py"]).env("HF_HUB_OFFLINE", "1");
-    if matches!(maker, Maker::Optimum) {
+    if matches!(maker, Maker::Optimum | Maker::OptimumOnOurs) {
         command.arg("--optimum").env("PYTHONPATH", program::root().join(".runtime/optimum"));
     }
     Ok(command)
@@ -222,12 +235,12 @@ fn milliseconds(line: &str) -> Result<f64> {
     values.sum::<Option<f64>>().context("milliseconds are not numbers")
 }
 
-/// Largest resident memory of `command`, in bytes.
-fn peak_memory(command: &Command) -> Result<f64> {
+/// `command`, and after its lines the largest resident memory that it had, in bytes.
+fn peak(command: &Command) -> Result<Command> {
     let mut measured = Command::new(program::python()?);
     measured.args(["-c", PEAK]).arg(command.get_program()).args(command.get_args());
     measured.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    Ok(program::run(&mut measured)?.stdout.trim().parse()?)
+    Ok(measured)
 }
 
 /// Bytes of what has to be installed besides the model: for the peers their Python packages as PyPI has

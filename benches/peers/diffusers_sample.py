@@ -6,7 +6,8 @@ after another.
 
 Prints one JSON object an image: {"milliseconds": {"load": …, "image": …}}, where `image` is text,
 steps, decoder and PNG. Imports only what it needs, so that a cold start is a fair one.
-With --install-size it prints the bytes of the packages that it needs instead.
+With --install-size it prints the bytes of the packages that it needs instead, and with --export FOLDER
+Optimum exports the checkpoint MODEL there.
 """
 
 import argparse
@@ -40,6 +41,29 @@ def optimum_pipeline(args):
     )
 
 
+def export(checkpoint, folder):
+    """As Optimum's command line would, but for the tokenizers, which its transformers cannot read."""
+    import torch
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from optimum.exporters.onnx import onnx_export_from_model
+    from optimum_tokenizer import tokenizer
+    from transformers import CLIPTextModel, T5EncoderModel
+
+    def part(kind, name):
+        return kind.from_pretrained(checkpoint / name, torch_dtype=torch.float32)
+
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(checkpoint / "scheduler"),
+        vae=part(AutoencoderKL, "vae"),
+        text_encoder=part(CLIPTextModel, "text_encoder"), tokenizer=tokenizer(checkpoint / "tokenizer"),
+        text_encoder_2=part(T5EncoderModel, "text_encoder_2"), tokenizer_2=tokenizer(checkpoint / "tokenizer_2"),
+        transformer=part(FluxTransformer2DModel, "transformer"),
+    )
+    onnx_export_from_model(
+        model=pipe, output=folder, opset=18, task="text-to-image", do_validation=False,
+    )
+
+
 def install_size(roots):
     """Bytes of `roots` and of all they require without extras, as installed here."""
     waiting, seen, size = list(roots), set(), 0
@@ -65,6 +89,7 @@ def main():
     parser.add_argument("model", type=Path)
     parser.add_argument("--optimum", action="store_true")
     parser.add_argument("--install-size", action="store_true")
+    parser.add_argument("--export", type=Path)
     parser.add_argument("--prompt", default="")
     parser.add_argument("--side", type=int, default=32, help="pixels")
     parser.add_argument("--steps", type=int, default=8)
@@ -75,6 +100,10 @@ def main():
     if args.install_size:
         more = ["optimum-onnx", "onnxruntime"] if args.optimum else []
         print(install_size(["torch", "diffusers", "transformers", *more]))
+        return
+
+    if args.export:
+        export(args.model, args.export)
         return
 
     import torch
