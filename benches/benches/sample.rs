@@ -44,7 +44,7 @@ const CASES: [Case; 2] = [
         random: false,
         side: 32,
         steps: [8, 2],
-        turns: 5,
+        turns: 3,
         images: 25,
         not_counted: 5,
     },
@@ -211,8 +211,16 @@ impl Case {
                 command
             }
         };
-        command.args(["--prompt", PROMPT, "--steps", &steps, "--threads", "1"]);
-        command.args(["-n", &n.to_string()]).arg("-o").arg(images.join("image.png"));
+        if matches!(maker, Maker::Ours) {
+            // The peers encode the prompt for each image: here each has another.
+            let file = images.join(format!("{n}.txt"));
+            let lines = (0..n).map(|i| format!("{PROMPT} {i}\n"));
+            fs::write(&file, lines.collect::<String>()).context("cannot write the prompts")?;
+            command.arg("--prompts").arg(file);
+        } else {
+            command.args(["--prompt", PROMPT, "-n", &n.to_string()]);
+        }
+        command.args(["--steps", &steps, "--threads", "1", "-o"]).arg(images.join("image.png"));
         Ok(command)
     }
 }

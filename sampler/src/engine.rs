@@ -38,7 +38,7 @@ use crate::{
     request::Job,
     sample::{denoise, skipped},
     tensorrt,
-    texts::Texts,
+    texts::{Read, Texts},
 };
 
 /// Image tokens of a batch together, at most: those of one FLUX image of 512×512, which alone leaves no
@@ -231,7 +231,7 @@ impl Engine {
     pub fn read(&mut self, jobs: &[Job]) -> Result<()> {
         self.texts.keep_all();
         for job in jobs {
-            self.condition(job)?;
+            self.encode(job)?;
         }
         if self.options.memory != Memory::Keep {
             self.encoders = None;
@@ -286,11 +286,11 @@ impl Engine {
         if job.cancel.is_cancelled() {
             return Err(Cancelled.into());
         }
-        let (mut stages, before) = (Stages::default(), self.busy());
-        let (condition, text) = self.condition(job)?;
-        stages.text = text;
+        self.encode(job)?;
+        let Read { condition, time } = self.texts.take(&job.ids).context("just encoded")?;
+        let [text, networks] = time;
+        let mut stages = Stages { text, networks, ..Stages::default() };
         let start = self.start(job, &mut stages)?;
-        stages.networks = self.busy().saturating_sub(before);
         Ok(Row { index, job, condition, start, stages })
     }
 
@@ -346,12 +346,6 @@ impl Engine {
         Ok(Finished { picture, latents, stages, precision: self.precision() })
     }
 
-    /// Time that the open networks have spent in runs.
-    fn busy(&self) -> Duration {
-        let text = self.encoders.as_ref().map_or(Duration::ZERO, TextEncoders::busy);
-        text + self.painters.as_ref().map_or(Duration::ZERO, Painters::busy)
-    }
-
     /// The packed state that `job` starts from.
     fn start(&mut self, job: &Job, stages: &mut Stages) -> Result<Vec<f32>> {
         let noise = job.size.pack(&job.initial());
@@ -363,16 +357,18 @@ impl Engine {
             self.encoder = Some(opened);
         }
         let encoder = self.encoder.as_mut().context("just opened")?;
+        let before = encoder.busy();
         let x0 = timed(&mut stages.text, || encoder.encode(init, &job.cancel))?;
+        stages.networks += encoder.busy().saturating_sub(before);
         let [of_x0, of_noise] = weights(job.schedule.times()[0]).map(|weight| weight as f32);
         let x0 = job.size.pack(&x0);
         Ok(x0.iter().zip(noise).map(|(x0, noise)| of_x0 * x0 + of_noise * noise).collect())
     }
 
-    /// The condition of a job's prompt and the time it took.
-    fn condition(&mut self, job: &Job) -> Result<(Arc<Condition>, Duration)> {
-        if let Some(condition) = self.texts.get(&job.ids) {
-            return Ok((condition, Duration::ZERO));
+    /// Encodes a job's prompt unless it is known.
+    fn encode(&mut self, job: &Job) -> Result<()> {
+        if self.texts.has(&job.ids) {
+            return Ok(());
         }
         if self.encoders.is_none() {
             if self.options.memory != Memory::Keep {
@@ -383,11 +379,11 @@ impl Engine {
             self.encoders = Some(opened);
         }
         let encoders = self.encoders.as_mut().context("just opened")?;
-        let mut time = Duration::ZERO;
-        let condition = timed(&mut time, || encoders.encode(&job.ids, &job.cancel))?;
-        let condition = Arc::new(condition);
-        self.texts.put(job.ids.clone(), condition.clone());
-        Ok((condition, time))
+        let (mut text, before) = (Duration::ZERO, encoders.busy());
+        let condition = timed(&mut text, || encoders.encode(&job.ids, &job.cancel))?;
+        let time = [text, encoders.busy().saturating_sub(before)];
+        self.texts.put(job.ids.clone(), Read { condition: Arc::new(condition), time });
+        Ok(())
     }
 
     fn painters(&mut self) -> Result<&mut Painters> {

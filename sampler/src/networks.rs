@@ -324,6 +324,11 @@ impl Encoder {
         Ok(Self { model: open(pipeline, VAE_ENCODER, settings)?, config: pipeline.vae.clone() })
     }
 
+    /// Time spent in runs so far.
+    pub fn busy(&self) -> Duration {
+        self.model.busy()
+    }
+
     /// The latents `[Z, h, w]` of an image as the flow has them: the mean of what the encoder gives.
     pub fn encode(&mut self, picture: &Picture, cancel: &Cancel) -> Result<Vec<f32>> {
         let sample = Tensor::f32([1, 3, picture.height, picture.width], picture.to_sample())?;

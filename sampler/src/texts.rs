@@ -1,6 +1,6 @@
 //! Encoded prompts, kept for the next image of the same prompt.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, mem, sync::Arc, time::Duration};
 
 use flow::tokens::PromptIds;
 
@@ -9,10 +9,18 @@ use crate::networks::Condition;
 /// Most bytes of conditions that are kept: 30 prompts of FLUX.1-dev.
 const MAX_BYTES: usize = 256 << 20;
 
+/// An encoded prompt.
+#[derive(Clone)]
+pub struct Read {
+    pub condition: Arc<Condition>,
+    /// What it took, and what of that networks took; zero for all images after the first.
+    pub time: [Duration; 2],
+}
+
 /// Conditions by their tokens, the oldest dropped first.
 #[derive(Default)]
 pub struct Texts {
-    kept: VecDeque<(Arc<PromptIds>, Arc<Condition>)>,
+    kept: VecDeque<(Arc<PromptIds>, Read)>,
     bytes: usize,
     unbounded: bool,
 }
@@ -23,19 +31,24 @@ impl Texts {
         self.unbounded = true;
     }
 
-    /// The condition of these tokens.
-    pub fn get(&self, ids: &PromptIds) -> Option<Arc<Condition>> {
-        let mut kept = self.kept.iter();
-        kept.find(|(known, _)| **known == *ids).map(|(_, condition)| condition.clone())
+    /// Whether there is a condition of these tokens.
+    pub fn has(&self, ids: &PromptIds) -> bool {
+        self.kept.iter().any(|(known, _)| **known == *ids)
+    }
+
+    /// The condition of these tokens, and to the first who asks the time it took.
+    pub fn take(&mut self, ids: &PromptIds) -> Option<Read> {
+        let (_, read) = self.kept.iter_mut().find(|(known, _)| **known == *ids)?;
+        Some(Read { condition: read.condition.clone(), time: mem::take(&mut read.time) })
     }
 
     /// Keeps a condition.
-    pub fn put(&mut self, ids: Arc<PromptIds>, condition: Arc<Condition>) {
-        self.bytes += condition.bytes();
-        self.kept.push_back((ids, condition));
+    pub fn put(&mut self, ids: Arc<PromptIds>, read: Read) {
+        self.bytes += read.condition.bytes();
+        self.kept.push_back((ids, read));
         while !self.unbounded && self.bytes > MAX_BYTES && self.kept.len() > 1 {
             let dropped = self.kept.pop_front();
-            self.bytes -= dropped.map_or(0, |(_, condition)| condition.bytes());
+            self.bytes -= dropped.map_or(0, |(_, read)| read.condition.bytes());
         }
     }
 }
