@@ -9,7 +9,8 @@
 #   nccl            every collective and an abort through NCCL; two ranks on one GPU, which must be refused
 #   determinism     the same seed twice; |log ratio| before the first update at several batch sizes
 #   export          a real-width double and single block through ONNX Runtime, both forms of attention
-#   sample          ng-sample at full depth, 1024x1024, 8 steps
+#   sample          ng-sample at full depth, 1024x1024, 8 steps, against eager and compiled PyTorch
+# ONNX Runtime's CUDA provider comes in an archive of its own: its folder is CUDA, gpu-kit-cuda beside this one.
 # PYTHON has torch, transformers and peft. DEVICE, PROVIDER, MODEL, SIZE, LARGE, BLOCKS, DEPTH, ITERATIONS, PRECISION, COMPILE make
 # the same parts run small on a machine without a GPU.
 set -euo pipefail
@@ -39,6 +40,13 @@ if [ -f "$here/kit.tar.xz" ] && [ ! -f "$root/.whole" ]; then
   for wheel in "$root"/wheels/*.whl; do "$PYTHON" -m zipfile -e "$wheel" "$root/site"; done
   touch "$root/.whole"
 fi
+CUDA=${CUDA:-$here/../gpu-kit-cuda}
+if [ -f "$CUDA/provider.tar.xz" ] && [ ! -f "$root/cuda/.whole" ]; then
+  mkdir -p "$root/cuda"
+  "$PYTHON" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' \
+    "$CUDA/provider.tar.xz" "$root/cuda"
+  touch "$root/cuda/.whole"
+fi
 cd "$root" || { echo "error: no $here/kit.tar.xz: \`make gpu-kit\` makes it" >&2; exit 1; }
 NG=$root/bin
 # libtorch is Python's own, which must be the one that the programs were built for.
@@ -49,7 +57,9 @@ if not torch.__version__.startswith("2.11."):
 print(pathlib.Path(torch.__file__).parent / "lib")
 END
 )
-export LD_LIBRARY_PATH=$torch${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+# cuBLAS and cuDNN are Python's too.
+nvidia=$(printf '%s:' "$torch"/../../nvidia/*/lib)
+export LD_LIBRARY_PATH=$torch:$nvidia${LD_LIBRARY_PATH:-}
 export PYTHONPATH=$root/site${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
 
 # weightless NAME [DOUBLE,SINGLE [T5]]: a folder of MODEL without weights, with as many blocks
@@ -131,7 +141,9 @@ sampled() { # sampled NAME SIDE FLAG...: exports models/NAME and measures it
   shift 2
   rm -rf "$OUT/models/exported"
   "$NG/ng-export" "$OUT/models/$name" --out "$OUT/models/exported" --target "$PROVIDER" "$@" > /dev/null
-  "$NG/ng-sample" bench --model "$OUT/models/exported" --provider "$PROVIDER" --width "$side" \
+  local library=$root/lib/libonnxruntime.so
+  [ "$PROVIDER" = cpu ] || library=$root/cuda/libonnxruntime.so
+  ORT_DYLIB_PATH=${ORT_DYLIB_PATH:-$library} "$NG/ng-sample" bench --model "$OUT/models/exported" --provider "$PROVIDER" --width "$side" \
     --height "$side" --images "$REPEATS" --starts 1 --max-sequence-length 512 --json
 }
 random() { # random NAME BLOCKS: models/NAME with weights on disk
