@@ -286,6 +286,17 @@ fn several_processes_find_what_one_finds() {
 }
 
 #[test]
+fn votes_of_the_page_need_nothing_else() {
+    let home = TempDir::new().unwrap();
+    let file = home.path().join("votes.json");
+    let votes = r#"{"kind": "ng-votes", "version": 1, "models": ["base", "tuned"], "wins": {},
+        "votes": [{"prompt": "a", "seed": 1, "winner": "tuned", "left": "base", "seconds": 1.5}]}"#;
+    fs::write(&file, votes).unwrap();
+    let text = Program::Train.run(["eval", "--votes", &typed(&file)]).succeeded();
+    assert!(text.contains("| tuned | base | votes | 1.000"), "{text}");
+}
+
+#[test]
 fn a_stopped_comparison_goes_on() {
     stops_and_goes_on(&[]);
     stops_and_goes_on(&["--processes", "2"]);

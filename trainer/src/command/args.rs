@@ -283,10 +283,10 @@ pub enum Command {
 
 /// Where a configuration comes from.
 #[derive(Args)]
-#[command(group = ArgGroup::new("run").required(true).args(["preset", "config"]))]
+#[command(group = ArgGroup::new("run").args(["preset", "config"]))]
 pub struct SourceArgs {
     /// A run that ships with the program; `ng-train config list` has them [or --config]
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", required_unless_present = "config")]
     pub preset: Option<String>,
     /// A run described by a TOML file
     #[arg(long, value_name = "FILE")]
