@@ -326,7 +326,7 @@ fn ng_train_align_refuses_with_one_line() {
                 &["flow.batchz", "did you mean batch?"],
             ),
             mistake("align --config @/absent.toml", 1, &["@/absent.toml"]),
-            mistake("align", 2, &["--preset <NAME>"]),
+            mistake("align", 2, &["--preset <NAME>|--config <FILE>"]),
             mistake("align --config @/broken.toml", 2, &["@/broken.toml", "line 2"]),
             mistake(
                 "align --config @/wrong.toml",

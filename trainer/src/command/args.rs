@@ -87,7 +87,7 @@ pub enum Command {
         #[arg(long, value_name = "FILE", required = true)]
         prompts: Option<PathBuf>,
         /// Instead of all this: print the win rates of votes that the page of ng-sample serve saved
-        #[arg(long, value_name = "FILE", exclusive = true)]
+        #[arg(long, value_name = "FILE", exclusive = true, group = "run")]
         votes: Option<PathBuf>,
         /// Images a prompt
         #[arg(short = 'n', long = "images", alias = "count", value_name = "N", default_value_t = 1,
@@ -283,10 +283,10 @@ pub enum Command {
 
 /// Where a configuration comes from.
 #[derive(Args)]
-#[command(group = ArgGroup::new("run").args(["preset", "config"]))]
+#[command(group = ArgGroup::new("run").required(true).args(["preset", "config"]))]
 pub struct SourceArgs {
     /// A run that ships with the program; `ng-train config list` has them [or --config]
-    #[arg(long, value_name = "NAME", required_unless_present = "config")]
+    #[arg(long, value_name = "NAME")]
     pub preset: Option<String>,
     /// A run described by a TOML file
     #[arg(long, value_name = "FILE")]
