@@ -3,7 +3,7 @@
 use std::{
     env::{self, consts::DLL_EXTENSION},
     error::Error as _,
-    ffi::{OsStr, OsString},
+    ffi::OsString,
     fs,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
@@ -20,18 +20,8 @@ use ort::environment::Environment;
 ///
 /// Never what lies where the program was started: the library is code that runs.
 pub fn library() -> Result<PathBuf> {
-    let program = env::current_exe().ok().or_else(|| started_as(&env::args_os().next()?));
+    let program = env::current_exe().ok();
     find(env::var_os("ORT_DYLIB_PATH"), program.as_deref().and_then(Path::parent))
-}
-
-/// The program that was started as `name`, for systems without `/proc`.
-fn started_as(name: &OsStr) -> Option<PathBuf> {
-    if Path::new(name).components().nth(1).is_some() {
-        return fs::canonicalize(name).ok();
-    }
-    let folders = env::var_os("PATH")?;
-    let mut files = env::split_paths(&folders).map(|folder| folder.join(name));
-    files.find(|file| file.is_file()).and_then(|file| fs::canonicalize(file).ok())
 }
 
 /// The process's environment: the library is loaded and checked by the first call that succeeds.
@@ -77,8 +67,9 @@ fn find(chosen: Option<OsString>, program_folder: Option<&Path>) -> Result<PathB
     if let Some(path) = beside.chain(above).flatten().find_map(|folder| library_in(&folder)) {
         return Ok(path);
     }
-    let program = program_folder
-        .map_or_else(|| "(unknown)".to_owned(), |folder| folder.display().to_string());
+    let Some(program) = program_folder.map(Path::display) else {
+        bail!("this program cannot see where it lies: mount /proc, which ONNX Runtime needs too");
+    };
     bail!(
         "ONNX Runtime is not installed: no libonnxruntime.{DLL_EXTENSION} in {program}, in its \
          ../lib, or in .runtime/lib of {program} or of a folder above it; {REMEDY}"
@@ -136,16 +127,6 @@ mod tests {
         let path = folder.join(name);
         fs::write(&path, "").unwrap();
         path
-    }
-
-    #[test]
-    fn the_program_is_found_by_its_path_or_in_path() {
-        let this = env::current_exe().unwrap().canonicalize().unwrap();
-        assert_eq!(started_as(this.as_os_str()), Some(this));
-        let shell = started_as(OsStr::new("sh")).unwrap();
-        assert!(shell.is_file() && shell.is_absolute(), "{}", shell.display());
-        assert_eq!(started_as(OsStr::new("no-program-of-this-name")), None);
-        assert_eq!(started_as(OsStr::new("./no-program-of-this-name")), None);
     }
 
     #[test]
