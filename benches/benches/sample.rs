@@ -185,7 +185,7 @@ impl Case {
             of(&program::run(&mut self.command(maker, folders, steps, self.images)?)?.stdout)?
         };
         let short = program::run(&mut peak(&self.command(maker, folders, fewer, self.images)?)?)?;
-        let (bytes, lines) = short.stdout.trim().rsplit_once('\n').context("no memory")?;
+        let (lines, bytes) = short.stdout.trim().rsplit_once('\n').context("no memory")?;
         let step = (image - of(lines)?) / (steps - fewer) as f64;
         Ok([cold.seconds * 1e3, image, step, bytes.parse()?])
     }
