@@ -201,7 +201,7 @@ impl Case {
                 command.args(["--solver", "euler", "--json"]);
                 command
             }
-            _ => {
+            Maker::Diffusers | Maker::Optimum | Maker::OptimumOnOurs => {
                 let mut command = peer(maker)?;
                 command.arg(match maker {
                     Maker::Diffusers => checkpoint,
