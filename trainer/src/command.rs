@@ -2,7 +2,7 @@
 
 use std::num::NonZero;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use cluster::Topology;
 use flow::checksums::Checksums;
 use flow::log;
@@ -93,10 +93,15 @@ fn carry_out(
             pretrain::run(&config, compute.device)
         }
         Command::Eval { .. } => evaluate(&cli.command, place, threads, compute),
-        Command::Score { images, prompt, source } => {
+        Command::Score { images, prompt, prompts, source } => {
             let config = settings::read(&of(source), &settings::ALIGN_PRESETS, &source.settings)?;
+            let shown = match (prompt, prompts) {
+                (Some(text), _) => score::Shown::All(text),
+                (None, Some(file)) => score::Shown::Each(file),
+                (None, None) => bail!("--prompt or --prompts is missing"),
+            };
             let device = compute.device;
-            score::run(&config, &score::Options { images, prompt, threads, device })
+            score::run(&config, &score::Options { images, shown, threads, device })
         }
         Command::Compare { jobs, source } => {
             let config = settings::read(&of(source), &compare::COMPARE_PRESETS, &source.settings)?;

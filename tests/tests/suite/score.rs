@@ -67,6 +67,40 @@ fn a_picture_scores_best_for_what_it_shows() {
     }
 }
 
+/// A folder's pictures and as many prompts, in the order of their names.
+#[test]
+fn a_folder_is_scored_by_a_file_of_prompts() {
+    let home = tempfile::tempdir().unwrap();
+    let folder = home.path().join("signs");
+    Program::Train.run(["signs", &typed(&folder), "-n", "6"]).succeeded();
+    let list = folder.join("metadata.jsonl");
+    let asked = |prompts: &str| {
+        let arguments = ["score", "--preset", "signs", "--set", "judges=[]", "--prompts", prompts];
+        Program::Train.run([&arguments[..], &[&typed(&folder)]].concat())
+    };
+    let ended = asked(&typed(&list));
+    assert!(ended.stderr.contains("means of 6 images: ocr "), "{}", ended.stderr);
+    let told = ended.succeeded();
+    let lines: Vec<Scored> = told.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 6);
+    assert!(lines.is_sorted_by_key(|line| &line.image));
+    assert!(lines.iter().all(|line| line.scores["ocr"] > -0.5), "{told}");
+    // Twice as many images as prompts: two of each.
+    let texts = fs::read_to_string(&list).unwrap();
+    let half: Vec<&str> = texts.lines().step_by(2).collect();
+    fs::write(home.path().join("half.jsonl"), half.join("\n")).unwrap();
+    let told = asked(&typed(&home.path().join("half.jsonl"))).succeeded();
+    let halves: Vec<Scored> = told.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    for (index, (line, own)) in halves.iter().zip(&lines).enumerate() {
+        assert_eq!(line.scores["ocr"] == own.scores["ocr"], index % 2 == 0, "{index}: {told}");
+    }
+    fs::write(home.path().join("four.jsonl"), texts.lines().take(4).collect::<Vec<_>>().join("\n"))
+        .unwrap();
+    let ended = asked(&typed(&home.path().join("four.jsonl")));
+    assert_eq!(ended.status.code(), Some(1));
+    assert!(ended.stderr.contains("4 prompts, but there are 6 images"), "{}", ended.stderr);
+}
+
 #[test]
 fn jpeg_kilobytes_are_those_of_pillow() {
     let folder = root().join("trainer/src/reward/fixtures/jpeg");

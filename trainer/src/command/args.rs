@@ -111,14 +111,18 @@ pub enum Command {
     ///
     /// Scales, higher being better: hpsv2, pickscore and clip are cosines, about 0.2 to 0.4, 0.18 to 0.24
     /// and 0.1 to 0.4; image-reward is about -2.5 to 2.5, aesthetic 1 to 10, jpeg in kB, colour 0 to 1.
-    /// docs/rewards.md has the files and how each prepares images.
+    /// docs/rewards.md has the files and how each prepares images. Means over all images are told at the end.
     Score {
-        /// PNG or JPEG files
+        /// PNG or JPEG files, or folders of them, in the order of their names
         #[arg(required = true, value_name = "IMAGE")]
         images: Vec<PathBuf>,
         /// What all of them should show
-        #[arg(long, value_name = "TEXT")]
-        prompt: String,
+        #[arg(long, value_name = "TEXT", required_unless_present = "prompts")]
+        prompt: Option<String>,
+        /// What they should show, one after the other, as `ng-sample --prompts` makes them: a .txt, .json,
+        /// .jsonl or .parquet file with as many prompts, or of several images a prompt fewer
+        #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+        prompts: Option<PathBuf>,
         /// Rewards and judges come from it
         #[command(flatten)]
         source: SourceArgs,
