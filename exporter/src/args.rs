@@ -3,16 +3,18 @@
 
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::builder::RangedI64ValueParser;
+use clap::{Parser, ValueEnum};
 use manual::says::Says;
 
 use crate::element::Float;
 use crate::export::Request;
 use crate::external::Placement;
 use crate::part::Part;
-use crate::precision::{Choice, Modulation, Precision};
+use crate::precision::{BLOCK, BLOCKS, Choice, Modulation, Precision};
 use crate::target::{Attention, Target};
 use crate::verify::Asked;
+use crate::verify::pictures::{MAX_PICTURES, MAX_SIDE};
 
 /// Exports a FLUX checkpoint to ONNX.
 ///
@@ -27,7 +29,7 @@ use crate::verify::Asked;
     name = "ng-export",
     version,
     after_help = "Other commands: ng-export verify, ng-export inspect, ng-export wrap (each with --help).\n\
-                  Exit codes: 0 exported, 1 failed and left nothing behind, 2 wrong usage."
+                  Exit codes: 0 exported, 1 failed and left nothing behind, 2 wrong usage, 130 interrupted."
 )]
 pub struct Args {
     /// The pipeline folder: model_index.json, transformer/, vae/, text_encoder/, ...
@@ -55,8 +57,7 @@ pub struct Args {
     /// How weights are stored
     #[arg(long, value_name = "TYPE", value_enum, default_value_t)]
     precision: Precision,
-    /// Numbers that share a scale: 16, 32, 64, 128 or 256; by default 32, with fp8 a whole matrix
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", help = block_size())]
     block_size: Option<usize>,
     /// How modulation layers (norm*.linear) are stored where others are quantised
     #[arg(long, value_name = "HOW", value_enum, default_value_t)]
@@ -84,20 +85,26 @@ pub struct Args {
     /// differences into the folder, and fail when one is beyond its limit
     #[arg(long)]
     verify: bool,
-    /// Largest error, as a share of the largest value, that passes; by default f32 1e-5, f16 0.01, bf16
-    /// 0.04, int8 and fp8 0.1, int4 0.25
-    #[arg(long, value_name = "X", requires = "verify")]
+    #[arg(long, value_name = "X", requires = "verify", help = format!(
+        "Largest error, as a share of the largest value, that passes; by default {}",
+        of_each(|precision| precision.max_error().to_string())
+    ))]
     max_error: Option<f32>,
-    /// Pictures of fixed prompts that --verify makes by export and checkpoint to compare; by default 4 where
-    /// weights are lossy and the checkpoint is small enough for plain Rust, of 256 pixels at most
-    #[arg(long, value_name = "N", requires = "verify", value_parser = clap::value_parser!(u8).range(0..=4))]
+    #[arg(long, value_name = "N", requires = "verify", value_parser = pictures(), help = format!(
+        "Pictures of fixed prompts that --verify makes by export and checkpoint to compare; by default \
+         {MAX_PICTURES} where weights are lossy and the checkpoint is small enough for plain Rust, of {MAX_SIDE} \
+         pixels at most"
+    ))]
     pictures: Option<u8>,
-    /// Least PSNR of a picture that passes; by default f32 60, f16 40, bf16 35, int8 and fp8 30, int4 20
-    #[arg(long, value_name = "DB", requires = "verify")]
+    #[arg(long, value_name = "DB", requires = "verify", help = format!(
+        "Least PSNR of a picture that passes; by default {}",
+        of_each(|precision| precision.limits().min_psnr.to_string())
+    ))]
     min_psnr: Option<f64>,
-    /// Largest GMSD of a picture (0 is none, 0.35 all is lost) that passes; by default f32 0.002, f16 0.01,
-    /// bf16 0.03, int8 and fp8 0.05, int4 0.15
-    #[arg(long, value_name = "X", requires = "verify")]
+    #[arg(long, value_name = "X", requires = "verify", help = format!(
+        "Largest GMSD of a picture (0 is none, 0.35 all is lost) that passes; by default {}",
+        of_each(|precision| precision.limits().max_gmsd.to_string())
+    ))]
     max_gmsd: Option<f64>,
     /// Replace an earlier export
     #[arg(long)]
@@ -130,7 +137,7 @@ pub struct Verify {
     #[arg(long, value_name = "X")]
     pub max_error: Option<f32>,
     /// Pictures to make and compare, as in an export
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=4))]
+    #[arg(long, value_name = "N", value_parser = pictures())]
     pub pictures: Option<u8>,
     /// Least PSNR of a picture that passes
     #[arg(long, value_name = "DB")]
@@ -179,6 +186,25 @@ pub struct Wrap {
     /// How much is said
     #[command(flatten)]
     pub says: Says,
+}
+
+/// A value of each precision, for the help text.
+fn of_each(value: impl Fn(Precision) -> String) -> String {
+    let all = Precision::value_variants().iter();
+    let all: Vec<_> = all.map(|&p| format!("{} {}", p.name(), value(p))).collect();
+    all.join(", ")
+}
+
+fn block_size() -> String {
+    let sizes: Vec<_> = BLOCKS.filter(|n| n.is_power_of_two()).map(|n| n.to_string()).collect();
+    format!(
+        "Numbers that share a scale: {}; by default {BLOCK}, with fp8 a whole matrix",
+        sizes.join(", ")
+    )
+}
+
+fn pictures() -> RangedI64ValueParser<u8> {
+    clap::value_parser!(u8).range(0..=MAX_PICTURES as i64)
 }
 
 impl Args {

@@ -3,7 +3,6 @@
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use flow::checkpoint::Weights;
@@ -73,6 +72,9 @@ pub struct Summary {
     pub difference: Option<Difference>,
 }
 
+/// Says whether the work is to end. It is asked between any two pieces of work.
+pub type Stop<'a> = &'a (dyn Fn() -> bool + Sync);
+
 /// A table of what was written, one graph a row.
 pub struct Table<'a>(pub &'a [Summary]);
 
@@ -93,9 +95,9 @@ struct Prepared<'a> {
 ///
 /// # Errors
 /// When the checkpoint cannot be read, the target must not or cannot be written, a graph differs
-/// from its reference, or `stop` was set. Nothing is left behind then, but for [`Request::resume`] what was
+/// from its reference, or `stop` says so. Nothing is left behind then, but for [`Request::resume`] what was
 /// written until `stop`, under a hidden name.
-pub fn export(request: &Request, bar: &ProgressBar, stop: &AtomicBool) -> Result<Vec<Summary>> {
+pub fn export(request: &Request, bar: &ProgressBar, stop: Stop<'_>) -> Result<Vec<Summary>> {
     let prepared = Prepared::open(request, bar)?;
     let mut staged = if request.resume {
         let left = resume::fingerprint(&prepared)?;
@@ -109,7 +111,7 @@ pub fn export(request: &Request, bar: &ProgressBar, stop: &AtomicBool) -> Result
     let n_parameters = |(_, graph): &(Part, Graph)| graph.n_parameters() as u64;
     bar.set_length(prepared.graphs.iter().map(n_parameters).sum());
     let filled = prepared.fill(&mut staged, bar, stop);
-    if filled.is_err() && request.resume && stop.load(Ordering::Relaxed) {
+    if filled.is_err() && request.resume && stop() {
         staged.leave();
         bail!("interrupted: the same command goes on from here");
     }
@@ -196,12 +198,7 @@ impl<'a> Prepared<'a> {
         Ok(())
     }
 
-    fn fill(
-        &self,
-        staged: &mut Staged,
-        bar: &ProgressBar,
-        stop: &AtomicBool,
-    ) -> Result<Vec<Summary>> {
+    fn fill(&self, staged: &mut Staged, bar: &ProgressBar, stop: Stop<'_>) -> Result<Vec<Summary>> {
         let mut description = Description::new(&self.request.choice, &self.request.loras);
         let mut summaries = Vec::with_capacity(self.graphs.len());
         let mut linked = Vec::new();
@@ -317,7 +314,7 @@ fn open_loras(
 /// A verification of what was written.
 struct Verifying<'a> {
     prepared: &'a Prepared<'a>,
-    stop: &'a AtomicBool,
+    stop: Stop<'a>,
 }
 
 impl Verifying<'_> {
@@ -375,8 +372,8 @@ impl Verifying<'_> {
     }
 }
 
-fn check_stop(stop: &AtomicBool) -> Result<()> {
-    ensure!(!stop.load(Ordering::Relaxed), "interrupted: nothing was exported");
+fn check_stop(stop: Stop<'_>) -> Result<()> {
+    ensure!(!stop(), "interrupted: nothing was exported");
     Ok(())
 }
 

@@ -3,7 +3,6 @@
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
@@ -24,6 +23,8 @@ use manual::says::Says;
 /// What helps where memory is gone.
 const ADVICE: &str =
     "end other programs, raise the limit (ulimit -v, the job's memory), or leave out --verify";
+/// Whether a signal asks to stop.
+static STOP: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
     let others = [Verify::command(), Inspect::command(), Wrap::command()];
@@ -37,7 +38,11 @@ fn main() -> ExitCode {
     }
     let (code, said) = match panics::reported(|| asked(std::env::args_os().collect())) {
         Ok(Ok(())) => return ExitCode::SUCCESS,
-        Ok(Err(error)) => (if error.is::<Usage>() { 2 } else { 1 }, format!("{error:#}")),
+        Ok(Err(error)) => {
+            let is_stopped = STOP.load(Ordering::Relaxed);
+            let code = if is_stopped { 130 } else { 1 + u8::from(error.is::<Usage>()) };
+            (code, format!("{error:#}"))
+        }
         Err(panic) => (1, panic),
     };
     log::say(&panics::last_line(&said, ADVICE));
@@ -102,9 +107,7 @@ fn run(args: Args) -> Result<()> {
     if args.is_dry() {
         return say(plan(&args.request())?);
     }
-    let stop = Arc::new(AtomicBool::new(false));
-    let asked = Arc::clone(&stop);
-    ctrlc::set_handler(move || asked.store(true, Ordering::Relaxed))
+    ctrlc::set_handler(|| STOP.store(true, Ordering::Relaxed))
         .context("cannot listen for interrupts")?;
     let template = "{msg:<24} {wide_bar} {human_pos}/{human_len} weights {eta}";
     let bar = match log::level() {
@@ -112,7 +115,7 @@ fn run(args: Args) -> Result<()> {
         _ => ProgressBar::new(0).with_style(ProgressStyle::with_template(template)?),
     };
     let request = args.request();
-    let summaries = export(&request, &bar, &stop);
+    let summaries = export(&request, &bar, &|| STOP.load(Ordering::Relaxed));
     bar.finish_and_clear();
     say(Table(&summaries?))?;
     if request.choice.target == Target::TensorRt {

@@ -101,9 +101,9 @@ pub struct Dialect {
 }
 
 /// Numbers that share a scale unless chosen.
-const BLOCK: usize = 32;
-/// What `MatMulNBits` can do.
-const BLOCKS: std::ops::RangeInclusive<usize> = 16..=256;
+pub const BLOCK: usize = 32;
+/// What `MatMulNBits` can do, powers of two.
+pub const BLOCKS: std::ops::RangeInclusive<usize> = 16..=256;
 
 impl Choice {
     /// The dialect of `part`.
@@ -242,16 +242,18 @@ impl Dialect {
         }
     }
 
-    /// Largest error, as a share of the largest value, that passes verification: for f32 that of rounding over
-    /// a deep network, else about twice what random networks of small width show.
+    /// Largest error, as a share of the largest value, that passes verification: that of a precision which stores
+    /// the matrices of a body so.
     pub fn max_error(&self) -> f32 {
-        match self.body {
-            Storage::Plain(Float::F32) => 1e-5,
-            Storage::Plain(Float::F16) => 1e-2,
-            Storage::Plain(Float::Bf16) => 4e-2,
-            Storage::Coded { code: Code::Int8 | Code::E4m3, .. } => 0.1,
-            Storage::Coded { code: Code::Int4, .. } => 0.25,
-        }
+        let precision = match self.body {
+            Storage::Plain(Float::F32) => Precision::F32,
+            Storage::Plain(Float::F16) => Precision::F16,
+            Storage::Plain(Float::Bf16) => Precision::Bf16,
+            Storage::Coded { code: Code::Int8, .. } => Precision::Int8,
+            Storage::Coded { code: Code::Int4, .. } => Precision::Int4,
+            Storage::Coded { code: Code::E4m3, .. } => Precision::Fp8,
+        };
+        precision.max_error()
     }
 
     /// Type that the product at `path` is computed in. T5's second matrix of a block overflows f16
@@ -279,6 +281,18 @@ impl Dialect {
 }
 
 impl Precision {
+    /// Largest error, as a share of the largest value, that passes verification: for f32 that of rounding over
+    /// a deep network, else about twice what random networks of small width show.
+    pub fn max_error(self) -> f32 {
+        match self {
+            Self::F32 => 1e-5,
+            Self::F16 => 1e-2,
+            Self::Bf16 => 4e-2,
+            Self::Int8 | Self::Fp8 => 0.1,
+            Self::Int4 => 0.25,
+        }
+    }
+
     /// As people type it.
     pub fn name(self) -> &'static str {
         match self {

@@ -1,6 +1,7 @@
 //! The tiny random pipelines of `tests/fixtures`, exported and compared with what diffusers computed.
 
 use std::borrow::Cow;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use flow::checkpoint::write_tensors;
 use onnx::{Model, Options, Tensor};
@@ -53,7 +54,7 @@ impl Scratch {
     }
 
     fn export(&self) -> Result<Vec<Summary>> {
-        export(&self.request, &ProgressBar::hidden(), &AtomicBool::new(false))
+        export(&self.request, &ProgressBar::hidden(), &|| false)
     }
 
     #[track_caller]
@@ -261,12 +262,28 @@ fn a_broken_checkpoint_leaves_nothing() {
     scratch.assert_nothing_left();
 }
 
+/// At its first question, its last, and some between: weights, linked files, verification, pictures.
 #[test]
 fn an_interrupted_export_leaves_nothing() {
-    let scratch = Scratch::new("tiny-schnell");
-    let stopped = export(&scratch.request, &ProgressBar::hidden(), &AtomicBool::new(true));
-    assert!(stopped.unwrap_err().to_string().contains("interrupted"));
-    scratch.assert_nothing_left();
+    let mut scratch = Scratch::new("tiny-schnell");
+    scratch.request.placement = Placement::Linked;
+    scratch.request.choice.precision = Precision::F32;
+    scratch.request.asked.wanted = Wanted::Some(1);
+    let n_asked = AtomicUsize::new(0);
+    let stopped_at = |last: usize| {
+        n_asked.store(0, Ordering::Relaxed);
+        let stop = || n_asked.fetch_add(1, Ordering::Relaxed) >= last;
+        export(&scratch.request, &ProgressBar::hidden(), &stop)
+    };
+    stopped_at(usize::MAX).unwrap();
+    fs::remove_dir_all(&scratch.request.target).unwrap();
+    let n = n_asked.load(Ordering::Relaxed);
+    assert!(n > 200, "{n}");
+    for last in [0, n / 7, n / 3, n / 2, n - n / 8, n - 1] {
+        let message = format!("{:#}", stopped_at(last).unwrap_err());
+        assert!(message.ends_with("interrupted: nothing was exported"), "{message}");
+        scratch.assert_nothing_left();
+    }
 }
 
 /// Every file of the export, `export.json` and sums too.
@@ -297,7 +314,7 @@ fn the_same_checkpoint_makes_the_same_bytes_stopped_or_not() {
         assert!(once == files(&scratch.request.target), "{precision:?}: two exports differ");
         scratch.request.resume = true;
         let bar = ProgressBar::hidden();
-        let stopped = export(&scratch.request, &bar, &AtomicBool::new(true)).unwrap_err();
+        let stopped = export(&scratch.request, &bar, &|| true).unwrap_err();
         assert!(stopped.to_string().contains("goes on from here"), "{stopped}");
         assert_eq!(list(scratch.home.path()).unwrap().len(), 3, "what was written is left");
         scratch.export().unwrap();
@@ -311,7 +328,7 @@ fn the_same_checkpoint_makes_the_same_bytes_stopped_or_not() {
 fn what_was_left_by_other_options_is_not_gone_on_with() {
     let mut scratch = Scratch::new("tiny-schnell");
     (scratch.request.verify, scratch.request.resume) = (false, true);
-    let stopped = export(&scratch.request, &ProgressBar::hidden(), &AtomicBool::new(true));
+    let stopped = export(&scratch.request, &ProgressBar::hidden(), &|| true);
     stopped.unwrap_err();
     scratch.request.choice.precision = Precision::Int8;
     scratch.export().unwrap();

@@ -29,8 +29,10 @@ use crate::weights::Source;
 
 /// Its file.
 pub const PNG: &str = "verification.png";
+/// Most pictures.
+pub const MAX_PICTURES: usize = 4;
 /// What is painted.
-const PROMPTS: [&str; 4] =
+const PROMPTS: [&str; MAX_PICTURES] =
     ["a red \"HAT\"", "a green \"SUN\"", "a blue \"42\"", "a yellow \"CUP\" on a table"];
 /// The graphs that a picture takes.
 const PARTS: [Part; 4] =
@@ -39,7 +41,7 @@ const PARTS: [Part; 4] =
 const STEPS: usize = 8;
 const GUIDANCE: f32 = 3.5;
 /// Side in pixels that no picture is above.
-const MAX_SIDE: usize = 256;
+pub const MAX_SIDE: usize = 256;
 /// Work of the transformer in one program, in floating-point operations, that is done unasked.
 const MAX_FLOPS: f64 = 2e12;
 /// Side in pixels that pictures of the report are enlarged to.
@@ -119,8 +121,8 @@ impl Wanted {
         let n = match self {
             Self::Some(0) => return Err(None),
             Self::Auto if precision == Precision::F32 => return Err(None),
-            Self::Some(n) => n.min(PROMPTS.len()),
-            Self::Auto => PROMPTS.len(),
+            Self::Some(n) => n.min(MAX_PICTURES),
+            Self::Auto => MAX_PICTURES,
         };
         if let Some(missing) = PARTS.iter().find(|part| !folder.join(part.folder()).is_dir()) {
             return Err(Some(format!("no pictures without {}", missing.folder())));

@@ -392,6 +392,19 @@ fn ng_export_refuses_with_one_line() {
             mistake("@/no-folder --out @/out", 1, &["@/no-folder/text_encoder_2"]),
             mistake("@/model --out @/file/out", 1, &["@/file"]),
             mistake("@/model --out @/missing", 1, &["@/missing", "--force"]),
+            mistake(
+                "@/model --out @/out --lora @/absent.safetensors",
+                1,
+                &["@/absent.safetensors"],
+            ),
+            mistake("@/model --out @/out --lora @/model/vae", 1, &["@/model/vae"]),
+            mistake("@/model --out @/out --precision fp8", 1, &["target cpu", "choose int8"]),
+            mistake(
+                "@/model --out @/out --target tensorrt --attention multi-head",
+                1,
+                &["standard"],
+            ),
+            mistake("@/model --out @/out --block-size 48 --precision int4", 1, &["48", "from 16"]),
             mistake("@/model", 2, &["--out"]),
         ],
     );

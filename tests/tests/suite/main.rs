@@ -9,6 +9,7 @@ mod documents;
 mod ends;
 mod errors;
 mod eval;
+mod exporting;
 mod found;
 mod parity;
 mod ranks;
