@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds ng-engine and engines of TensorRT for RTX for sm_89 and sm_120, of a tiny model and of one double-stream
-# and one single-stream block of FLUX.1-dev's width, on a machine that needs no GPU. $1 is the runtime folder,
-# $2 that of the programs, $3 the folder to fill.
+# and one single-stream block of FLUX.1-dev's width, on a machine that needs no GPU. What is of data-centre
+# TensorRT is compiled and not run. $1 is the runtime folder, $2 that of the programs, $3 the folder to fill.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 runtime=$1 programs=$2 out=$3
@@ -13,25 +13,17 @@ library=$runtime/rtx/tensorrt_rtx_libs
 LIBCLANG_PATH=$(cd "$runtime/rtx/clang/native" && pwd)
 BINDGEN_EXTRA_CLANG_ARGS="-I$(gcc -print-file-name=include)"
 export LIBCLANG_PATH BINDGEN_EXTRA_CLANG_ARGS
+# Both libraries' headers define the same names: they are never built together. The last call leaves the program,
+# which its tests run; each call compiles the binding again.
+cargo test --release --locked --manifest-path rtx/Cargo.toml --features enterprise
 cargo test --release --locked --manifest-path rtx/Cargo.toml
-cargo build --release --locked --manifest-path rtx/Cargo.toml
 
-rm -rf "$out" && mkdir -p "$out/like"
+rm -rf "$out" && mkdir -p "$out"
 cp -r tests/fixtures/tiny-flux/pipeline "$out/tiny-model"
-# FLUX.1-dev with one block of each kind, and text encoders that are no part of the matter.
-"$programs/ng-train" init --like flux.1-dev --zero --out "$out/whole"
-python3 - "$out" << 'PYTHON'
-import json, shutil, sys
-from pathlib import Path
-out = Path(sys.argv[1])
-shutil.rmtree(out / "like")
-shutil.copytree(out / "whole", out / "like", ignore=shutil.ignore_patterns("*.safetensors*"))
-shutil.rmtree(out / "whole")
-for folder, sizes in (("transformer", {"num_layers": 1, "num_single_layers": 1}),
-                      ("text_encoder_2", {"num_layers": 1})):
-    path = out / "like" / folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **sizes}))
-PYTHON
+# FLUX.1-dev with one block of each kind; text encoders and tokenizers are no part of the matter.
+cp -r flow/src/known/flux.1-dev "$out/like"
+cp -r assets/signs/tokenizer assets/signs/tokenizer_2 "$out/like"
+python3 setup/gpu/blocks.py "$out/like" 1,1 1
 "$programs/ng-train" init --like "$out/like" --out "$out/wide-model"
 
 engines() { # engines NAME OPTIONS...

@@ -1,7 +1,6 @@
-//! Engines of TensorRT for RTX out of graphs that `ng-export --target tensorrt-rtx` wrote.
-//!
-//! The library builds for any consumer architecture, on a machine without GPU and driver. What it makes runs on
-//! that architecture alone, and never on H100, H800 or H200.
+//! Engines of TensorRT for RTX out of graphs that `ng-export --target tensorrt-rtx` wrote; with the feature
+//! `enterprise`, of data-centre TensorRT out of those of `--target tensorrt`. Which of both is decided when this
+//! is compiled, because the binding is.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,19 +14,24 @@ use clap::Parser;
 use serde_json::json;
 use trtx::interfaces::MonitorProgress;
 use trtx::{
-    Builder, ComputeCapability, LogHandler, Logger, OnnxParser, OptProfileSelector,
-    ProfilingVerbosity, Severity, trtx_sys,
+    Builder, LogHandler, Logger, OnnxParser, OptProfileSelector, ProfilingVerbosity, Severity,
+    trtx_sys,
 };
 
-/// Files of the library, as PyPI's tensorrt-rtx-cu13-libs has them.
-const LIBRARIES: [&str; 2] = ["libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1"];
-const PACKAGE: &str = "tensorrt-rtx-cu13-libs==1.7.1.116";
-/// How an engine begins.
-pub const MAGIC: &[u8] = b"vtrt";
+#[cfg(not(feature = "enterprise"))]
+#[path = "consumer.rs"]
+mod library;
+#[cfg(feature = "enterprise")]
+#[path = "data_centre.rs"]
+mod library;
+
+use library::{Architecture, LIBRARIES, MAGIC, PACKAGE, architecture};
+
 /// Why a layer's line of the builder's log is one: these two stand in it.
 const LAYER: [&str; 2] = ["Name: ", ", LayerType: "];
 
-/// Builds engines of one exported graph with TensorRT for RTX, for consumer GPUs that need not be there.
+/// Builds engines of one exported graph with TensorRT for RTX, for consumer GPUs that need not be there (or, built
+/// with the feature `enterprise`, with data-centre TensorRT for the GPU that is).
 ///
 /// Beside the graph come model.smN.plan and model.smN.json, a report: bytes, seconds, profile, layers by kind.
 #[derive(Clone, Debug, Parser)]
@@ -44,7 +48,7 @@ pub struct Args {
     /// Compute capabilities, separated by commas: 75, 80, 86, 89 or 120
     #[arg(long, value_name = "SM", value_delimiter = ',', required = true)]
     pub architecture: Vec<u32>,
-    /// Folder of libtensorrt_rtx.so.1
+    /// Folder of the library
     #[arg(long, value_name = "DIR")]
     pub library: PathBuf,
     /// Sides in pixels of the smallest, the usual and the largest image
@@ -73,7 +77,7 @@ pub struct Args {
 /// When an architecture is none of TensorRT for RTX, the library is missing or of another version, a graph is
 /// not understood, or a file cannot be written.
 pub fn build(args: &Args) -> Result<Vec<String>> {
-    let targets = args.architecture.iter().map(|&sm| Ok((sm, capability(sm)?)));
+    let targets = args.architecture.iter().map(|&sm| Ok((sm, architecture(sm)?)));
     let targets = targets.collect::<Result<Vec<_>>>()?;
     let &[smallest, usual, largest] = args.size.as_slice() else {
         bail!("--size: three sides are needed, such as 256,1024,1024");
@@ -84,32 +88,19 @@ pub fn build(args: &Args) -> Result<Vec<String>> {
     );
     ensure!(args.graph.is_file(), "{}: no such file", args.graph.display());
     load(&args.library)?;
-    targets.into_iter().map(|(sm, capability)| engine(args, sm, capability)).collect()
-}
-
-fn capability(sm: u32) -> Result<ComputeCapability> {
-    Ok(match sm {
-        75 => ComputeCapability::kSM75,
-        80 => ComputeCapability::kSM80,
-        86 => ComputeCapability::kSM86,
-        89 => ComputeCapability::kSM89,
-        120 => ComputeCapability::kSM120,
-        90 | 100 | 103 => bail!(
-            "--architecture {sm}: TensorRT for RTX does not run on data-centre GPUs such as H100, H800, H200 \
-             or B200: take `ng-export --target tensorrt` and build there"
-        ),
-        _ => bail!("--architecture {sm}: unknown: choose 75, 80, 86, 89 or 120"),
-    })
+    targets.into_iter().map(|(sm, architecture)| engine(args, sm, architecture)).collect()
 }
 
 fn load(folder: &Path) -> Result<()> {
     for name in LIBRARIES {
         ensure!(
             folder.join(name).is_file(),
-            "{} holds no {name}: install {PACKAGE} from PyPI and give its folder tensorrt_rtx_libs",
+            "{} holds no {name}: install {PACKAGE} and give the folder of its libraries",
             folder.display()
         );
     }
+    // Without a driver some of them end the process.
+    library::check_driver()?;
     let [library, parser] = LIBRARIES.map(|name| folder.join(name));
     let failed = |path: &Path| format!("cannot load {}", path.display());
     trtx::dynamically_load_tensorrt(Some(&library)).with_context(|| failed(&library))?;
@@ -156,7 +147,7 @@ impl MonitorProgress for Phases {
     fn phase_finish(&self, _phase: &str) {}
 }
 
-fn engine(args: &Args, sm: u32, capability: ComputeCapability) -> Result<String> {
+fn engine(args: &Args, sm: u32, architecture: Architecture) -> Result<String> {
     let (start, said) = (Instant::now(), Said::default());
     let graph = args.graph.display();
     let why = |what: &str| -> anyhow::Error {
@@ -197,13 +188,13 @@ fn engine(args: &Args, sm: u32, capability: ComputeCapability) -> Result<String>
         shapes.insert(name, of_input);
     }
     config.add_optimization_profile(&mut profile)?;
-    config.set_nb_compute_capabilities(1)?;
-    config.set_compute_capability(capability, 0)?;
+    library::build_for(architecture, &mut config)?;
     config.set_profiling_verbosity(ProfilingVerbosity::kDETAILED);
     config.set_progress_monitor(Box::new(Phases))?;
     let built = builder.build_serialized_network(parser.network_mut(), &mut config);
     let built = built.map_err(|_| why("no engine"))?;
-    ensure!(built.starts_with(MAGIC), "{graph}: what was built is no engine of TensorRT for RTX");
+    ensure!(built.starts_with(MAGIC), "{graph}: what was built is no engine of {PACKAGE}");
+    library::check_header(&logger, &built).with_context(|| format!("{graph}: sm_{sm}"))?;
     let seconds = start.elapsed().as_secs_f64();
     let layers = said.0.lock().map(|heard| heard.layers.clone()).unwrap_or_default();
     let report = json!({
@@ -247,25 +238,4 @@ fn write(path: &Path, bytes: &[u8]) -> Result<()> {
         let _ = fs::remove_file(&partial);
         format!("cannot write {}", path.display())
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_cannot_be_is_said_before_anything_is_loaded() {
-        let args = |sm: &str, graph: &str| {
-            Args::parse_from(["ng-engine", graph, "--architecture", sm, "--library", "/nowhere"])
-        };
-        for (sm, graph, says) in [
-            ("90", "Cargo.toml", "H100"),
-            ("42", "Cargo.toml", "unknown"),
-            ("89", "nothing.onnx", "no such file"),
-            ("89", "Cargo.toml", "holds no libtensorrt_rtx.so.1: install"),
-        ] {
-            let message = build(&args(sm, graph)).unwrap_err().to_string();
-            assert!(message.contains(says), "{message}");
-        }
-    }
 }
