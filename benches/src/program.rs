@@ -50,6 +50,40 @@ pub struct Run {
     pub seconds: f64,
 }
 
+/// Prints of a command its seconds, those of processors and its largest resident memory in bytes.
+const COST: &str = "import resource, subprocess, sys, time\n\
+                    start = time.monotonic()\n\
+                    subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n\
+                    used = resource.getrusage(resource.RUSAGE_CHILDREN)\n\
+                    print(time.monotonic() - start, used.ru_utime + used.ru_stime, used.ru_maxrss << 10)";
+
+/// What a program took.
+#[derive(Clone, Copy, Debug)]
+pub struct Cost {
+    /// From its start to its end.
+    pub seconds: f64,
+    /// Of all processors.
+    pub processor_seconds: f64,
+    /// Largest resident memory in bytes.
+    pub peak: f64,
+}
+
+/// Runs `command` in [`root`] to its end, and measures it.
+///
+/// # Errors
+/// As [`run`].
+pub fn cost(command: &Command) -> Result<Cost> {
+    let mut measured = Command::new(python()?);
+    measured.args(["-c", COST]).arg(command.get_program()).args(command.get_args());
+    measured.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let told = run(&mut measured)?.stdout;
+    let numbers = told.split_whitespace().map(str::parse).collect::<Result<Vec<f64>, _>>()?;
+    let &[seconds, processor_seconds, peak] = numbers.as_slice() else {
+        bail!("not three numbers: {told}");
+    };
+    Ok(Cost { seconds, processor_seconds, peak })
+}
+
 /// Runs `command` in [`root`] to its end.
 ///
 /// # Errors
