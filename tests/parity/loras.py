@@ -9,10 +9,7 @@ half a step of 255, which rounding takes. What diffusers is known to read wrongl
 block's `linear1` at another width than FLUX's, layers outside the blocks, text encoders) is left to our own tests.
 """
 
-import argparse
 import json
-import shutil
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -21,7 +18,7 @@ from onnx import numpy_helper
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from PIL import Image
 from pipeline import load
-from report import Report, run, tensors
+from report import Report, begun, run, tensors
 from safetensors.numpy import save_file
 
 WEIGHTS, LATENTS, PIXELS = 1e-6, 1e-4, 0.505 / 255
@@ -185,13 +182,7 @@ def checked(report, label, pipe, length, args, lora, folder, with_image=True):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--programs", type=Path, default=Path("target/release"))
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True)
+    args = begun(__doc__)
     report = Report(f"LoRA against diffusers and PEFT, {args.model}")
     pipe, length = load(args.model)
     files = Files(args.out, pipe.transformer.inner_dim)

@@ -1,6 +1,8 @@
 """What the comparisons share: reading tensors, running our programs, one table, one verdict."""
 
+import argparse
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,18 @@ def tensors(path):
     if not Path(path).is_file():
         sys.exit(f"error: {path} is missing")
     return load_file(path)
+
+
+def begun(about):
+    """What a comparison was asked for: a model, our programs, and `out`, a folder that is now there and empty."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--programs", type=Path, default=Path("target/release"))
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    shutil.rmtree(args.out, ignore_errors=True)
+    args.out.mkdir(parents=True)
+    return args
 
 
 def run(*command):

@@ -7,18 +7,15 @@ it, tensor by tensor, and must come back as the same bytes. With `gguf` installe
 quantised types is also read as that package dequantises it.
 """
 
-import argparse
 import importlib.util
 import inspect
 import json
-import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers.loaders import single_file_utils
-from report import Report, tensors
+from report import Report, begun, tensors
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
@@ -70,13 +67,7 @@ def as_gguf(fused, path, kind):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--programs", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True)
+    args = begun(__doc__)
     report = Report(f"one file in BFL's names, {args.model}")
 
     file, back = args.out / "flux.safetensors", args.out / "back"
