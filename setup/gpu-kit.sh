@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Packs what measures a GPU on a bare machine: $1 is the folder of the programs, $2 that of `make runtime`
-# with the Python references, $3 the folder to fill; ONNX Runtime's CUDA provider, which is as large as all the
-# rest, goes into the folder $3-cuda. There are needed: Python 3.12 with torch 2.11 for CUDA 13, peft and
-# transformers; no network, no Rust. What else the peers need travels as wheels.
+# with the Python references, $3 the folder to fill. There are needed: Python 3.12 with torch 2.11 for CUDA 13,
+# peft and transformers; no network, no Rust. What else the peers need travels as wheels. There are two archives,
+# because the ways into such a machine take 64 MiB at a time: kit.tar.xz, and cuda.tar.xz with ONNX Runtime's CUDA
+# provider for Hopper (SM names another architecture), which the parts export and sample need.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 programs=$(cd "$1" && pwd)
 runtime=$(cd "$2" && pwd)
-mkdir -p "$3" "$3-cuda"
+mkdir -p "$3"
 out=$(cd "$3" && pwd)
-ARCHITECTURE=${ARCHITECTURE:-90}
 
 . setup/debian.sh
 need patchelf command -v patchelf
@@ -39,26 +39,26 @@ awk '/^[^ ]/ { on = /^diffusers==/ } on' setup/requirements-parity.txt > "$work/
   --only-binary :all: --dest "$root/wheels" --requirement "$work/wheels.txt" \
   --requirement setup/requirements-gpu-kit.txt
 
-# pack FOLDER ARCHIVE: whole or not at all, and not above what one transfer takes
-pack() {
-  tar -C "$1" --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -c . | xz -T0 -9 > "$2.part"
-  mv "$2.part" "$2"
+# Of seven architectures' code one fits.
+"$runtime/venv/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+  --dest "$work/ort" --requirement setup/requirements-gpu-kit-cuda.txt
+"$runtime/venv/bin/python" -m zipfile -e "$work"/ort/*.whl "$work/ort"
+library=$work/ort/onnxruntime/capi
+mkdir "$work/cuda"
+cp "$library"/libonnxruntime.so.* "$work/cuda/libonnxruntime.so"
+cp "$library/libonnxruntime_providers_shared.so" "$work/cuda/"
+python3 setup/trim_cuda.py "$library/libonnxruntime_providers_cuda.so" "${SM:-90}" \
+  "$work/cuda/libonnxruntime_providers_cuda.so"
+
+pack() { # pack FOLDER NAME
+  tar -C "$1" --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -c . |
+    xz -T0 -6 > "$out/$2.part"
+  mv "$out/$2.part" "$out/$2"
   local size
-  size=$(du -s --apparent-size --block-size=1000000 "$(dirname "$2")" | cut -f 1)
-  [ "$size" -lt 60 ] || { echo "error: $(dirname "$2") has $size MB, 60 are the limit" >&2; exit 1; }
-  echo "$(dirname "$2"): $size MB"
+  size=$(stat -c %s "$out/$2")
+  [ "$size" -lt $((64 << 20)) ] || { echo "error: $out/$2 has $size bytes, 64 MiB are the limit" >&2; exit 1; }
+  echo "$out/$2: $((size / 1000000)) MB"
 }
 cp setup/gpu.sh "$out/gpu.sh"
-pack "$root" "$out/kit.tar.xz"
-
-# Of its machine code only the part for one architecture, 90 for H100 and H200.
-"$runtime/venv/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --python-version 3.12 \
-  --only-binary :all: --dest "$work/cuda" --requirement setup/requirements-gpu-provider.txt
-"$runtime/venv/bin/python" -m zipfile -e "$work"/cuda/*.whl "$work/cuda/whole"
-capi=$work/cuda/whole/onnxruntime/capi provider=$work/provider
-mkdir "$provider"
-cp "$capi"/libonnxruntime.so.* "$provider/libonnxruntime.so"
-cp "$capi/libonnxruntime_providers_shared.so" "$work"/cuda/whole/onnxruntime/{LICENSE,ThirdPartyNotices.txt} "$provider/"
-name=libonnxruntime_providers_cuda.so
-python3 setup/gpu/trim.py "$capi/$name" "$provider/$name" "$ARCHITECTURE"
-pack "$provider" "$out-cuda/provider.tar.xz"
+pack "$root" kit.tar.xz
+pack "$work/cuda" cuda.tar.xz

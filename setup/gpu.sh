@@ -8,9 +8,9 @@
 #   whole           a group where all weights train, as deep as memory allows (BLOCKS)
 #   nccl            every collective and an abort through NCCL; two ranks on one GPU, which must be refused
 #   determinism     the same seed twice; |log ratio| before the first update at several batch sizes
-#   export          a real-width double and single block through ONNX Runtime, both forms of attention
-#   sample          ng-sample at full depth, 1024x1024, 8 steps, against eager and compiled PyTorch
-# ONNX Runtime's CUDA provider comes in an archive of its own: its folder is CUDA, gpu-kit-cuda beside this one.
+#   export          a real-width double and single block through ONNX Runtime: both forms of attention and what
+#                   computes them, with cuDNN's kernels and without; LoRA slots of rank 0 and 1
+#   sample          ng-sample at full depth, 1024x1024, 8 steps
 # PYTHON has torch, transformers and peft. DEVICE, PROVIDER, MODEL, SIZE, LARGE, BLOCKS, DEPTH, ITERATIONS, PRECISION, COMPILE make
 # the same parts run small on a machine without a GPU.
 set -euo pipefail
@@ -33,33 +33,31 @@ mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 
 root=$here/unpacked
-if [ -f "$here/kit.tar.xz" ] && [ ! -f "$root/.whole" ]; then
-  mkdir -p "$root"
+unpack() { # unpack ARCHIVE FOLDER: once; the archive may go then
+  [ -f "$here/$1.tar.xz" ] && [ ! -f "$2/.whole" ] || return 0
+  mkdir -p "$2"
   "$PYTHON" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' \
-    "$here/kit.tar.xz" "$root"
-  for wheel in "$root"/wheels/*.whl; do "$PYTHON" -m zipfile -e "$wheel" "$root/site"; done
-  touch "$root/.whole"
-fi
-CUDA=${CUDA:-$here/../gpu-kit-cuda}
-if [ -f "$CUDA/provider.tar.xz" ] && [ ! -f "$root/cuda/.whole" ]; then
-  mkdir -p "$root/cuda"
-  "$PYTHON" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' \
-    "$CUDA/provider.tar.xz" "$root/cuda"
-  touch "$root/cuda/.whole"
-fi
+    "$here/$1.tar.xz" "$2"
+  for wheel in "$2"/wheels/*.whl; do
+    [ ! -f "$wheel" ] || "$PYTHON" -m zipfile -e "$wheel" "$root/site"
+  done
+  touch "$2/.whole"
+}
+unpack kit "$root"
+unpack cuda "$root/cuda"
 cd "$root" || { echo "error: no $here/kit.tar.xz: \`make gpu-kit\` makes it" >&2; exit 1; }
+[ ! -d cuda ] || export ORT_DYLIB_PATH=$root/cuda/libonnxruntime.so
 NG=$root/bin
-# libtorch is Python's own, which must be the one that the programs were built for.
-torch=$("$PYTHON" - << 'END'
+# libtorch is Python's own, which must be the one that the programs were built for; so are CUDA's libraries.
+libraries=$("$PYTHON" - << 'END'
 import pathlib, sys, torch
 if not torch.__version__.startswith("2.11."):
     sys.exit(f"error: torch is {torch.__version__}: the programs need 2.11")
-print(pathlib.Path(torch.__file__).parent / "lib")
+packages = pathlib.Path(torch.__file__).parents[1]
+print(*[packages / "torch/lib", *sorted(packages.glob("nvidia/*/lib"))], sep=":")
 END
 )
-# cuBLAS and cuDNN are Python's too.
-nvidia=$(printf '%s:' "$torch"/../../nvidia/*/lib)
-export LD_LIBRARY_PATH=$torch:$nvidia${LD_LIBRARY_PATH:-}
+export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 export PYTHONPATH=$root/site${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
 
 # weightless NAME [DOUBLE,SINGLE [T5]]: a folder of MODEL without weights, with as many blocks
@@ -136,16 +134,15 @@ part_determinism() {
   done
   "$PYTHON" peers/curves.py determinism "$OUT" 96 16 1
 }
-sampled() { # sampled NAME SIDE FLAG...: exports models/NAME and measures it
-  local name=$1 side=$2
-  shift 2
+exported() { # exported NAME TARGET FLAG...: models/NAME as models/exported
   rm -rf "$OUT/models/exported"
-  "$NG/ng-export" "$OUT/models/$name" --out "$OUT/models/exported" --target "$PROVIDER" "$@" > /dev/null
-  local library=$root/lib/libonnxruntime.so
-  [ "$PROVIDER" = cpu ] || library=$root/cuda/libonnxruntime.so
-  ORT_DYLIB_PATH=${ORT_DYLIB_PATH:-$library} "$NG/ng-sample" bench --model "$OUT/models/exported" --provider "$PROVIDER" --width "$side" \
-    --height "$side" --images "$REPEATS" --starts 1 --max-sequence-length 512 --json
+  "$NG/ng-export" "$OUT/models/$1" --out "$OUT/models/exported" --target "$2" "${@:3}" > /dev/null
 }
+on_provider() { # on_provider COMMAND FLAG...: of ng-sample on models/exported, LARGE pixels
+  "$NG/ng-sample" "$1" --model "$OUT/models/exported" --provider "$PROVIDER" --width "$LARGE" \
+    --height "$LARGE" --max-sequence-length 512 --json "${@:2}"
+}
+measured() { on_provider bench --images "$REPEATS" --starts 1; }
 random() { # random NAME BLOCKS: models/NAME with weights on disk
   [ -d "$OUT/models/$1" ] && return
   weightless "$1-like" "$2" 1
@@ -155,16 +152,30 @@ precision() { [ "$PROVIDER" = cuda ] && echo bf16 || echo f32; }
 part_export() {
   random blocks 1,1
   for form in multi-head standard; do
-    sampled blocks "$LARGE" --precision "$(precision)" --attention $form > "$OUT/export-$form.json"
+    exported blocks "$PROVIDER" --precision "$(precision)" --attention $form
+    measured > "$OUT/export-$form.json"
+    ORT_ENABLE_CUDNN_FLASH_ATTENTION=0 measured > "$OUT/export-$form-without-cudnn.json"
+    ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO=1 on_provider generate --prompt a --steps 1 \
+      -o "$OUT/export.png" > "$OUT/export-$form.kernels"
+  done
+  # The targets differ in f16 in nothing but the rank of an empty slot.
+  for slots in none:cuda 0:cpu 1:cuda; do
+    local rank=${slots%:*} flags=(--precision f16 --attention multi-head)
+    [ "$rank" = none ] || flags+=(--lora-slots)
+    exported blocks "${slots#*:}" "${flags[@]}"
+    measured > "$OUT/export-slots-$rank.json"
+    on_provider generate --prompt a --steps 2 -o "$OUT/export.png" \
+      --latents-out "$OUT/export-slots-$rank.safetensors" > /dev/null
   done
   peer_of blocks
-  "$PYTHON" peers/curves.py export "$OUT" multi-head standard
+  "$PYTHON" peers/curves.py export "$OUT"
 }
 part_sample() {
   random model-on-disk "${DEPTH:-}"
-  sampled model-on-disk "$LARGE" --precision "$(precision)" > "$OUT/sample-ours.json"
+  exported model-on-disk "$PROVIDER" --precision "$(precision)"
+  measured > "$OUT/sample-ours.json"
   peer_of model-on-disk "${compile[@]}"
-  "$PYTHON" peers/curves.py sample "$OUT" ours
+  "$PYTHON" peers/curves.py sample "$OUT"
 }
 peer_of() { # peer_of NAME FLAG...: libtorch's and PyTorch's passes of the same network
   local config=$OUT/models/$1/transformer/config.json

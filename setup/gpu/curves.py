@@ -3,13 +3,17 @@
     curves.py signs CPU.jsonl GPU.jsonl
     curves.py nccl FOLDER
     curves.py determinism FOLDER BATCH...
-    curves.py export|sample FOLDER NAME...
+    curves.py export|sample FOLDER
 """
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
 
 
 def lines(path):
@@ -83,21 +87,32 @@ def network(kind, folder, *names):
     return found
 
 
-def of_part(kind):
-    """With PyTorch's passes of the same network in the same call, and their seconds over ours."""
-    def found(folder, *names):
-        peer = json.loads((Path(folder) / f"{kind}-peer.json").read_text())
-        row, measured = peer["rows"][0], network(kind, folder, *names)
-        for name in names:
-            for how in ("eager", "compiled"):
-                if f"velocity {how} ms" in row:
-                    seconds = row[f"velocity {how} ms"] / 1e3
-                    measured[f"{name} step, {how} ratio"] = seconds / measured[f"{name} step s"]
-        return measured | {"peer": peer}
+def sample(folder):
+    return network("sample", folder, "ours") | {"peer": peer("sample", folder)}
 
-    return found
+
+def peer(kind, folder):
+    return json.loads((Path(folder) / f"{kind}-peer.json").read_text())
+
+
+def export(folder):
+    """Both forms of attention and the kernels that they reach; what empty slots cost and change."""
+    folder, forms = Path(folder), ("multi-head", "standard")
+    found = network("export", folder, *forms, *(f"{form}-without-cudnn" for form in forms),
+                    *(f"slots-{rank}" for rank in ("none", 0, 1)))
+    for form in forms:
+        said = re.findall(r"SdpaKernel=(\w+)", (folder / f"export-{form}.kernels").read_text())
+        found[f"{form} kernels"] = ", ".join(sorted(set(said))) or "not told"
+    latents = {rank: load_file(folder / f"export-slots-{rank}.safetensors")["latents"]
+               for rank in ("none", 0, 1)}
+    for rank in (0, 1):
+        difference = np.abs(latents[rank] - latents["none"]).max()
+        found[f"slots of rank {rank}, largest difference"] = float(difference)
+        if not difference <= 0.01 * np.abs(latents["none"]).max():
+            found["error"] = f"empty slots of rank {rank} change the image"
+    return found | {"peer": peer("export", folder)}
 
 
 PARTS = {"signs": signs, "nccl": nccl, "determinism": determinism,
-         "export": of_part("export"), "sample": of_part("sample")}
+         "export": export, "sample": sample}
 print(json.dumps(PARTS[sys.argv[1]](*sys.argv[2:])))
