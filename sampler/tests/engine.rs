@@ -1,9 +1,6 @@
 //! The engine on a real export: bits, batches, cancelling, LoRAs in slots.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::atomic::AtomicBool,
-};
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::Parser;
@@ -53,7 +50,7 @@ fn export(options: &[&str]) -> TempDir {
     let mut typed = vec!["ng-export", from.to_str().unwrap(), "--out", to.to_str().unwrap()];
     typed.extend(options);
     let request = exporter::args::Args::parse_from(typed).request();
-    exporter::export::export(&request, &ProgressBar::hidden(), &AtomicBool::new(false)).unwrap();
+    exporter::export::export(&request, &ProgressBar::hidden(), &|| false).unwrap();
     folder
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, LazyLock, atomic::AtomicBool},
+    sync::{Arc, LazyLock},
     time::Duration,
 };
 
@@ -49,7 +49,7 @@ pub(crate) fn export(options: &[&str]) -> (TempDir, PathBuf) {
     let typed = [Path::new("ng-export"), &model, Path::new("--out"), &folder];
     let typed = typed.into_iter().chain(options.iter().map(Path::new)).map(Path::as_os_str);
     let request = exporter::args::Args::parse_from(typed).request();
-    exporter::export::export(&request, &ProgressBar::hidden(), &AtomicBool::new(false)).unwrap();
+    exporter::export::export(&request, &ProgressBar::hidden(), &|| false).unwrap();
     (home, folder)
 }
 
