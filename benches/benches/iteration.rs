@@ -23,7 +23,7 @@ const SETTINGS: [(&str, &[&str]); 3] = [
         "Neighbor, DDIM 25 steps, B 12, K 4",
         &["rollout.solver=euler", "rollout.steps=25", "anchors=12", "updates=12", "train_steps=4"],
     ),
-    ("Neighbor, DPM++ 2M 8 steps, B 4, K 4", &[]),
+    ("Neighbor, DPM++ 2M 8 steps, B 4, K 4", &["updates=4"]),
 ];
 
 fn main() -> Result<()> {

@@ -51,6 +51,11 @@ fn is_out_of_memory(message: &str) -> bool {
     .any(|words| message.contains(words))
 }
 
+/// Whether `message`, of a panic, says that nobody reads the results any more: a pipe's reader has what it wanted.
+pub fn is_unread(message: &str) -> bool {
+    message.starts_with("failed printing to stdout: Broken pipe")
+}
+
 /// `message` without the frames that C++ libraries append, on one line.
 pub fn without_frames(message: &str) -> String {
     let frames = ["\nException raised from", "\\nException raised from", "\nframe #", "\\nframe #"];

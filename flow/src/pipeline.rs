@@ -21,6 +21,7 @@ mod names;
 mod place;
 mod single;
 
+pub use place::fetched;
 pub use single::Single;
 
 type Result<T> = std::result::Result<T, CheckpointError>;

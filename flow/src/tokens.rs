@@ -46,6 +46,9 @@ const SENTENCES: &str = "spiece.model";
 /// FLUX.1-dev's text length, and the most `FluxPipeline` accepts.
 pub const MAX_TEXT_TOKENS: usize = 512;
 
+/// Characters that are shown of a prompt that is cut.
+const SHOWN: usize = 40;
+
 /// Most bytes that a tokenizer's rules may make of a prompt, and one of them put in place of a match.
 const MAX_REWRITTEN: usize = 256 << 10;
 const MAX_REPLACEMENT: usize = 64;
@@ -93,6 +96,36 @@ impl Tokenizers {
     pub fn encode(&self, prompt: &str) -> Result<PromptIds, tokenizers::Error> {
         let ((clip, of_clip), (t5, of_t5)) = (self.clip.encode(prompt)?, self.t5.encode(prompt)?);
         Ok(PromptIds { clip, t5, cut: [of_clip, of_t5] })
+    }
+
+    /// What is to be said of those of `prompts` that are longer than an encoder reads, a sentence an encoder.
+    ///
+    /// # Errors
+    /// When one cannot be encoded.
+    pub fn cuts<'a>(
+        &self,
+        prompts: impl IntoIterator<Item = &'a str>,
+    ) -> Result<Vec<String>, tokenizers::Error> {
+        let (mut n, mut of) = (0, [(0, None), (0, None)]);
+        for prompt in prompts {
+            n += 1;
+            for ((n_cut, first), cut) in of.iter_mut().zip(self.encode(prompt)?.cut) {
+                if cut > 0 {
+                    *n_cut += 1;
+                    first.get_or_insert((prompt, cut));
+                }
+            }
+        }
+        let encoders = [("CLIP", self.clip.length), ("T5", self.t5.length)];
+        let said = encoders.into_iter().zip(of).filter_map(|((encoder, limit), (n_cut, first))| {
+            let (prompt, cut) = first?;
+            let begins: String = prompt.chars().take(SHOWN).collect();
+            Some(format!(
+                "{n_cut} of {n} prompts are longer than the {limit} tokens that {encoder} reads, and are cut; the \
+                 first, {begins:?}…, by its last {cut}"
+            ))
+        });
+        Ok(said.collect())
     }
 
     /// Tokens of a CLIP row.

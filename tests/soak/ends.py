@@ -3,10 +3,11 @@
     python3 tests/soak/ends.py --programs target/release --out out/soak/ends [--each 20] [KIND ...]
 
 Kinds: `interrupt` (one of SIGINT, SIGTERM, SIGHUP, SIGUSR1), `twice` (SIGINT, and again), `kill` (SIGKILL), `fail`
-(memory that cannot be had from the stage on; in the rewards, a server that is gone). Each is done in each stage, at a
-random moment of it, so many times. Every start goes on from what the last left, and counts: after a signal the answer
-came, the code is 130 and the state is saved; and every run that was ended so is, at its end, that of an undisturbed
-run, to the byte. Control: a run that is not resumed but begun from another seed ends elsewhere.
+(no memory can be had from the stage on; in the rewards, a server refuses). Each is done in each stage, at a random
+moment of it, so many times, to a small random model. Every start goes on from what the last left, and counts: after a
+signal the answer came and the code is 130; after it and after a reward that failed, the last whole iteration is saved;
+and every run that was ended so is, at its end, that of an undisturbed run, to the byte. Control: a run from another
+seed ends elsewhere.
 
 Exit code 1 when a count is not n of n. The seed is fixed; moments are the machine's.
 """
@@ -16,6 +17,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -30,11 +32,17 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES = {"rollout": "the rollout of", "decoding": "the decoding of", "rewards": "the rewards of",
           "update": "the update of", "validation": "the validation after", "saving": "saving iteration",
           "sheet": "the sheet after"}
+COMPUTED = ("the rollout of", "the decoding of", "the rewards of", "the update of")
 KINDS = ["interrupt", "twice", "kill", "fail"]
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
-ITERATIONS = 6
+ITERATIONS = 8
+# Most starts for one end: a moment may come too late.
+TRIES = 20
 STATE = "training_state.safetensors"
+MODEL = ROOT / "tests/fixtures/tiny-flux/pipeline"
 ENV = dict(os.environ, OMP_NUM_THREADS="1")
+# Every block comes from the system and goes back, so that a limit is felt at once.
+WITHOUT_HEAP = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TOP_PAD_": "0", "MALLOC_TRIM_THRESHOLD_": "0"}
 rng = random.Random(11)
 counts = {}
 
@@ -57,9 +65,9 @@ class Server(BaseHTTPRequestHandler):
 
 def command(folder, *more):
     url = f"http://127.0.0.1:{server.server_port}/"
-    sets = {"output": folder, "iterations": ITERATIONS, "prompts_per_iteration": 1, "save_every": 1, "group_size": 4,
-            "anchors": 2, "updates": 2, "rollout.steps": 4, "sheet_prompts": args.out / "one.txt", "validate_every": 1,
-            "validation": "{count=1, best='far'}", "judges": "[]", "optimizer.learning_rate": 1e-4,
+    sets = {"output": folder, "model": MODEL, "rollout.size": "[32, 32]", "iterations": ITERATIONS, "save_every": 2,
+            "prompts_per_iteration": 2, "group_size": 6, "anchors": 2, "updates": 2, "rollout.steps": 6,
+            "sheet_prompts": args.out / "one.txt", "validate_every": 1, "validation": "{count=1, best='far'}", "judges": "[]", "optimizer.learning_rate": 1e-4,
             "rewards": f"[{{name='far', kind='server', url='{url}', weight=1, retries=0, patience=0}}]"}
     line = [args.programs / "ng-train", "align", "--preset", "signs", "--threads", "1", "--resume", "-v", *more]
     for key, value in sets.items():
@@ -83,8 +91,8 @@ def ending(folder):
     return (folder / "aligned/SHA256SUMS").read_text(), numbers, held_out, os.readlink(folder / "best")
 
 
-def start(folder, *more):
-    return subprocess.Popen(command(folder, *more), cwd=ROOT, env=ENV, stdin=subprocess.DEVNULL, text=True,
+def start(folder, *more, env=ENV):
+    return subprocess.Popen(command(folder, *more), cwd=ROOT, env=env, stdin=subprocess.DEVNULL, text=True,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
@@ -95,6 +103,13 @@ def finish(folder, *more):
     return child.returncode, said
 
 
+def same(kind, folder, right):
+    """Finishes the run, and counts whether that is the undisturbed one's end."""
+    code, said = finish(folder)
+    other = [(a, b) for a, b in zip(ending(folder), right) if a != b] if code == 0 else said
+    count(f"{kind}: goes on to the same end", not other, str(other))
+
+
 def saved(folder):
     """The newest checkpoint, as a number."""
     names = sorted((folder / "checkpoints").glob("iteration-*")) if (folder / "checkpoints").exists() else []
@@ -103,8 +118,8 @@ def saved(folder):
 
 def end(folder, kind, stage):
     """Ends the run once in the stage; whether it was there."""
-    before = saved(folder)
-    child = start(folder)
+    before, is_starved = saved(folder), kind == "fail" and stage != "rewards"
+    child = start(folder, env=dict(ENV, **WITHOUT_HEAP) if is_starved else ENV)
     said, begun, wanted = [], 0, rng.choice([1, 2])
     for line in child.stderr:
         said.append(line)
@@ -118,11 +133,10 @@ def end(folder, kind, stage):
     what = None
     if kind == "kill":
         child.kill()
-    elif kind == "fail" and stage == "rewards":
-        Server.fails = True
+    elif is_starved:
+        resource.prlimit(child.pid, resource.RLIMIT_AS, (1 << 20, resource.RLIM_INFINITY))
     elif kind == "fail":
-        size = int(Path(f"/proc/{child.pid}/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.prlimit(child.pid, resource.RLIMIT_AS, (size + (1 << 16), resource.RLIM_INFINITY))
+        Server.fails = True
     else:
         what = rng.choice(SIGNALS) if kind == "interrupt" else signal.SIGINT
         child.send_signal(what)
@@ -138,9 +152,14 @@ def end(folder, kind, stage):
         count(f"{kind}: answered and ended as asked", code == 130 and "stopping: waits for" in text
               and ("stopped after iteration" in text or "nothing is saved" in text), text)
     count(f"{kind}: nothing saved is lost", saved(folder) >= before, f"{before} {saved(folder)}")
+    if kind != "kill" and not is_starved:
+        begun = [re.search(r"iteration (\d+)$", line) for line in said if line.startswith(tuple(STAGES.values()))]
+        # What is under way is not whole; what is validated, drawn or saved is.
+        whole = max(int(found[1]) - found.string.startswith(COMPUTED) for found in begun if found)
+        count(f"{kind}: the last whole iteration is saved", saved(folder) >= whole, f"{whole} {saved(folder)} {text}")
     if kind == "fail":
-        count("fail: said in one line", code == -6 or len([li for li in text.splitlines() if li.startswith("error: ")]) == 1,
-              f"{code} {text}")
+        lines = [line for line in text.splitlines() if line.startswith("error: ")]
+        count("fail: said in one line", len(lines) == 1, f"{code} {text}")
     return True
 
 
@@ -163,19 +182,19 @@ def main():
     right = ending(args.out / "whole")
     began = time.time()
     for kind in args.kinds or KINDS:
-        done = dict.fromkeys(STAGES, 0)
+        done, tries = dict.fromkeys(STAGES, 0), 0
         folder = args.out / kind
         while min(done.values()) < args.each:
-            stage = min(done, key=done.get)
-            if saved(folder) < ITERATIONS - 1 and end(folder, kind, stage):
-                done[stage] += 1
+            stage, tries = min(done, key=done.get), tries + 1
+            if tries > TRIES:
+                sys.exit(f"{kind}: {stage} could not be hit in {TRIES} starts")
+            if saved(folder) < ITERATIONS - 2 and end(folder, kind, stage):
+                done[stage], tries = done[stage] + 1, 0
                 continue
-            code, said = finish(folder)
-            count(f"{kind}: goes on to the same end", code == 0 and ending(folder) == right, said)
+            same(kind, folder, right)
             shutil.rmtree(folder)
         if folder.exists():
-            code, said = finish(folder)
-            count(f"{kind}: goes on to the same end", code == 0 and ending(folder) == right, said)
+            same(kind, folder, right)
         print(f"{kind}: {', '.join(f'{stage} {n}' for stage, n in done.items())}; {time.time() - began:.0f} s", flush=True)
     code, said = finish(args.out / "other", "--set", "seed=1")
     other = ending(args.out / "other") == right

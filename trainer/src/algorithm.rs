@@ -175,7 +175,12 @@ impl<'a> Setting<'a> {
 
     pub(crate) fn validate(&self) -> Result<()> {
         let (k, possible) = (self.n_train_steps, self.group.rollout.steps - 1);
-        ensure!((1..=possible).contains(&k), "train_steps = {k}: from 1 to {possible}");
+        let is_possible = (1..=possible).contains(&k);
+        ensure!(is_possible || !self.counts_steps, "train_steps = {k}: from 1 to {possible}");
+        ensure!(
+            is_possible,
+            "timestep_fraction: {k} of the {possible} transitions of rollout.steps would train; set train_steps"
+        );
         let (b, n, g) = (self.n_anchors, self.n_updates, self.group.group_size);
         ensure!((1..=g).contains(&b), "anchors = {b}: from 1 to group_size = {g}");
         ensure!((1..=b).contains(&n), "updates = {n}: from 1 to anchors = {b}");

@@ -246,7 +246,10 @@ fn make(command: &Command) -> Result<()> {
         }),
         Command::Signs { out, n } => {
             let config = signs::SignsConfig { n_images: *n, ..signs::SignsConfig::default() };
-            signs::write(out, &config).with_context(|| format!("cannot write {}", out.display()))
+            signs::write(out, &config)
+                .with_context(|| format!("cannot write {}", out.display()))?;
+            println!("{}", out.display());
+            Ok(())
         }
         _ => unreachable!("called for these"),
     }

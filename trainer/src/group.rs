@@ -68,6 +68,8 @@ impl GroupConfig {
         ensure!((2..=MAX_STEPS).contains(&steps), "rollout.steps = {steps}: from 2 to {MAX_STEPS}");
         let guidance = self.rollout.guidance;
         ensure!(guidance.is_finite(), "rollout.guidance = {guidance}: a finite number");
+        let shift = self.rollout.shift.unwrap_or(1.0);
+        ensure!(shift > 0.0 && shift.is_finite(), "rollout.shift = {shift}: above 0");
         if let Some(size) = self.rollout.size {
             let fits = size.iter().all(|side| (1..=MAX_SIDE).contains(side));
             ensure!(fits, "rollout.size = {size:?}: sides from 1 to {MAX_SIDE} pixels");

@@ -10,6 +10,7 @@ pub mod metrics;
 pub(crate) mod progress;
 #[cfg(test)]
 mod reads;
+pub(crate) mod ready;
 pub(crate) mod record;
 pub(crate) mod report;
 mod resume;

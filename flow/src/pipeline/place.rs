@@ -10,6 +10,9 @@ use crate::checkpoint::Weights;
 const INDEX: &str = "model_index.json";
 /// Extensions of checkpoints in one file.
 const SINGLE: [&str; 3] = ["safetensors", "sft", "gguf"];
+/// Where one of these belongs.
+const LORA: &str = "a LoRA, which goes on a model: give the model's folder here, and the LoRA by --lora (of align: \
+                    --set lora.from=FILE; of eval: a --model behind that of its model)";
 /// What a hub's cache calls the folder of a model, before its name.
 const CACHE: &str = "models--";
 
@@ -19,12 +22,10 @@ pub(super) fn no_pipeline(path: &Path) -> Option<String> {
         return Some(single_file(path));
     }
     if !path.is_dir() {
-        let id = hub_id(path).map(|id| {
-            format!(": if it is the name of a model on a hub, `hf download {id} --local-dir DIR` fetches it")
-        });
-        let link =
-            fs::read_link(path).ok().map(|to| format!(": a broken link to {}", to.display()));
-        return Some(format!("no such folder{}", link.or(id).unwrap_or_default()));
+        let link = fs::read_link(path).ok();
+        let link = link.map(|to| format!("a broken link to {}", to.display()));
+        let why = link.or_else(|| fetched(path)).map(|why| format!(": {why}"));
+        return Some(format!("no such folder{}", why.unwrap_or_default()));
     }
     // A broken link is told when it is read.
     if path.join(INDEX).symlink_metadata().is_ok() {
@@ -63,9 +64,23 @@ fn single_file(path: &Path) -> String {
         Ok(weights) if bfl_prefix(&weights).is_some() => {
             format!("a single-file checkpoint in BFL's names, as ComfyUI has them: {make}")
         }
+        Ok(weights) if weights.names().any(is_factor) => LORA.to_owned(),
         Ok(_) => format!("a file of weights alone: {make}"),
         Err(error) => format!("a file, not a pipeline folder ({error})"),
     }
+}
+
+/// Whether a tensor called `name` is a part of adapters.
+fn is_factor(name: &str) -> bool {
+    [".lora_A.", ".lora_down.", ".lora_B.", ".lora_up."].iter().any(|part| name.contains(part))
+}
+
+/// What gets the model that `path` may be the name of on a hub.
+pub fn fetched(path: &Path) -> Option<String> {
+    let id = hub_id(path)?;
+    Some(format!(
+        "if it is the name of a model on a hub, `hf download {id} --local-dir {id}` fetches it"
+    ))
 }
 
 /// `path` if it looks like owner/name.

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use flow::checkpoint::{Entry, Weights, write_tensors};
 use tempfile::TempDir;
@@ -75,6 +75,9 @@ impl Scratch {
         fs::write(scratch.path("file"), "").unwrap();
         fs::write(scratch.path("broken.toml"), "model = 'a'\nseed = \n").unwrap();
         fs::write(scratch.path("wrong.toml"), "modell = 'a'\n").unwrap();
+        fs::write(scratch.path("plain.txt"), "a blue cat\n").unwrap();
+        let factor = Entry::f32("transformer.x_embedder.lora_A.weight", &[1], &[0.0]);
+        write_tensors(&scratch.path("lora.safetensors"), &[factor], &[]).unwrap();
         scratch
     }
 
@@ -210,6 +213,14 @@ fn every_program_says_as_much_as_it_is_asked_to() {
     }
 }
 
+#[test]
+fn a_reader_that_has_seen_enough_is_no_failure() {
+    let mut command = Program::Train.command(["config", "explain"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    assert!(child.wait_with_output().unwrap().status.success());
+}
+
 /// A copy of the program that asks for a library which nobody has.
 #[test]
 fn ng_train_says_what_to_do_without_libtorch() {
@@ -256,6 +267,8 @@ fn ng_train_refuses_with_one_line() {
             mistake("reference @/pickled", 1, &["@/pickled/vae", "ng-train convert"]),
             mistake("convert @/file @/b.safetensors", 2, &["@/file"]),
             mistake("convert @/absent.pt @/b.safetensors", 1, &["@/absent.pt"]),
+            mistake("sample --model @/model --prompt a --out @/a.jpg", 2, &["@/a.jpg", ".png"]),
+            mistake("sample --model @/lora.safetensors --prompt a", 1, &["a LoRA", "--lora"]),
             mistake("embed --import @/absent.json --out @/cache", 1, &["@/absent.json"]),
             mistake("embed --out @/cache", 2, &["--model", "--prompts"]),
             mistake(
@@ -263,25 +276,17 @@ fn ng_train_refuses_with_one_line() {
                 1,
                 &["@/empty.txt", "holds no prompt"],
             ),
-            mistake("bench --model flux.9", 2, &["flux.9", "flux.1-dev", "hf download"]),
+            mistake("bench --model flux.9", 2, &["flux.9", "flux.1-dev"]),
             mistake("bench --model @/model --size 100", 2, &["--size", "1024x768"]),
             mistake("reference @/model --precision fp8", 2, &["fp8", "bf16"]),
             mistake("reference @/no-folder", 1, &["@/no-folder/text_encoder_2"]),
             mistake("sample --model @/absent --prompt a --out @/a.png", 1, &["@/absent"]),
-            mistake(
-                "sample --model @/model --prompt a --out @/a.png --steps 0",
-                2,
-                &["--steps", "0"],
-            ),
+            mistake("sample --model @/model --prompt a --steps 0", 2, &["--steps", "0"]),
             mistake("sample --model @/model --prompt a --out @/a.png -n 0", 2, &["--count", "0"]),
             mistake("sample --model @/model --prompt a --solver ddim", 2, &["ddim", "euler"]),
+            mistake("sample --model @/model --prompt a -W 33 -H 32", 2, &["33x32", "16"]),
             mistake(
-                "sample --model @/model --prompt a --out @/a.png --width 33 --height 32",
-                2,
-                &["33x32", "16"],
-            ),
-            mistake(
-                "sample --model @/model --prompt a --out @/a.png --noise @/absent.safetensors",
+                "sample --model @/model --prompt a --noise @/absent.safetensors",
                 1,
                 &["@/absent.safetensors"],
             ),
@@ -347,6 +352,21 @@ fn ng_train_align_refuses_with_one_line() {
             Mistake { without_runtime: true, ..mistake(SIGNS, 1, &["\"ocr\"", "ORT_DYLIB_PATH"]) },
         ],
     );
+}
+
+/// Before the model is loaded and the folder begun.
+#[test]
+fn ng_train_align_checks_what_it_will_need_later() {
+    let run = "align --preset signs --set output=@/run --set";
+    let told = &["validation", "\"a blue cat\" has no text"];
+    let mistakes = [
+        (format!("{run} rollout.size=[33,32]"), 2, &["rollout.size", "33x32"]),
+        (format!("{run} validation.prompts=@/plain.txt"), 1, told),
+        (format!("{run} validation.prompts=@/plain.txt --dry-run"), 1, told),
+        (format!("{run} embeddings=@/model"), 1, &["embeddings: @/model", "no embedding of"]),
+    ];
+    let mistakes = mistakes.map(|(line, code, says)| mistake(line.leak(), code, says));
+    Scratch::new().assert_refused(Program::Train, &mistakes);
 }
 
 #[test]

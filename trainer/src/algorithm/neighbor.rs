@@ -104,8 +104,8 @@ impl NeighborConfig {
 }
 
 impl Method for NeighborConfig {
-    fn n_anchors(&self, _: usize) -> usize {
-        ANCHORS
+    fn n_anchors(&self, group_size: usize) -> usize {
+        ANCHORS.min(group_size)
     }
 
     fn reads(&self) -> &'static [&'static str] {

@@ -209,7 +209,7 @@ impl fmt::Display for Report {
         let gb = |value: Option<f64>| value.map_or("?".to_owned(), |gb| format!("{gb:.2}"));
         writeln!(
             f,
-            "{} in {}: {:.3} TFLOP/s in a matrix product; {} GB in use; {} images at a time, {} text \
+            "{} in {}: {:.3} TFLOP/s in a matrix product; {} GB in use; images at a time: {}; {} text \
              tokens\n",
             self.device,
             self.precision,

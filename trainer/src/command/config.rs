@@ -15,11 +15,11 @@ use crate::run::settings::{self, ALIGN_PRESETS, Source};
 pub(super) fn list() {
     println!("presets (--preset, or base in a file):");
     for (name, text) in ALIGN_PRESETS {
-        println!("  {name:<28}{}", first_comment(text));
+        println!("  {name:<28}{}", first_sentence(text));
     }
     println!("\nalgorithms (algorithm):");
     for (name, text) in algorithm::all() {
-        println!("  {name:<28}{}", first_comment(text));
+        println!("  {name:<28}{}", first_sentence(text));
     }
 }
 
@@ -70,8 +70,15 @@ pub(super) fn explain(key: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-fn first_comment(text: &str) -> &str {
-    text.lines().next().unwrap_or_default().trim_start_matches("# ")
+/// The first sentence of the comment at the top of `text`.
+fn first_sentence(text: &str) -> String {
+    let comment = text.lines().map_while(|line| line.strip_prefix("# "));
+    let comment = comment.collect::<Vec<_>>().join(" ");
+    let starts = comment.match_indices(char::is_uppercase).map(|(at, _)| at);
+    let end = starts
+        .filter_map(|at| comment[..at].strip_suffix(' '))
+        .find(|text| text.ends_with(['.', '?']));
+    end.unwrap_or(&comment).to_owned()
 }
 
 /// Everything on one page.

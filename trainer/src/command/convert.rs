@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use flow::checkpoint::{MAX_SHARD_BYTES, is_pickle, write_sharded, write_tensors};
 use flow::log;
-use flow::pipeline::{Component, Pipeline};
+use flow::pipeline::{Component, Pipeline, fetched};
 use flow::staged::Staged;
 use flow::usage::Usage;
 
@@ -22,6 +22,10 @@ const SHARDS: &str = ".bin.index.json";
 /// # Errors
 /// When `from` is neither, does not fit `like`, or `to` cannot be written. Nothing is left behind then.
 pub(crate) fn run(from: &Path, to: &Path, like: Option<&Path>) -> Result<()> {
+    if let Some(fetch) = fetched(from).filter(|_| !from.exists()) {
+        bail!("{}: no such file or folder: {fetch}", from.display());
+    }
+    let replaced = to.is_file();
     match like {
         Some(like) => folder(from, to, like)?,
         None if from.is_dir() => one_file(from, to)?,
@@ -34,7 +38,11 @@ pub(crate) fn run(from: &Path, to: &Path, like: Option<&Path>) -> Result<()> {
                 Usage(format!("{}: {unknown}", from.display()))
             );
             pickle::convert(from, to)?;
+            log::note(&format!("note: {}", pickle::told(from, to)?));
         }
+    }
+    if replaced {
+        log::note(&format!("note: {} was there and is replaced", to.display()));
     }
     println!("{}", to.display());
     Ok(())

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use flow::checkpoint::View;
 use flow::log;
-use flow::pipeline::{Component, read_json};
+use flow::pipeline::{Component, Pipeline, read_json};
 use flow::prompts::one_line;
 use serde::Deserialize;
 use tch::{Kind, Tensor};
@@ -49,7 +49,9 @@ pub fn run(options: &Options<'_>) -> Result<()> {
         .filter(|text| !known.has(text) && seen.insert(*text))
         .collect();
     let n_known = all.len() - missing.len();
-    log::note(&format!("{} prompts, {n_known} of them known or alike", all.len()));
+    log::note(&format!("prompts: {}, {n_known} of them known or alike", all.len()));
+    Pipeline::open(options.model)?;
+    prompts::tell_cut(options.model, missing.iter().copied())?;
     let model = Model::load(options.model, Loading::to_sample(options.compute, true))?;
     let stored = stored_kind(&model)?;
     let progress = Progress::new("embed", missing.len(), 0);

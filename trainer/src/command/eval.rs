@@ -215,8 +215,11 @@ fn draw(
         return Ok(held);
     }
     let model = contestant.load(held, config, options.compute)?;
-    let size = model.latent_size(rollout.size)?;
+    let size = rollout.latent_size(&model.pipeline)?;
     let plan = rollout.plan(&model.pipeline.scheduler, &size)?;
+    if model.embeddings.is_none() {
+        prompts::tell_cut(&model.pipeline.dir, prompts.iter().map(|prompt| &*prompt.text))?;
+    }
     let n_missing: usize = missing.iter().map(|(_, batch)| batch.len()).sum();
     let progress = Progress::new("sample", total, total - n_missing);
     for (image, batch) in missing {

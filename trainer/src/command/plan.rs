@@ -6,7 +6,7 @@ mod ranks;
 
 use std::fmt;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use flow::latents::LatentSize;
 use flow::ops::shapes::{Manifest, Shapes};
 use flow::pipeline::{Component, Pipeline};
@@ -15,13 +15,12 @@ use flow::tokens::MAX_TEXT_TOKENS;
 
 use self::cost::Iteration;
 use self::ranks::Ranks;
-use super::published;
 use crate::algorithm;
-use crate::data::prompts;
 use crate::network::engine::segments;
 use crate::network::lora::{LoraConfig, RANK};
 use crate::network::sharding::{Carrier, Shard, Sharded};
 use crate::run::config::AlignConfig;
+use crate::run::ready::Ready;
 use crate::tensor::device::{Compute, precision_name};
 
 /// Share of an H800's dense bf16 peak that is reached unless told otherwise.
@@ -58,20 +57,14 @@ pub fn run(options: &Options<'_>) -> Result<()> {
 /// # Errors
 /// When the model, the prompts or a file of a reward cannot be used.
 pub(super) fn dry(config: &AlignConfig, compute: Compute) -> Result<()> {
-    config.check_files()?;
-    let prompts = prompts::read(&config.prompts).context("prompts")?;
-    prompts::read(&config.sheet_prompts).context("sheet_prompts")?;
-    if let Some(held_out) = config.validation.prompts.as_ref().filter(|_| config.validate_every > 0)
-    {
-        prompts::read(held_out).context("validation.prompts")?;
-    }
-    let pipeline = published::open(&config.model.to_string_lossy())?;
-    if Pipeline::known(&config.model.to_string_lossy()).is_none() {
-        Component::ALL.iter().try_for_each(|component| pipeline.weights(*component).map(drop))?;
-    }
+    let ready = Ready::read(config)?;
+    ready.check_light(config)?;
+    let pipeline = &ready.pipeline;
+    Component::ALL.iter().try_for_each(|component| pipeline.weights(*component).map(drop))?;
+    config.lora.iter().try_for_each(|lora| lora.open(pipeline).map(drop))?;
     println!(
         "{} prompts; {} in {}\n",
-        prompts.len(),
+        ready.prompts.len(),
         if compute.device.is_cuda() { "cuda" } else { "cpu" },
         precision_name(compute.kind)
     );
@@ -79,7 +72,7 @@ pub(super) fn dry(config: &AlignConfig, compute: Compute) -> Result<()> {
     println!();
     let lora_rank = config.lora.as_ref().map_or(RANK, |lora| lora.rank);
     let (text_tokens, utilisation) = (MAX_TEXT_TOKENS, UTILISATION);
-    run(&Options { config, pipeline: &pipeline, text_tokens, lora_rank, utilisation })
+    run(&Options { config, pipeline, text_tokens, lora_rank, utilisation })
 }
 
 /// Counts that do not depend on the number of ranks.
@@ -111,8 +104,7 @@ impl Plan {
     fn new(options: &Options<'_>) -> Result<Self> {
         let Options { config, pipeline, text_tokens, .. } = *options;
         config.validate()?;
-        let [width, height] = config.group.rollout.size.unwrap_or([pipeline.default_size(); 2]);
-        let size = pipeline.latent_size(width, height)?;
+        let size = config.group.rollout.latent_size(pipeline)?;
         let nfe = passes(config, config.group.rollout.grid(&pipeline.scheduler, &size))?;
         let shapes = Shapes::new();
         pipeline.dry_velocity(&shapes, 1, size.tokens(), text_tokens);

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 use flow::known;
-use flow::pipeline::Pipeline;
+use flow::pipeline::{Pipeline, fetched};
 use flow::usage::Usage;
 
 /// The pipeline that a name or a folder stands for.
@@ -17,11 +17,9 @@ pub(super) fn open(model: &str) -> Result<Pipeline> {
     }
     let names: Vec<&str> = known::MODELS.iter().map(|(name, _)| *name).collect();
     let unknown = || {
-        let names = names.join(", ");
-        Usage(format!(
-            "{model}: neither a pipeline folder nor one of {names} (the name of a model on a hub? `hf download {model} \
-             --local-dir DIR` fetches it)"
-        ))
+        let fetch = fetched(Path::new(model)).map(|fetch| format!(": {fetch}"));
+        let (names, fetch) = (names.join(", "), fetch.unwrap_or_default());
+        Usage(format!("{model}: neither a pipeline folder nor one of {names}{fetch}"))
     };
     ensure!(Path::new(model).is_dir(), unknown());
     Ok(Pipeline::open(Path::new(model))?)

@@ -5,8 +5,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use flow::checkpoint::{Weights, write_tensors};
+use flow::log;
+use flow::pipeline::Pipeline;
 use flow::usage::Usage;
 
+use crate::data::prompts;
 use crate::group::experience::solve_in_batches;
 use crate::group::rollout::RolloutConfig;
 use crate::network::model::{Loading, Model, unpack};
@@ -45,6 +48,12 @@ pub struct Options<'a> {
 /// # Errors
 /// When the model or the noise does not fit, or a file cannot be written.
 pub fn run(options: &Options<'_>) -> Result<()> {
+    ensure!(
+        options.out.extension().is_some_and(|end| end.eq_ignore_ascii_case("png")),
+        Usage(format!("{}: images are PNG files: the name ends in .png", options.out.display()))
+    );
+    Pipeline::open(options.model)?;
+    prompts::tell_cut(options.model, [options.prompt])?;
     let loading = Loading::to_sample(options.compute, options.stream);
     let mut model = Model::load(options.model, loading)?;
     model.add_loras(options.loras)?;
@@ -83,6 +92,9 @@ pub fn run(options: &Options<'_>) -> Result<()> {
     }
     for (index, image) in images.iter().enumerate() {
         let path = numbered(options.out, index, options.n);
+        if path.exists() {
+            log::note(&format!("note: {} was there and is replaced", path.display()));
+        }
         picture::save(&path, image).with_context(|| format!("cannot write {}", path.display()))?;
         println!("{}", path.display());
     }

@@ -17,6 +17,7 @@ use tempfile::{NamedTempFile, TempPath};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
+mod left;
 mod script;
 
 /// Keys under which checkpoints keep their weights beside other things.
@@ -47,6 +48,24 @@ pub fn convert(from: &Path, to: &Path) -> Result<()> {
     );
     let entries: Vec<Entry<'_>> = tensors.iter().map(entry).collect();
     Ok(write_tensors(to, &entries, &[])?)
+}
+
+/// What [`convert`] took of the file `from` and what it left there, in a sentence; `to` is what it wrote.
+///
+/// # Errors
+/// When `to` cannot be read.
+pub(crate) fn told(from: &Path, to: &Path) -> Result<String> {
+    const SHOWN: usize = 8;
+    let (n, (wrapper, left)) = (Weights::open_file(to)?.names().count(), left::of(from));
+    let under = wrapper.map(|key| format!(" under {key:?}")).unwrap_or_default();
+    let more = if left.len() > SHOWN {
+        format!(" and {} more", left.len() - SHOWN)
+    } else {
+        String::new()
+    };
+    let shown = left.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
+    let rest = if left.is_empty() { String::new() } else { format!("; left out: {shown}{more}") };
+    Ok(format!("{}: tensors{under}: {n}{rest}", from.display()))
 }
 
 /// Writes the tensors of the pickled files that `index` names to the safetensors file `to`.
@@ -273,6 +292,19 @@ mod tests {
         let weights = weights(&fixture("nested.ckpt")).unwrap();
         assert_eq!(weights.names().collect::<Vec<_>>(), ["layer.weight"]);
         assert_eq!(weights.f32("layer.weight").unwrap(), [3.0, 3.0]);
+    }
+
+    #[test]
+    fn what_stays_behind_is_told() {
+        let home = tempfile::tempdir().unwrap();
+        let to = home.path().join("to.safetensors");
+        let told = |file| {
+            convert(&fixture(file), &to).unwrap();
+            told(&fixture(file), &to).unwrap()
+        };
+        let nested = told("nested.ckpt");
+        assert!(nested.contains("tensors under \"state_dict\": 1; left out: "), "{nested}");
+        assert!(told("plain.pt").ends_with("tensors: 3"));
     }
 
     /// What `torch.jit.script(module).save` writes, with compressed code and a class used twice.

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use flow::checkpoint::open_for_reading;
 use flow::log;
 use flow::prompts::{self, ANSWER, Prompt, Prompts, TEXT_FIELDS};
+use flow::tokens::Tokenizers;
 use parquet::file::metadata::{ParquetMetaData, RowGroupMetaData};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
@@ -37,6 +38,17 @@ pub(crate) fn read(path: &Path) -> Result<Vec<Prompt>> {
         log::note(&format!("note: {}: {notice}", path.display()));
     }
     Ok(read.prompts)
+}
+
+/// Says which of `prompts` the encoders of the pipeline in `model` read a part of only.
+///
+/// # Errors
+/// When its tokenizers do not open, or cannot encode a prompt.
+pub(crate) fn tell_cut<'a>(model: &Path, prompts: impl IntoIterator<Item = &'a str>) -> Result<()> {
+    let cuts = Tokenizers::open(model, None)?.cuts(prompts);
+    let cuts = cuts.map_err(|error| anyhow!("{}: cannot tokenise: {error}", model.display()))?;
+    cuts.iter().for_each(|line| log::note(&format!("note: {line}")));
+    Ok(())
 }
 
 fn parquet(path: &Path) -> Result<Prompts> {

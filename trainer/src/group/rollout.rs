@@ -5,8 +5,10 @@ use flow::latents::LatentSize;
 use flow::models::transformer::GUIDANCE;
 use flow::noise::Noise;
 use flow::path;
+use flow::pipeline::Pipeline;
 use flow::schedule::{Grid, Schedule, SchedulerConfig, Shift};
 use flow::solver::{self, DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS, Solver, Step, Term};
+use flow::usage::Usage;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -49,6 +51,16 @@ fn rollout_batch() -> usize {
 }
 
 impl RolloutConfig {
+    /// Size of the latents of images of `pipeline`.
+    ///
+    /// # Errors
+    /// [`Usage`] when `size` does not fit it.
+    pub(crate) fn latent_size(&self, pipeline: &Pipeline) -> Result<LatentSize> {
+        let [width, height] = self.size.unwrap_or([pipeline.default_size(); 2]);
+        let size = pipeline.latent_size(width, height);
+        Ok(size.map_err(|error| Usage(format!("rollout.size = [{width}, {height}]: {error}")))?)
+    }
+
     /// The time grid for images of `size` under `scheduler`.
     pub(crate) fn grid(&self, scheduler: &SchedulerConfig, size: &LatentSize) -> Grid {
         let own = |factor| Shift::Factor(factor).into();

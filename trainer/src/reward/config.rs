@@ -17,7 +17,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow, ensure};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -50,26 +50,28 @@ pub struct RewardConfig {
 }
 
 impl RewardConfig {
-    /// Refuses settings out of their range.
-    pub(crate) fn validate_all(rewards: &[Self]) -> Result<()> {
-        rewards.iter().try_for_each(Self::validate)
+    /// Refuses settings out of their range, in the list of that `name`.
+    pub(crate) fn validate_all(rewards: &[Self], name: &str) -> Result<()> {
+        rewards.iter().enumerate().try_for_each(|(index, reward)| {
+            reward.validate().map_err(|error| anyhow!("{name}.{index}.{error:#}"))
+        })
     }
 
     /// Refuses what every kind of reward must not have.
     pub(super) fn validate(&self) -> Result<()> {
         let Self { name, weight, std_floor, retries, patience, .. } = self;
-        ensure!(weight.is_finite(), "weight of reward {name:?} is not finite");
+        ensure!(weight.is_finite(), "weight = {weight}: a finite number, of reward {name:?}");
         ensure!(
             std_floor.is_finite() && *std_floor >= 0.0,
-            "std_floor of reward {name:?} is {std_floor}: at least 0"
+            "std_floor = {std_floor}: at least 0, of reward {name:?}"
         );
         ensure!(
             *retries <= MAX_RETRIES,
-            "retries of reward {name:?} are {retries}: at most {MAX_RETRIES}"
+            "retries = {retries}: at most {MAX_RETRIES}, of reward {name:?}"
         );
         ensure!(
             (0.0..=MAX_PATIENCE).contains(patience),
-            "patience of reward {name:?} is {patience} minutes: from 0 to {MAX_PATIENCE}"
+            "patience = {patience}: from 0 to {MAX_PATIENCE} minutes, of reward {name:?}"
         );
         Ok(())
     }
@@ -175,6 +177,21 @@ pub enum RewardKind {
         /// That value.
         value: f64,
     },
+}
+
+impl RewardKind {
+    /// Whether opening it reads little: nothing, or a small model.
+    pub(crate) fn is_light(&self) -> bool {
+        match self {
+            Self::Hpsv2 { .. }
+            | Self::Pickscore { .. }
+            | Self::Clip { .. }
+            | Self::ImageReward { .. }
+            | Self::Aesthetic { .. } => false,
+            Self::Pairwise { judge } => judge.is_light(),
+            _ => true,
+        }
+    }
 }
 
 /// How an OCR reading is turned into a reward.

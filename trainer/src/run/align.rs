@@ -7,17 +7,16 @@ use std::time::Instant;
 use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use cluster::{Group, Reduce};
 use flow::checksums::Checksums;
-use flow::contents;
 use flow::latents::LatentSize;
 use flow::log;
 use flow::panics::caught;
-use flow::pipeline::Pipeline;
 use flow::prompts::Prompt;
 use flow::solver::Step;
 
 use super::config::AlignConfig;
 use super::lock::Lock;
 use super::progress::Progress;
+use super::ready::Ready;
 use super::report::Report;
 use super::resume::Held;
 use super::state::{self, Course, Moment, Restored};
@@ -26,7 +25,6 @@ use super::validation::Validation;
 use super::watching::Watching;
 use super::{agreement, interrupt, record};
 use crate::algorithm::Algorithm;
-use crate::data::prompts;
 use crate::group::experience::{self, Experience, Sources, Stage, Watch};
 use crate::group::order::Order;
 use crate::group::ranks;
@@ -81,33 +79,35 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
         say_done(config, ranks, &aligned);
         return Ok(());
     }
-    config.check_files()?;
-    contents::of(&config.model)?;
-    let train_prompts = prompts::read(&config.prompts).context("prompts")?;
-    let rewards = rewards(config, options, &train_prompts)?;
+    let (threads, device) = (options.threads, options.compute.device);
+    let ready = Ready::read(config)?;
+    let rewards = ready.rewards(config, threads, device)?;
+    let mut validation = Validation::open(config, &ready, &rewards, threads, device)?;
     let model = config.load(options.compute, ranks)?;
-    let size = model.latent_size(config.group.rollout.size)?;
+    let size = config.group.rollout.latent_size(&model.pipeline)?;
     let grid = config.group.rollout.grid(&model.pipeline.scheduler, &size);
     let mut algorithm = config.setting()?.open(grid);
     algorithm.begin(model.engine.trained());
     let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
-    let (held, mut start) = (Held::of(config, &model)?, 0);
+    let (held, mut start) = (Held::of(config, options, &model)?, 0);
     let mut restored = Restored::default();
     if let Some(position) = &found {
         restored = state::restore(position, &held, &mut optimizer, &model, algorithm.kept())?;
         algorithm.resume(model.engine.trained());
         start = position.iteration;
     }
+    if let Some(validation) = &mut validation {
+        validation.go_on(restored.course.validation.clone());
+    }
+    let train_prompts = ready.prompts;
     agreement::check(config, &train_prompts, start, &model)?;
     let plan = config.group.rollout.steps(grid)?;
     if ranks.is_first() {
         introduce(config, options, &model, train_prompts.len(), &restored.changed)?;
     }
-    let report = || Report::open(config, found.as_ref(), &model, &size, &plan);
+    let sheet_prompts = &ready.sheet_prompts;
+    let report = || Report::open(config, sheet_prompts, found.as_ref(), &model, &size, &plan);
     let report = ranks.is_first().then(report).transpose()?;
-    let (threads, device) = (options.threads, options.compute.device);
-    let standing = restored.course.validation.clone();
-    let validation = Validation::open(config, &rewards, threads, device, standing)?;
     let mut run = Run {
         config,
         held,
@@ -156,19 +156,6 @@ fn say_done(config: &AlignConfig, ranks: &Group, aligned: &Path) {
         let n = config.iterations;
         log::note(&format!("all {n} iterations are done: raise iterations to go on"));
     }
-}
-
-/// The rewards, which can all score `prompts`.
-fn rewards(config: &AlignConfig, options: &Options, prompts: &[Prompt]) -> Result<Rewards> {
-    let mut rewards =
-        Rewards::open(&config.group.rewards, options.threads, options.compute.device)?;
-    rewards.stop_when(interrupt::asked);
-    let size = match config.group.rollout.size {
-        Some(size) => size,
-        None => [Pipeline::open(&config.model)?.default_size(); 2],
-    };
-    rewards.check(&prompts.iter().collect::<Vec<_>>(), Some(size))?;
-    Ok(rewards)
 }
 
 /// Says what is going to run, and what has changed since it was stopped.
@@ -245,8 +232,7 @@ impl Run<'_> {
             let is_last = done == total || is_late;
             let is_better =
                 (!is_asked || is_last) && self.validate(done, is_last, &progress)? && done > 0;
-            let is_idle =
-                !is_last && self.course.idle > 0 && self.course.idle == self.config.stop_after_idle;
+            let is_idle = !is_last && self.course.is_idle(self.config.stop_after_idle);
             let stop = (is_asked || is_idle) && !is_last;
             let is_due = stop || is_last || done.is_multiple_of(self.config.save_every);
             if is_due || is_better {

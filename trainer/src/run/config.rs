@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail, ensure};
 use cluster::Group;
 use flow::checkpoint::MAX_SHARD_BYTES;
+use flow::pipeline::{Pipeline, fetched};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
@@ -204,12 +205,16 @@ impl AlignConfig {
         };
         let stream_text = self.stream || self.embeddings.is_some();
         let loading = Loading { compute, storage, stream_text };
+        // Before weights are read.
+        let from = match &self.lora {
+            Some(lora) => lora.open(&Pipeline::open(&self.model)?)?,
+            None => None,
+        };
         let mut model = Model::open(&self.model, loading, missing)?;
         model.embeddings = self.embeddings.as_deref().map(Embeddings::open).transpose()?;
         if let Some(lora) = &self.lora {
             let (segments, noise) =
                 (segments(&model.pipeline.transformer), family(self.group.seed, Use::Weights));
-            let from = lora.open(&model.pipeline)?;
             let adapters = Adapters::new(lora, from.as_ref(), &segments, noise, compute, ranks)?;
             model.engine.adapt(adapters);
         }
@@ -280,8 +285,8 @@ impl AlignConfig {
         ensure!(!self.output.as_os_str().is_empty(), "output is empty: name a folder");
         self.optimizer.validate()?;
         self.lora.iter().try_for_each(LoraConfig::validate)?;
-        RewardConfig::validate_all(&self.group.rewards)?;
-        RewardConfig::validate_all(&self.judges)?;
+        RewardConfig::validate_all(&self.group.rewards, "rewards")?;
+        RewardConfig::validate_all(&self.judges, "judges")?;
         self.validation.validate(self)?;
         self.setting()?.validate()
     }
@@ -293,18 +298,10 @@ pub(crate) const FILES_OF_REWARDS: [&str; 5] =
 
 /// What a path that is not there may have been meant to be.
 fn hint(path: &Path) -> String {
-    let text = path.to_string_lossy();
-    let is_id =
-        text.split('/').count() == 2 && !text.starts_with(['.', '/']) && !text.contains(' ');
-    let looked = std::env::current_dir().unwrap_or_default();
-    if is_id && path.parent().is_some_and(|owner| !owner.exists()) {
-        format!(
-            " (a name on Hugging Face? `hf download {text} --local-dir {text}` gets it; paths start at {})",
-            looked.display()
-        )
-    } else {
-        format!(" (paths start at {})", looked.display())
-    }
+    let from = std::env::current_dir().unwrap_or_default();
+    let fetch = fetched(path).filter(|_| path.parent().is_some_and(|owner| !owner.exists()));
+    let fetch = fetch.map(|fetch| format!("; {fetch}")).unwrap_or_default();
+    format!(" (paths start at {}{fetch})", from.display())
 }
 
 /// Where the file `name` of a reward of `kind` is published.

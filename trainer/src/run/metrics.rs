@@ -125,12 +125,19 @@ impl Metrics {
         self.events.scalars(step, values)
     }
 
-    /// The same of a validation after `step` steps.
+    /// The same of a validation after `step` steps. One that a part of the run made before its end, and that comes
+    /// again since no checkpoint knows of it, takes the place of the first.
     ///
     /// # Errors
     /// As [`Metrics::write`].
     pub fn write_validation(&mut self, step: u64, values: &[(&str, f64)]) -> Result<()> {
         let line = self.line(step, values)?;
+        let path = &self.validations.path;
+        if let Some(before) = step.checked_sub(1).filter(|_| self.validations.file.is_none())
+            && path.exists()
+        {
+            write_atomically(path, up_to(path, before).0.as_bytes())?;
+        }
         self.validations.append(&line)?;
         self.events.scalars(step, values)
     }
@@ -263,6 +270,20 @@ mod tests {
         assert_eq!(series(&records, "a"), [(1.0, 1.0), (2.0, 2.0), (3.0, 3.5)]);
         let event_files = fs::read_dir(dir.path()).unwrap().count() - 1;
         assert_eq!(event_files, 2, "a resumed run continues in an event file of its own");
+    }
+
+    #[test]
+    fn a_validation_that_comes_again_takes_the_place_of_the_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut metrics = Metrics::create(dir.path()).unwrap();
+        metrics.write_validation(0, &[("a", 0.0)]).unwrap();
+        metrics.write_validation(5, &[("a", 5.0)]).unwrap();
+        for (step, value) in [(5, 5.5), (10, 10.0)] {
+            let mut again = Metrics::resume(dir.path(), 7).unwrap();
+            again.write_validation(step, &[("a", value)]).unwrap();
+        }
+        let records = read_jsonl(&dir.path().join(VALIDATION)).unwrap();
+        assert_eq!(series(&records, "a"), [(0.0, 0.0), (5.0, 5.5), (10.0, 10.0)]);
     }
 
     #[test]

@@ -70,7 +70,7 @@ pub(crate) fn banner(
     n_prompts: usize,
 ) -> Result<String> {
     let (size, factor) =
-        (model.latent_size(config.group.rollout.size)?, model.pipeline.vae.factor());
+        (config.group.rollout.latent_size(&model.pipeline)?, model.pipeline.vae.factor());
     let (setting, group) = (config.setting()?, &config.group);
     let n_trained: usize = model.engine.trained().masters().map(tch::Tensor::numel).sum();
     let what = match &config.lora {
@@ -108,6 +108,16 @@ pub(crate) fn banner(
         config.save_every,
         config.output.display(),
     ))
+}
+
+/// What the last bits of a run depend on beside its settings and its precision, by name.
+pub(crate) fn made_by(options: &Options) -> [(&'static str, String); 4] {
+    [
+        ("ng-train", env!("CARGO_PKG_VERSION").to_owned()),
+        ("libtorch", LIBTORCH.to_owned()),
+        ("device", device_name(options)),
+        ("--threads", options.threads.to_string()),
+    ]
 }
 
 fn device_name(options: &Options) -> String {

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use flow::latents::LatentSize;
+use flow::prompts::Prompt;
 use flow::solver::Step;
 use image::RgbImage;
 
-use crate::data::prompts;
 use crate::group::experience::{self, Experience};
 use crate::network::model::Model;
 use crate::picture;
@@ -42,13 +42,13 @@ impl Report {
     /// `found`.
     pub(crate) fn open(
         config: &AlignConfig,
+        sheet_prompts: &[Prompt],
         found: Option<&Position>,
         model: &Model,
         size: &LatentSize,
         plan: &[Step],
     ) -> Result<Self> {
         let folder = config.output.clone();
-        let prompts = prompts::read(&config.sheet_prompts)?;
         let metrics = match found {
             Some(position) => Metrics::resume(&folder, position.iteration as u64)?,
             None => Metrics::create(&folder)?,
@@ -61,7 +61,11 @@ impl Report {
         let mut report = Self {
             metrics,
             folder,
-            sheet_prompts: prompts.into_iter().take(SHEET).map(|prompt| prompt.text).collect(),
+            sheet_prompts: sheet_prompts
+                .iter()
+                .take(SHEET)
+                .map(|prompt| prompt.text.clone())
+                .collect(),
             guidance: config.group.rollout.guidance,
             batch: config.group.rollout.batch,
             size: *size,

@@ -8,8 +8,9 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use toml::Value;
 
+use super::align::Options;
 use super::config::{AlignConfig, FILES_OF_REWARDS};
-use super::record::content;
+use super::record::{self, content};
 use crate::network::model::Model;
 use crate::tensor::device::precision_name;
 
@@ -47,6 +48,9 @@ const FILES: [&str; 4] = ["model", "prompts", "embeddings", "lora.from"];
 pub(crate) struct Held {
     /// What networks compute in.
     precision: String,
+    /// What else its last bits depend on: program, libtorch, device, threads.
+    #[serde(default)]
+    made_by: BTreeMap<String, String>,
     /// Every setting by its dotted key.
     settings: BTreeMap<String, Value>,
     /// [`content`] of the files that settings name.
@@ -54,11 +58,11 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    /// What a run of `config` with `model` holds to.
+    /// What a run of `config` as `options` ask for it, with `model`, holds to.
     ///
     /// # Errors
     /// When a file that a setting names cannot be read.
-    pub(crate) fn of(config: &AlignConfig, model: &Model) -> Result<Self> {
+    pub(crate) fn of(config: &AlignConfig, options: &Options, model: &Model) -> Result<Self> {
         let mut settings = BTreeMap::new();
         flatten(&Value::Table(config.resolved()?), "", &mut settings);
         settings.retain(|key, _| !key.starts_with("judges"));
@@ -71,7 +75,9 @@ impl Held {
             }
         }
         let precision = precision_name(model.engine.kind()).to_owned();
-        Ok(Self { precision, settings, content: contents })
+        let made_by = record::made_by(options);
+        let made_by = made_by.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+        Ok(Self { precision, made_by, settings, content: contents })
     }
 
     /// Refuses to go on where `before` would have been computed otherwise; returns what else has changed.
@@ -83,6 +89,11 @@ impl Held {
         if before.precision != self.precision {
             let (old, new) = (&before.precision, &self.precision);
             refused.push(format!("--precision was {old} and is {new}"));
+        }
+        for (name, new) in &self.made_by {
+            if let Some(old) = before.made_by.get(name).filter(|old| *old != new) {
+                said.push(format!("{name} was {old} and is {new}: the last bits may differ"));
+            }
         }
         let keys: BTreeSet<&String> = before.settings.keys().chain(self.settings.keys()).collect();
         for key in keys {
@@ -160,7 +171,12 @@ mod tests {
         let mut flat = BTreeMap::new();
         flatten(&Value::Table(settings.parse::<Table>().unwrap()), "", &mut flat);
         let content = content.iter().map(|&(key, hash)| (key.to_owned(), hash.to_owned()));
-        Held { precision: "f32".to_owned(), settings: flat, content: content.collect() }
+        Held {
+            precision: "f32".to_owned(),
+            made_by: BTreeMap::from([("device".to_owned(), "cpu".to_owned())]),
+            settings: flat,
+            content: content.collect(),
+        }
     }
 
     #[test]
@@ -188,5 +204,9 @@ mod tests {
         let message = other.check(&before).unwrap_err().to_string();
         assert!(message.contains("--precision was f32 and is bf16"), "{message}");
         assert!(Held::read("[]").is_err());
+        let made_by = BTreeMap::from([("device".to_owned(), "cuda:0".to_owned())]);
+        let elsewhere = Held { made_by, ..held(now, &[("model", "1")]) };
+        let said = elsewhere.check(&before).unwrap();
+        assert_eq!(said[0], "device was cpu and is cuda:0: the last bits may differ");
     }
 }

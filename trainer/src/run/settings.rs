@@ -256,7 +256,7 @@ mod tests {
     #[test]
     fn one_line_changes_the_algorithm_and_what_is_said_stays() {
         let signs = preset(&[]).unwrap();
-        assert_eq!(numbers(&signs), (4, 4, 0.7));
+        assert_eq!(numbers(&signs), (4, 1, 0.7));
         let dance = preset(&["algorithm=dance-grpo"]).unwrap();
         assert_eq!(numbers(&dance), (12, 3, 0.3));
         assert!(!dance.group.advantage.rescale && (dance.optimizer.eps - 1e-8).abs() < 1e-12);

@@ -46,6 +46,13 @@ pub(crate) struct Course {
     pub(crate) validation: Option<Standing>,
 }
 
+impl Course {
+    /// Whether another `limit` iterations in a row taught nothing; never where that is 0.
+    pub(crate) fn is_idle(&self, limit: usize) -> bool {
+        limit > 0 && self.idle > 0 && self.idle.is_multiple_of(limit)
+    }
+}
+
 /// A checkpoint found.
 pub(crate) struct Position {
     pub(crate) folder: PathBuf,

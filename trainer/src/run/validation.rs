@@ -16,9 +16,9 @@ use tch::Device;
 
 use super::config::AlignConfig;
 use super::interrupt;
+use super::ready::Ready;
 use super::report::sample;
 use crate::algorithm::Copies;
-use crate::data::prompts;
 use crate::group::ranks::{self, Exact};
 use crate::network::model::Model;
 use crate::network::optimizer::AdamW;
@@ -56,7 +56,7 @@ impl Default for ValidationConfig {
 }
 
 /// Rewards and judges that score single images, the rewards first.
-fn metrics(config: &AlignConfig) -> impl Iterator<Item = &RewardConfig> {
+pub(super) fn metrics(config: &AlignConfig) -> impl Iterator<Item = &RewardConfig> {
     config.group.rewards.iter().chain(&config.judges).filter(|reward| is_of_one(reward))
 }
 
@@ -166,35 +166,37 @@ pub(crate) struct Validation<'a> {
 type Told = (usize, Vec<Option<Vec<Exact>>>);
 
 impl<'a> Validation<'a> {
-    /// That of `config`, unless there is none; what is not among the open `rewards` lives on `device`. It goes on from `standing`
-    /// where that is about the same.
+    /// That of `config`, unless there is none; what is not among the open `rewards` lives on `device`.
     ///
     /// # Errors
     /// When a metric does not open or can never score one of the prompts.
     pub(crate) fn open(
         config: &'a AlignConfig,
+        ready: &Ready,
         rewards: &Rewards,
         threads: usize,
         device: Device,
-        standing: Option<Standing>,
     ) -> Result<Option<Self>> {
         if config.validate_every == 0 {
             return Ok(None);
         }
-        let file = config.validation.prompts.as_ref().unwrap_or(&config.sheet_prompts);
-        let mut prompts = prompts::read(file).context("validation.prompts")?;
-        prompts.truncate(config.validation.count);
+        let prompts = ready.held_out.clone();
         let configs: Vec<RewardConfig> = metrics(config).cloned().collect();
         let mut metrics = rewards.open_beside(&configs, threads, device).context("validation")?;
         metrics.stop_when(interrupt::asked);
-        let of_validation: Vec<&Prompt> = prompts.iter().collect();
-        metrics.check(&of_validation, config.group.rollout.size).context("validation")?;
+        ready.check(&metrics, &prompts).context("validation")?;
         let about = (config.validation.best(config), &prompts);
         let of = format!("{:x}", Sha256::digest(serde_json::to_vec(&about)?));
-        let standing = standing.filter(|standing| standing.of == of);
-        let standing = standing.unwrap_or_else(|| Standing { of, ..Standing::default() });
+        let standing = Standing { of, ..Standing::default() };
         let names = self::metrics(config).map(|metric| metric.name.as_str()).collect();
         Ok(Some(Self { config, prompts, names, metrics, standing }))
+    }
+
+    /// Goes on from `standing` where that is about the same.
+    pub(crate) fn go_on(&mut self, standing: Option<Standing>) {
+        if let Some(standing) = standing.filter(|standing| standing.of == self.standing.of) {
+            self.standing = standing;
+        }
     }
 
     /// Whether there should be one now that `done` iterations are.

@@ -76,7 +76,7 @@ struct Row {
 pub fn run(options: &Options<'_>) -> Result<()> {
     let Options { config, repeats, threads, compute, .. } = *options;
     let model = config.open(compute, &Group::alone(), Missing::Fill(Noise::new(0)))?;
-    let size = model.latent_size(config.group.rollout.size)?;
+    let size = config.group.rollout.latent_size(&model.pipeline)?;
     let rewards = Rewards::open(&config.group.rewards, threads, compute.device)?;
     let grid = config.group.rollout.grid(&model.pipeline.scheduler, &size);
     let mut algorithm = config.setting()?.open(grid);

@@ -119,6 +119,16 @@ impl Growth {
             .find_map(|[from, to]| (from.0..=to.0).contains(&limit).then(|| along(limit, from, to)))
     }
 
+    /// Mean reward until `limit` is spent: the area under the curve, by its length.
+    pub(super) fn mean_until(&self, cost: Cost, limit: f64) -> Option<f64> {
+        let end = self.at(cost, limit)?;
+        let parts = self.stretches(cost).filter(|[from, _]| from.0 < limit).map(|[from, to]| {
+            let to = if to.0 > limit { (limit, end) } else { to };
+            (to.0 - from.0) * (from.1 + to.1) / 2.0
+        });
+        Some(if limit > 0.0 { parts.sum::<f64>() / limit } else { end })
+    }
+
     /// Cost at which the reward first is `level` or more, on the straight line between two validations.
     pub(super) fn reaches(&self, cost: Cost, level: f64) -> Option<f64> {
         self.stretches(cost).find(|[_, to]| to.1 >= level).map(|[from, to]| {
@@ -181,6 +191,10 @@ mod tests {
         assert_eq!(growth.at(Cost::Seconds, 15.0), Some(1.5));
         assert_eq!(growth.at(Cost::Iterations, 20.0), Some(4.0));
         assert_eq!(growth.at(Cost::Seconds, 41.0), None);
+        assert_eq!(growth.mean_until(Cost::Seconds, 40.0), Some(2.0));
+        assert_eq!(growth.mean_until(Cost::Seconds, 15.0), Some(0.75));
+        assert_eq!(growth.mean_until(Cost::Seconds, 0.0), Some(0.0));
+        assert_eq!(growth.mean_until(Cost::Seconds, 41.0), None);
         assert_eq!(growth.reaches(Cost::Passes, 0.0), Some(0.0));
         assert_eq!(growth.reaches(Cost::Passes, 2.5), Some(125.0));
         assert_eq!(growth.reaches(Cost::Passes, 99.0), None);

@@ -40,7 +40,8 @@ pub(super) fn write(config: &CompareConfig, tasks: &[Task<'_>], reward: &str) ->
     let mut text = format!(
         "# Comparison\n\nEvery run trained for {} minutes on one thread from the same model, seeds {}. {reward} is that of \
          the first {} prompts of {}, every {} iterations, whose time is not counted; what is held out is of all of \
-         them. ± is the standard deviation over seeds.\n\n",
+         them. ± is the standard deviation over seeds, and of differences by seed the standard error; bands in the \
+         curves go from the worst seed to the best.\n\n",
         config.minutes,
         config.seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(", "),
         config.count,
@@ -113,17 +114,18 @@ fn section(
         }
         text += &row(run.name, &cells);
     }
+    text += &differences(runs, reward, metrics);
     text += &at_equal_cost(runs, reward);
     for (cost, name, unit) in [
         (Cost::Seconds, "seconds", "seconds without rewards"),
         (Cost::Passes, "passes", "network passes an image"),
     ] {
         let file = format!("{}-{name}.png", slug(&table.title));
-        let curves: Vec<Vec<(f64, f64)>> = runs.iter().map(|run| curve(run, cost)).collect();
+        let curves: Vec<Curve> = runs.iter().map(|run| curve(run, cost)).collect();
         let series: Vec<Series<'_>> = runs
             .iter()
             .zip(&curves)
-            .map(|(run, points)| Series { name: run.name, points, is_smooth: true, band: &[] })
+            .map(|(run, (points, band))| Series { name: run.name, points, is_smooth: true, band })
             .collect();
         plot::curve(&config.output.join(&file), &table.title, &series, unit, reward)?;
         let _ = write!(text, "\n![{reward} against {unit}]({file})\n");
@@ -152,11 +154,13 @@ fn at_equal_cost(runs: &[Measured<'_>], reward: &str) -> String {
             format!("{iterations} iterations"),
             format!("{passes} passes"),
             format!("{seconds} s"),
+            format!("mean until {passes} passes"),
+            format!("mean until {seconds} s"),
             format!("passes to {level:.2}"),
             format!("s to {level:.2}"),
         ],
     );
-    text += &rule(5);
+    text += &rule(7);
     for run in runs {
         let mut cells: Vec<String> = costs
             .iter()
@@ -166,6 +170,11 @@ fn at_equal_cost(runs: &[Measured<'_>], reward: &str) -> String {
                 values.map_or("–".to_owned(), |values| spread(&values, 2))
             })
             .collect();
+        for &(cost, limit) in &costs[1..] {
+            let means: Option<Vec<f64>> =
+                run.growths.iter().map(|g| g.mean_until(cost, limit)).collect();
+            cells.push(means.map_or("–".to_owned(), |means| spread(&means, 2)));
+        }
         for cost in [Cost::Passes, Cost::Seconds] {
             let reached: Vec<f64> =
                 run.growths.iter().filter_map(|growth| growth.reaches(cost, level)).collect();
@@ -181,17 +190,49 @@ fn at_equal_cost(runs: &[Measured<'_>], reward: &str) -> String {
     text
 }
 
-/// The mean over seeds, as far as all of them go.
-fn curve(run: &Measured<'_>, cost: Cost) -> Vec<(f64, f64)> {
+/// Means over seeds, and the least and the largest of them.
+type Curve = (Vec<(f64, f64)>, Vec<(f64, f64, f64)>);
+
+/// As far as all seeds go.
+fn curve(run: &Measured<'_>, cost: Cost) -> Curve {
     let ends = run.growths.iter().map(|growth| growth.total(cost));
     let to = ends.fold(f64::INFINITY, f64::min);
-    (0..CURVE_POINTS)
-        .filter_map(|i| {
-            let x = to * i as f64 / (CURVE_POINTS - 1) as f64;
-            let values: Option<Vec<f64>> = run.growths.iter().map(|g| g.at(cost, x)).collect();
-            Some((x, mean(&values?)))
-        })
-        .collect()
+    let points = (0..CURVE_POINTS).filter_map(|i| {
+        let x = to * i as f64 / (CURVE_POINTS - 1) as f64;
+        let values: Vec<f64> = run.growths.iter().map(|g| g.at(cost, x)).collect::<Option<_>>()?;
+        let low = values.iter().copied().fold(f64::INFINITY, f64::min);
+        let high = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        Some(((x, mean(&values)), (x, low, high)))
+    });
+    points.unzip()
+}
+
+/// What every run ends with less what the first does from the same seed, with the standard error over seeds.
+fn differences(runs: &[Measured<'_>], reward: &str, metrics: &[&str]) -> String {
+    let [first, others @ ..] = runs else { return String::new() };
+    if others.is_empty() {
+        return String::new();
+    }
+    let mut text = String::from("\n");
+    let head = [&[reward][..], metrics].concat();
+    let head: Vec<String> = head.into_iter().map(str::to_owned).collect();
+    text += &row(&format!("less {}, by seed", first.name), &head);
+    text += &rule(head.len());
+    let ends = |run: &Measured<'_>| -> Vec<Vec<f64>> {
+        let seeds = run.growths.iter().zip(&run.held_out);
+        seeds.map(|(growth, row)| [&[growth.ends()[1]][..], row].concat()).collect()
+    };
+    let of_first = ends(first);
+    for run in others {
+        let of_run = ends(run);
+        let cells = (0..head.len()).map(|metric| {
+            let pairs = of_run.iter().zip(&of_first);
+            let apart: Vec<f64> = pairs.map(|(own, base)| own[metric] - base[metric]).collect();
+            told(&apart, 3, std(&apart) / (apart.len() as f64).sqrt())
+        });
+        text += &row(run.name, &cells.collect::<Vec<String>>());
+    }
+    text
 }
 
 fn row(first: &str, cells: &[String]) -> String {
@@ -205,14 +246,23 @@ fn rule(n: usize) -> String {
 
 /// Mean, and standard deviation where there are several, to so many decimals.
 fn spread(values: &[f64], decimals: usize) -> String {
+    told(values, decimals, std(values))
+}
+
+/// Mean, and `error` where there are several that differ, to so many decimals.
+fn told(values: &[f64], decimals: usize, error: f64) -> String {
     let mean = mean(values);
-    let n = values.len() as f64;
-    let std = (values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt();
-    if std > 0.0 {
-        format!("{mean:.decimals$} ± {std:.decimals$}")
+    if error > 0.0 {
+        format!("{mean:.decimals$} ± {error:.decimals$}")
     } else {
         format!("{mean:.decimals$}")
     }
+}
+
+/// The standard deviation; of one value it is no number.
+fn std(values: &[f64]) -> f64 {
+    let (mean, n) = (mean(values), values.len() as f64);
+    (values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt()
 }
 
 fn mean(values: &[f64]) -> f64 {
