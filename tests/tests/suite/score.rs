@@ -76,7 +76,7 @@ fn a_folder_is_scored_by_a_file_of_prompts() {
     let list = folder.join("metadata.jsonl");
     let asked = |prompts: &str| {
         let arguments = ["score", "--preset", "signs", "--set", "judges=[]", "--prompts", prompts];
-        Program::Train.run([&arguments[..], &[&typed(&folder)]].concat())
+        Program::Train.run([&arguments[..], &[&typed(&folder.join("000"))]].concat())
     };
     let ended = asked(&typed(&list));
     assert!(ended.stderr.contains("means of 6 images: ocr "), "{}", ended.stderr);
