@@ -47,7 +47,9 @@ pub(crate) fn read(path: &Path) -> Result<Vec<Prompt>> {
 pub(crate) fn tell_cut<'a>(model: &Path, prompts: impl IntoIterator<Item = &'a str>) -> Result<()> {
     let cuts = Tokenizers::open(model, None)?.cuts(prompts);
     let cuts = cuts.map_err(|error| anyhow!("{}: cannot tokenise: {error}", model.display()))?;
-    cuts.iter().for_each(|line| log::note(&format!("note: {line}")));
+    for line in cuts {
+        log::note(&format!("note: {line}"));
+    }
     Ok(())
 }
 

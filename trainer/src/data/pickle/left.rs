@@ -24,7 +24,9 @@ pub(super) fn of(path: &Path) -> (Option<&'static str>, Vec<String>) {
         left.extend(root.into_keys());
         others("", &weights, &mut left);
     } else {
-        root.iter().for_each(|(key, value)| others(key, value, &mut left));
+        for (key, value) in &root {
+            others(key, value, &mut left);
+        }
     }
     left.sort();
     (wrapper, left)
