@@ -1,5 +1,6 @@
 //! A run that is ended in each of its stages goes on, and ends as one that was left alone.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::ExitStatusExt;
@@ -24,18 +25,21 @@ const ENDS: [(&str, Signal); 7] = [
 /// Each start makes two at most before it is ended.
 const ITERATIONS: usize = 2 * ENDS.len() + 1;
 
-/// Starts `run`, which may go on, and sends `signal` when `stage` begins for the second time.
+/// Starts `run`, which may go on, and sends `signal` when `stage` begins in a second iteration, whatever parts it has
+/// in one.
 fn end(run: &Run, more: &[&str], stage: &str, signal: Signal) {
     let mut command = run.command(more);
     command.args(["-v", "--resume"]).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let mut said = BufReader::new(child.stderr.take().unwrap());
-    let (mut all, mut n_begun) = (String::new(), 0);
-    while n_begun < 2 {
+    let (mut all, mut begun) = (String::new(), BTreeSet::new());
+    while begun.len() < 2 {
         let mut line = String::new();
         assert!(said.read_line(&mut line).unwrap() > 0, "it ended before {stage} twice: {all}");
-        n_begun += usize::from(line.starts_with(stage));
         all += &line;
+        if line.starts_with(stage) {
+            begun.insert(line);
+        }
     }
     kill_process(Pid::from_child(&child), signal).unwrap();
     said.read_to_string(&mut all).unwrap();

@@ -81,13 +81,13 @@ pub enum Command {
     /// where a stopped one was.
     Eval {
         /// Pipeline folder, or a LoRA (with :SCALE) on the pipeline before it; repeatable
-        #[arg(long = "model", required = true, value_name = "DIR|LORA[:SCALE]")]
+        #[arg(long = "model", required_unless_present = "votes", value_name = "DIR|LORA[:SCALE]")]
         models: Vec<String>,
         /// Prompt file: .txt, .json, .jsonl, .csv, .tsv or .parquet
-        #[arg(long, value_name = "FILE", required = true)]
+        #[arg(long, value_name = "FILE", required_unless_present = "votes")]
         prompts: Option<PathBuf>,
         /// Instead of all this: print the win rates of votes that the page of ng-sample serve saved
-        #[arg(long, value_name = "FILE", exclusive = true, group = "run")]
+        #[arg(long, value_name = "FILE", group = "run", conflicts_with_all = ["models", "prompts", "processes"])]
         votes: Option<PathBuf>,
         /// Images a prompt
         #[arg(short = 'n', long = "images", alias = "count", value_name = "N", default_value_t = 1,

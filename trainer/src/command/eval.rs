@@ -124,13 +124,7 @@ pub fn run(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
         return Ok(());
     }
     records.iter_mut().try_for_each(Record::gather)?;
-    let mut columns: Vec<Column> = Vec::new();
-    for (name, record) in names.iter().zip(&records) {
-        let scores = metrics
-            .iter()
-            .filter_map(|metric| Some((metric.config.name.clone(), metric.scores(record)?)));
-        columns.push(Column::new(name, scores.collect(), &columns));
-    }
+    let columns = columns(&names, &records, &metrics);
     let names: Vec<&str> = configs.iter().map(|config| &*config.name).collect();
     let text = table::markdown(&columns, &names);
     write_atomically(&options.out.join("eval.md"), text.as_bytes())?;
@@ -139,6 +133,18 @@ pub fn run(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
     picture::save(&options.out.join("side-by-side.png"), &sheet)?;
     print!("{text}");
     Ok(())
+}
+
+/// What the records of the models called `names` came to.
+fn columns(names: &[&str], records: &[Record], metrics: &[Metric<'_>]) -> Vec<Column> {
+    let mut columns: Vec<Column> = Vec::new();
+    for (name, record) in names.iter().zip(records) {
+        let scores = metrics
+            .iter()
+            .filter_map(|metric| Some((metric.config.name.clone(), metric.scores(record)?)));
+        columns.push(Column::new(name, scores.collect(), &columns));
+    }
+    columns
 }
 
 /// Waits for all ranks to have done their part.
