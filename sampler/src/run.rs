@@ -91,7 +91,7 @@ impl Run {
         if let Some(path) = &args.noise {
             give_noise(path, &mut images)?;
         }
-        let run = Self {
+        let mut run = Self {
             sheet: sheet(args, &images, prompts.len())?,
             export,
             options,
@@ -101,7 +101,8 @@ impl Run {
             json: args.json,
             notices,
         };
-        run.check_outputs()?;
+        let replaced = run.check_outputs()?;
+        run.notices.extend(replaced);
         Ok(run)
     }
 
@@ -110,8 +111,9 @@ impl Run {
         self.images.first().is_some_and(|image| image.file == Path::new(STANDARD))
     }
 
-    fn check_outputs(&self) -> Result<()> {
-        let mut seen = HashSet::new();
+    /// What will be replaced, if anything.
+    fn check_outputs(&self) -> Result<Option<String>> {
+        let (mut seen, mut there) = (HashSet::new(), Vec::new());
         let files = self.images.iter().map(|image| image.file.as_path());
         let files = files.filter(|file| *file != Path::new(STANDARD));
         let others = self.latents_file.as_deref().into_iter();
@@ -120,9 +122,19 @@ impl Run {
                 bail!(usage(format!("{} would be written twice", file.display())));
             }
             ensure!(!file.is_dir(), "cannot write {}: it is a folder", file.display());
+            there.extend(file.is_file().then_some(file));
         }
         let folders: HashSet<&Path> = seen.into_iter().map(outputs::parent).collect();
-        folders.into_iter().try_for_each(outputs::check_writable)
+        folders.into_iter().try_for_each(outputs::check_writable)?;
+        Ok(there.first().map(|first| match there.len() {
+            1 => format!("{} is there and will be replaced", first.display()),
+            n => {
+                format!(
+                    "{n} files are there and will be replaced, the first is {}",
+                    first.display()
+                )
+            }
+        }))
     }
 }
 

@@ -159,6 +159,19 @@ fn a_random_seed_is_drawn_and_known() -> Result<()> {
 }
 
 #[test]
+fn what_is_replaced_is_said() -> Result<()> {
+    let (export, home) = (Export::new(false)?, tempfile::tempdir()?);
+    let command = format!("--prompt fox --count 2 -o {}", home.path().display());
+    assert!(export.run(&command)?.notices.is_empty());
+    for (name, says) in [("001.png", "001.png is there"), ("000.png", "2 files are there")] {
+        fs::write(home.path().join(name), "")?;
+        let notices = export.run(&command)?.notices;
+        assert!(notices.len() == 1 && notices[0].contains(says), "{notices:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn what_is_cut_is_said() -> Result<()> {
     let export = Export::new(false)?;
     let words = "fox,".repeat(300);
