@@ -69,7 +69,7 @@ impl GroupConfig {
         let guidance = self.rollout.guidance;
         ensure!(guidance.is_finite(), "rollout.guidance = {guidance}: a finite number");
         let shift = self.rollout.shift.unwrap_or(1.0);
-        ensure!(shift > 0.0 && shift.is_finite(), "rollout.shift = {shift}: above 0");
+        ensure!(shift > 0.0 && shift <= 1e6, "rollout.shift = {shift}: above 0, at most 1e6");
         if let Some(size) = self.rollout.size {
             let fits = size.iter().all(|side| (1..=MAX_SIDE).contains(side));
             ensure!(fits, "rollout.size = {size:?}: sides from 1 to {MAX_SIDE} pixels");

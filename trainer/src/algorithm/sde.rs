@@ -19,7 +19,7 @@ use anyhow::{Result, ensure};
 use flow::schedule::{Grid, Schedule};
 use flow::sde::{Sde, plan};
 use flow::solver::Step;
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -40,7 +40,7 @@ use crate::tensor::parameters::Parameters;
 pub struct SdeConfig {
     /// Where the noise comes from: `constant` (DanceGRPO), `flow` (Flow-GRPO) or `cps` (Flow-CPS).
     #[serde(default = "noise")]
-    #[schemars(with = "String")]
+    #[schemars(schema_with = "noises")]
     pub noise: Sde,
     /// Its level: η, or a.
     #[serde(default = "level")]
@@ -72,6 +72,9 @@ pub struct SdeConfig {
     pub compress: Option<f64>,
 }
 
+fn noises(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "type": "string", "enum": [Sde::Constant, Sde::Flow, Sde::Cps] })
+}
 fn noise() -> Sde {
     Sde::Flow
 }
