@@ -28,6 +28,8 @@ ALIGN = {
     "validate_every": 0,
     "iterations": 1,
     "prompts_per_iteration": 2,
+    # Algorithm 1: after the first step weights have moved since the rollout.
+    "updates": 4,
     "rewards": """[
       {name = "ocr", kind = "ocr", model = ".runtime/models/ocr-v6.onnx", weight = 1.0,
        std_floor = 0.01},
