@@ -35,6 +35,8 @@ ng-sample() {
     return
   fi
   without --listen "$@"
+  # The last server's address is not this one's.
+  rm -f served
   "$BIN/ng-sample" "${kept[@]}" --listen 127.0.0.1:0 > served 2> served.log &
   servers+=($!)
   for _ in $(seq 600); do

@@ -44,8 +44,11 @@ impl Exported {
     /// How a short run on `folder` ends, and its latents.
     fn sampled(&self, folder: &Path) -> (Ended, Option<Vec<f32>>) {
         let latents = self.home.path().join("latents.safetensors");
-        let _ = fs::remove_file(&latents);
-        let picture = typed(&self.home.path().join("a.png"));
+        let picture = self.home.path().join("a.png");
+        for file in [&latents, &picture] {
+            let _ = fs::remove_file(file);
+        }
+        let picture = typed(&picture);
         let ended = Program::Sample.run([
             "--model",
             &typed(folder),
