@@ -55,7 +55,7 @@ fn measure(depth: u64, home: &Path) -> Result<()> {
         ("Optimum, f32", optimum),
     ] {
         let row = match program::cost(&command) {
-            Ok(cost) => row(name, cost, new_bytes(&out)?),
+            Ok(cost) => row(name, &cost, new_bytes(&out)?),
             Err(error) => {
                 eprintln!("{name}: {error:#}");
                 [name.into(), "failed".into(), String::new(), String::new(), String::new()]
@@ -77,7 +77,7 @@ fn measure(depth: u64, home: &Path) -> Result<()> {
     Ok(())
 }
 
-fn row(name: &str, cost: Cost, n_bytes: u64) -> [String; 5] {
+fn row(name: &str, cost: &Cost, n_bytes: u64) -> [String; 5] {
     [
         name.into(),
         format!("{:.1}", cost.seconds),

@@ -16,10 +16,6 @@ use benches::{median, program, table, variant};
 use serde_json::{Value, json};
 
 const PROMPT: &str = r#"red "CAT""#;
-/// Runs a command and prints the largest resident memory that it had.
-const PEAK: &str = "import resource, subprocess, sys\n\
-                    subprocess.run(sys.argv[1:], check=True)\n\
-                    print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10)";
 
 /// What is measured of one model.
 struct Case {
@@ -184,10 +180,9 @@ impl Case {
         } else {
             of(&program::run(&mut self.command(maker, folders, steps, self.images)?)?.stdout)?
         };
-        let short = program::run(&mut peak(&self.command(maker, folders, fewer, self.images)?)?)?;
-        let (lines, bytes) = short.stdout.trim().rsplit_once('\n').context("no memory")?;
-        let step = (image - of(lines)?) / (steps - fewer) as f64;
-        Ok([cold.seconds * 1e3, image, step, bytes.parse()?])
+        let short = program::cost(&self.command(maker, folders, fewer, self.images)?)?;
+        let step = (image - of(&short.stdout)?) / (steps - fewer) as f64;
+        Ok([cold.seconds * 1e3, image, step, short.peak])
     }
 
     /// Makes `n` images and prints one JSON object each, with its milliseconds by stage.
@@ -242,14 +237,6 @@ fn milliseconds(line: &str) -> Result<f64> {
     let counted = stages.iter().filter(|(stage, _)| *stage != "load");
     let values = counted.map(|(_, value)| value.as_f64());
     values.sum::<Option<f64>>().context("milliseconds are not numbers")
-}
-
-/// `command`, and after its lines the largest resident memory that it had, in bytes.
-fn peak(command: &Command) -> Result<Command> {
-    let mut measured = Command::new(program::python()?);
-    measured.args(["-c", PEAK]).arg(command.get_program()).args(command.get_args());
-    measured.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    Ok(measured)
 }
 
 /// Bytes of what has to be installed besides the model: for the peers their Python packages as PyPI has

@@ -50,16 +50,18 @@ pub struct Run {
     pub seconds: f64,
 }
 
-/// Prints of a command its seconds, those of processors and its largest resident memory in bytes.
+/// After what a command prints, its seconds, those of processors and its largest resident memory in bytes.
 const COST: &str = "import resource, subprocess, sys, time\n\
                     start = time.monotonic()\n\
-                    subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n\
+                    subprocess.run(sys.argv[1:], check=True)\n\
                     used = resource.getrusage(resource.RUSAGE_CHILDREN)\n\
                     print(time.monotonic() - start, used.ru_utime + used.ru_stime, used.ru_maxrss << 10)";
 
 /// What a program took.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Cost {
+    /// What it printed.
+    pub stdout: String,
     /// From its start to its end.
     pub seconds: f64,
     /// Of all processors.
@@ -77,11 +79,12 @@ pub fn cost(command: &Command) -> Result<Cost> {
     measured.args(["-c", COST]).arg(command.get_program()).args(command.get_args());
     measured.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
     let told = run(&mut measured)?.stdout;
-    let numbers = told.split_whitespace().map(str::parse).collect::<Result<Vec<f64>, _>>()?;
+    let (stdout, last) = told.trim_end().rsplit_once('\n').unwrap_or(("", told.trim_end()));
+    let numbers = last.split_whitespace().map(str::parse).collect::<Result<Vec<f64>, _>>()?;
     let &[seconds, processor_seconds, peak] = numbers.as_slice() else {
-        bail!("not three numbers: {told}");
+        bail!("not three numbers: {last}");
     };
-    Ok(Cost { seconds, processor_seconds, peak })
+    Ok(Cost { stdout: stdout.to_owned(), seconds, processor_seconds, peak })
 }
 
 /// Runs `command` in [`root`] to its end.

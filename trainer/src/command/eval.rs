@@ -6,7 +6,6 @@
 //! again. What a server answers, or another version of this program computes, leaves no such trace.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -71,9 +70,7 @@ pub struct Options<'a> {
 pub fn run(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
     let ranks = &options.ranks;
     if !ranks.is_first() {
-        let folder = options.out.join("logs");
-        fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
-        let file = folder.join(format!("rank-{:03}.log", ranks.rank()));
+        let file = group::ranks::log_file(ranks, options.out)?;
         log::open(Level::Quiet, Some(&file)).with_context(|| format!("{}", file.display()))?;
     }
     let prompts = prompts::read(options.prompts)?;

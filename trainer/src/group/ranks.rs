@@ -1,5 +1,8 @@
 //! What the ranks of a run tell each other, beside tensors.
 
+use std::fs;
+use std::path::{Path, PathBuf};
+
 use anyhow::{Context, Result, anyhow};
 use cluster::Group;
 use serde::de::DeserializeOwned;
@@ -19,6 +22,17 @@ impl From<Exact> for f64 {
     fn from(exact: Exact) -> Self {
         Self::from_bits(exact.0)
     }
+}
+
+/// Where this rank says what it does, in a folder of its own below `output`, which is there then; the first one
+/// speaks to people.
+///
+/// # Errors
+/// When the folder cannot be made.
+pub(crate) fn log_file(ranks: &Group, output: &Path) -> Result<PathBuf> {
+    let folder = output.join("logs");
+    fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
+    Ok(folder.join(format!("rank-{:03}.log", ranks.rank())))
 }
 
 /// What every rank says, by rank.

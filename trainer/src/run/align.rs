@@ -1,6 +1,6 @@
 //! Aligning a model: roll out, reward, advantage, update, log, save.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -205,9 +205,6 @@ fn is_whole(folder: &Path) -> bool {
     Checksums::open(folder).is_ok_and(|list| list.is_some_and(|list| list.check_all().is_ok()))
 }
 
-/// Folder of the logs of the other ranks in the output folder.
-const LOGS: &str = "logs";
-
 impl Run<'_> {
     fn iterate(&mut self, start: usize) -> Result<()> {
         let total = self.config.iterations;
@@ -342,9 +339,7 @@ impl Run<'_> {
         if ranks.is_first() {
             return Ok(progress);
         }
-        let folder = self.config.output.join(LOGS);
-        fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
-        let path = folder.join(format!("rank-{:03}.log", ranks.rank()));
+        let path = ranks::log_file(ranks, &self.config.output)?;
         let file = File::options().create(true).append(true).open(&path);
         Ok(progress.in_file(file.with_context(|| format!("opening {}", path.display()))?))
     }
