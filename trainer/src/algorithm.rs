@@ -351,13 +351,16 @@ pub(crate) trait Algorithm {
     fn updates(&self, experience: &Experience) -> Vec<Vec<Item>>;
 
     /// `items` ready for the network; `condition` has their rows.
+    ///
+    /// # Errors
+    /// When other weights' velocities cannot be had.
     fn batch<'a>(
         &'a self,
         model: &Model,
         experience: &Experience,
         items: &[Item],
         condition: &Condition,
-    ) -> Batch<'a>;
+    ) -> Result<Batch<'a>>;
 
     /// Transitions of a group that train where rewards are not flat, after `rollout`.
     fn n_trained(&self, rollout: &Rollout) -> usize;

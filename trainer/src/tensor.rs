@@ -3,3 +3,4 @@
 pub mod device;
 pub(crate) mod eager;
 pub(crate) mod parameters;
+pub(crate) mod stored;

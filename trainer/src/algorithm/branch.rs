@@ -352,7 +352,7 @@ impl Algorithm for Branch<'_> {
         experience: &Experience,
         items: &[Item],
         condition: &Condition,
-    ) -> Batch<'b> {
+    ) -> Result<Batch<'b>> {
         self.policy.batch(model, experience, items, condition)
     }
 

@@ -1,6 +1,6 @@
 //! Other values of the weights that train: a policy of the past, or the one a run started from.
 
-use anyhow::Result;
+use anyhow::{Error, Result};
 use flow::checkpoint::Entry;
 use flow::panics::caught;
 use tch::{Tensor, no_grad};
@@ -8,7 +8,7 @@ use tch::{Tensor, no_grad};
 use crate::network::condition::Condition;
 use crate::network::model::Model;
 use crate::network::shards::{self, Shards};
-use crate::tensor::parameters::Parameters;
+use crate::tensor::parameters::{Others, Parameters};
 
 /// What its parts are called in a checkpoint.
 const KIND: &str = "behaviour";
@@ -22,8 +22,8 @@ pub(crate) fn kept(rate: f64, n_steps: i64, max: f64) -> f64 {
 pub(crate) struct Copies {
     /// In f32, like the masters: this rank's part of each segment.
     parts: Vec<Tensor>,
-    /// As networks see them, one flat tensor a segment; the parts themselves where masters share storage.
-    wholes: Vec<Tensor>,
+    /// As networks see them; the parts themselves where masters share storage.
+    shown: Others,
 }
 
 impl Copies {
@@ -32,12 +32,12 @@ impl Copies {
     }
 
     fn with(trained: &Parameters, parts: Vec<Tensor>) -> Self {
-        let wholes = if trained.shares_storage() {
+        let flats = if trained.shares_storage() {
             parts.iter().map(Tensor::shallow_clone).collect()
         } else {
             trained.seen().collect()
         };
-        Self { parts, wholes }
+        Self { parts, shown: trained.others(flats) }
     }
 
     /// Of `parts`, this rank's part of each segment in f32, which [`Copies::exchange`] may swap in place.
@@ -52,22 +52,25 @@ impl Copies {
 
     /// Swaps these values with those in use; twice restores both to the bit.
     pub(crate) fn exchange(&self, trained: &Parameters) {
-        trained.exchange(&self.wholes);
+        trained.exchange(&self.shown);
     }
 
     /// What these weights answer.
+    ///
+    /// # Errors
+    /// As [`Engine::velocity`](crate::network::engine::Engine::velocity).
     pub(crate) fn velocity(
         &self,
         model: &Model,
         x_t: &Tensor,
         t: &Tensor,
         condition: &Condition,
-    ) -> Tensor {
+    ) -> Result<Tensor> {
         self.exchange(model.engine.trained());
         // Whatever happens, the weights in use come back.
         let v = caught(|| model.engine.velocity(x_t, t, condition));
         self.exchange(model.engine.trained());
-        v.unwrap_or_else(|panic| panic!("{panic}"))
+        v.map_err(Error::msg).flatten()
     }
 
     /// Moves each value to `decay` of itself and the rest of the weight in use.
@@ -87,9 +90,9 @@ impl Copies {
         if trained.shares_storage() {
             return Ok(());
         }
-        for (whole, part) in self.wholes.iter().zip(&self.parts) {
-            let gathered = trained.whole(&part.to_kind(whole.kind()))?;
-            no_grad(|| whole.shallow_clone().copy_(&gathered.narrow(0, 0, whole.size()[0])));
+        for (flat, part) in self.shown.flats.iter().zip(&self.parts) {
+            let shown = trained.shown(part)?;
+            no_grad(|| flat.shallow_clone().copy_(&shown.narrow(0, 0, flat.size()[0])));
         }
         Ok(())
     }

@@ -217,17 +217,18 @@ impl Algorithm for Matching<'_> {
         experience: &Experience,
         items: &[Item],
         condition: &Condition,
-    ) -> Batch<'b> {
+    ) -> Result<Batch<'b>> {
         let is_shared = self.config.shared_noise;
         let noised = Noised::new(&self.setting, model, experience, items, is_shared);
         let velocity = |copies: &Option<Copies>| {
-            let copies = copies.as_ref()?;
-            Some(copies.velocity(model, &noised.x_t, &noised.t, condition))
+            let velocity =
+                |copies: &Copies| copies.velocity(model, &noised.x_t, &noised.t, condition);
+            copies.as_ref().map(velocity).transpose()
         };
         let images = Images {
-            v_old: velocity(&self.old),
-            v_lag: velocity(&self.lag),
-            v_reference: velocity(&self.reference),
+            v_old: velocity(&self.old)?,
+            v_lag: velocity(&self.lag)?,
+            v_reference: velocity(&self.reference)?,
             advantages: numbers(items, &noised.t, |item| self.config.squashed(item.advantage)),
             target: noised.target,
             t: noised.t.shallow_clone(),
@@ -238,12 +239,12 @@ impl Algorithm for Matching<'_> {
             ("target", &images.target),
             ("advantages", &images.advantages),
         ];
-        Batch {
+        Ok(Batch {
             tensors: tensors.map(|(name, tensor)| (name, tensor.shallow_clone())).into(),
             x_in: noised.x_t,
             t_in: noised.t,
             objective: Box::new(move |v| self.config.objective(&images, v)),
-        }
+        })
     }
 
     fn n_trained(&self, _: &Rollout) -> usize {

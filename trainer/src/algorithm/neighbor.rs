@@ -225,7 +225,7 @@ impl Algorithm for Neighbor<'_> {
         experience: &Experience,
         items: &[Item],
         _: &Condition,
-    ) -> Batch<'b> {
+    ) -> Result<Batch<'b>> {
         let transitions = self.transitions(experience, items);
         let Transitions { x_in, v_old, t_in, t_next, candidates, advantages } = &transitions;
         let tensors = [
@@ -236,12 +236,12 @@ impl Algorithm for Neighbor<'_> {
             ("candidates", candidates),
             ("advantages", advantages),
         ];
-        Batch {
+        Ok(Batch {
             tensors: tensors.map(|(name, tensor)| (name, tensor.shallow_clone())).into(),
             x_in: x_in.shallow_clone(),
             t_in: t_in.shallow_clone(),
             objective: Box::new(move |v| self.config.objective(&transitions, v)),
-        }
+        })
     }
 
     fn n_trained(&self, _: &Rollout) -> usize {

@@ -135,15 +135,15 @@ impl Algorithm for Nft<'_> {
         experience: &Experience,
         items: &[Item],
         condition: &Condition,
-    ) -> Batch<'b> {
+    ) -> Result<Batch<'b>> {
         let Noised { x0, x_t, t, .. } = Noised::new(&self.setting, model, experience, items, false);
         let velocity = |copies: &Copies| copies.velocity(model, &x_t, &t, condition);
         let contrast = Contrast {
             x0,
             x_t: x_t.shallow_clone(),
             t: t.shallow_clone(),
-            v_old: velocity(self.old.as_ref().expect("the run has begun")),
-            v_reference: self.reference.as_ref().map(velocity),
+            v_old: velocity(self.old.as_ref().expect("the run has begun"))?,
+            v_reference: self.reference.as_ref().map(velocity).transpose()?,
             advantages: numbers(items, &x_t, |item| item.advantage),
         };
         let tensors = [
@@ -153,12 +153,12 @@ impl Algorithm for Nft<'_> {
             ("v_old", &contrast.v_old),
             ("advantages", &contrast.advantages),
         ];
-        Batch {
+        Ok(Batch {
             tensors: tensors.map(|(name, tensor)| (name, tensor.shallow_clone())).into(),
             x_in: x_t,
             t_in: t,
             objective: Box::new(move |v| self.config.objective(&contrast, v)),
-        }
+        })
     }
 
     fn n_trained(&self, _: &Rollout) -> usize {

@@ -231,7 +231,7 @@ impl Algorithm for Policy<'_> {
         experience: &Experience,
         items: &[Item],
         condition: &Condition,
-    ) -> Batch<'b> {
+    ) -> Result<Batch<'b>> {
         let calls = &experience.trajectory.calls;
         let row = |all: &Tensor, item: &Item| experience.row(all, item.group, item.member);
         let x_in = stack(items, |item| row(&calls[item.call].x_t, item));
@@ -240,8 +240,8 @@ impl Algorithm for Policy<'_> {
         let steps: Vec<Step> = items.iter().map(|item| calls[item.call].step).collect();
         let t_in = numbers(items, &x_in, |item| experience.rollout.time(calls[item.call].step.t));
         let advantages = numbers(items, &x_in, |item| item.advantage);
-        let v_reference =
-            self.reference.as_ref().map(|copies| copies.velocity(model, &x_in, &t_in, condition));
+        let velocity = |copies: &Copies| copies.velocity(model, &x_in, &t_in, condition);
+        let v_reference = self.reference.as_ref().map(velocity).transpose()?;
         let tensors = vec![
             ("x_in", x_in.shallow_clone()),
             ("v_old", v_old.shallow_clone()),
@@ -258,7 +258,7 @@ impl Algorithm for Policy<'_> {
             v_reference,
         };
         let objective = Box::new(move |v: &Tensor| self.config.objective(&transitions, v));
-        Batch { x_in, t_in, objective, tensors }
+        Ok(Batch { x_in, t_in, objective, tensors })
     }
 
     fn n_trained(&self, rollout: &Rollout) -> usize {

@@ -93,7 +93,8 @@ pub fn run(options: &Options<'_>) -> Result<()> {
     let matmul_tflops = matmul(compute) / 1e12;
     let engine = engine(options)?;
     let weights_gb = peak_gb(compute.device);
-    let rows = sizes.iter().map(|size| measure(options, &engine, size)).collect();
+    let rows = sizes.iter().map(|size| measure(options, &engine, size));
+    let rows = rows.collect::<Result<Vec<Row>>>()?;
     let precision = device::precision_name(compute.kind).to_owned();
     let device = format!("{:?}", compute.device);
     let report = Report { device, precision, batch, text_tokens, matmul_tflops, weights_gb, rows };
@@ -129,7 +130,7 @@ fn engine(options: &Options<'_>) -> Result<Engine> {
     Ok(engine)
 }
 
-fn measure(options: &Options<'_>, engine: &Engine, size: &LatentSize) -> Row {
+fn measure(options: &Options<'_>, engine: &Engine, size: &LatentSize) -> Result<Row> {
     let Options { pipeline, batch, text_tokens, compute, .. } = *options;
     let (network, device) = (&pipeline.transformer, compute.device);
     let random = |shape: &[usize]| {
@@ -146,23 +147,23 @@ fn measure(options: &Options<'_>, engine: &Engine, size: &LatentSize) -> Row {
             .reshape([-1, 3])
             .to_device(device),
     };
-    let timed = |pass: &dyn Fn()| {
+    let timed = |pass: &dyn Fn() -> Result<()>| {
         device::forget_peak();
         let before = peak_gb(device);
         if !options.stream {
-            pass();
+            pass()?;
         }
-        let ms = median_ms(options.repeats, device, pass);
-        (ms, peak_gb(device).zip(before).map(|(peak, before)| peak - before))
+        let ms = median_ms(options.repeats, device, pass)?;
+        anyhow::Ok((ms, peak_gb(device).zip(before).map(|(peak, before)| peak - before)))
     };
-    let (velocity_ms, velocity_gb) = timed(&|| drop(engine.velocity(&x_t, &t, &condition)));
-    let (training_ms, training_gb) = timed(&|| {
-        engine.forward_backward(&x_t, &t, &condition, Tensor::shallow_clone);
-    });
+    let forward = || engine.velocity(&x_t, &t, &condition).map(drop);
+    let training = || engine.forward_backward(&x_t, &t, &condition, Tensor::shallow_clone);
+    let (velocity_ms, velocity_gb) = timed(&forward)?;
+    let (training_ms, training_gb) = timed(&training)?;
     let shapes = Shapes::new();
     pipeline.dry_velocity(&shapes, batch, size.tokens(), text_tokens);
     let factor = pipeline.vae.factor();
-    Row {
+    Ok(Row {
         width: size.width * factor,
         height: size.height * factor,
         tokens: size.tokens(),
@@ -171,7 +172,7 @@ fn measure(options: &Options<'_>, engine: &Engine, size: &LatentSize) -> Row {
         training_ms,
         velocity_gb,
         training_gb,
-    }
+    })
 }
 
 /// Operations a second of a large square product, the best of several.
@@ -188,16 +189,16 @@ fn matmul(Compute { device, kind }: Compute) -> f64 {
 }
 
 /// Milliseconds of `pass`.
-fn median_ms(repeats: usize, device: Device, pass: &dyn Fn()) -> f64 {
+fn median_ms(repeats: usize, device: Device, pass: &dyn Fn() -> Result<()>) -> Result<f64> {
     let once = || {
         let started = Instant::now();
-        pass();
+        pass()?;
         device::synchronise(device);
-        1e3 * started.elapsed().as_secs_f64()
+        anyhow::Ok(1e3 * started.elapsed().as_secs_f64())
     };
-    let mut ms: Vec<f64> = (0..repeats).map(|_| once()).collect();
+    let mut ms = (0..repeats).map(|_| once()).collect::<Result<Vec<f64>>>()?;
     ms.sort_by(f64::total_cmp);
-    ms[ms.len() / 2]
+    Ok(ms[ms.len() / 2])
 }
 
 fn peak_gb(device: Device) -> Option<f64> {

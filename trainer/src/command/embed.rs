@@ -18,7 +18,7 @@ use crate::run::interrupt;
 use crate::run::progress::Progress;
 use crate::tensor::device::Compute;
 use crate::tensor::eager::dims;
-use crate::tensor::parameters;
+use crate::tensor::stored;
 
 /// Prompts encoded in one pass over T5, and stored in one file.
 const PROMPTS_A_FILE: usize = 64;
@@ -134,7 +134,7 @@ fn bare(folder: &Path, file: &Path, rank: usize) -> Result<Tensor> {
         "{}: one tensor of {rank} axes is needed, found shape {shape:?}",
         path.display()
     );
-    Ok(parameters::tensor(&weights, pickle::BARE)?.reshape(dims(&shape)))
+    Ok(stored::tensor(&weights, pickle::BARE)?.reshape(dims(&shape)))
 }
 
 /// Embeddings are stored in the type of T5's weights.
@@ -142,7 +142,7 @@ fn stored_kind(model: &Model) -> Result<Kind> {
     let weights = model.pipeline.weights(Component::TextEncoder2)?;
     let name = weights.names().next().context("a text encoder without weights")?;
     let View { dtype, .. } = weights.get(name).context("listed above")?;
-    parameters::kind_of(dtype)
+    stored::kind_of(dtype)
 }
 
 #[cfg(test)]

@@ -239,8 +239,8 @@ fn train_flow(
         let x_t = on_path(&x0, &eps, &times);
         let t = Tensor::from_slice(&times).to_kind(Kind::Float).to_device(model.device());
         let condition =
-            model.condition(&ids.each_ref().map(|i| i.index_select(0, &picked)), 1.0, size);
-        let v = model.engine.forward(&x_t, &t, &condition);
+            model.condition(&ids.each_ref().map(|i| i.index_select(0, &picked)), 1.0, size)?;
+        let v = model.engine.forward(&x_t, &t, &condition)?;
         let loss = (v - (eps - x0)).square().mean(Kind::Float);
         loss.backward();
         optimizer.step(&trained(model), cosine(step, n_steps))?;

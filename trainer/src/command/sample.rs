@@ -15,7 +15,7 @@ use crate::group::rollout::RolloutConfig;
 use crate::network::model::{Loading, Model, unpack};
 use crate::picture;
 use crate::tensor::device::Compute;
-use crate::tensor::parameters::entry;
+use crate::tensor::stored::entry;
 
 /// What to sample.
 pub struct Options<'a> {
@@ -80,7 +80,7 @@ pub fn run(options: &Options<'_>) -> Result<()> {
     let condition =
         model.encode(&vec![options.prompt; options.n], options.rollout.guidance, &size)?;
     let eps = model.pack(&rows, &size);
-    let x0 = solve_in_batches(&model, &plan, eps, &condition, options.rollout.batch).x0;
+    let x0 = solve_in_batches(&model, &plan, eps, &condition, options.rollout.batch)?.x0;
     ensure!(
         x0.isfinite().all().int64_value(&[]) == 1,
         "the latents are not finite: {} holds a NaN or an infinity",

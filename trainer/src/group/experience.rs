@@ -229,6 +229,7 @@ impl Experience {
                 break;
             }
         }
+        sources.model.engine.attend()?;
         self.trajectory = Trajectory::joined(parts);
         watch.enter(Stage::Rewards)?;
         Ok(decoded)
@@ -304,23 +305,25 @@ fn trajectory(
         } else if division.is_spread() {
             network.shared(x_t, rollout.time(t), division)
         } else {
-            Ok(network.velocity(x_t, rollout.time(t)))
+            network.velocity(x_t, rollout.time(t))
         }
     };
     rollout::solve(&rollout.steps, model.pack(&eps, size), velocity, disturb)
 }
 
 /// Solves from `eps` `[B, S, C]`, at most `batch` rows a network call.
+///
+/// # Errors
+/// As [`Engine::velocity`](crate::network::engine::Engine::velocity).
 pub(crate) fn solve_in_batches(
     model: &Model,
     plan: &[Step],
     eps: Tensor,
     condition: &Condition,
     batch: usize,
-) -> Trajectory {
+) -> Result<Trajectory> {
     let mut network = Batched::new(model, condition, batch);
-    let velocity = |x_t: &Tensor, t: f64| Ok(network.velocity(x_t, t));
-    rollout::solve(plan, eps, velocity, |_, x| x).expect("a velocity without ranks")
+    rollout::solve(plan, eps, |x_t, t| network.velocity(x_t, t), |_, x| x)
 }
 
 /// The network a few rows at a time.
@@ -340,7 +343,7 @@ impl<'a> Batched<'a> {
 
     /// Velocity of `x_t` `[B, S, C]` at `t`; B is a multiple of the conditions' rows, each of which is for
     /// as many neighbouring rows of `x_t`.
-    fn velocity(&mut self, x_t: &Tensor, t: f64) -> Tensor {
+    fn velocity(&mut self, x_t: &Tensor, t: f64) -> Result<Tensor> {
         let n_rows = x_t.size()[0];
         self.of_rows(x_t, t, 0..n_rows)
     }
@@ -349,12 +352,14 @@ impl<'a> Batched<'a> {
     fn shared(&mut self, x_t: &Tensor, t: f64, division: &Division) -> Result<Tensor> {
         let width = x_t.size()[0] as usize / division.groups().len();
         let own = division.own_nodes(width);
-        let v = self.of_rows(x_t, t, own.start as i64..own.end as i64);
-        division.gathered(self.model.engine.trained().group(), &v, width)
+        let v = self.of_rows(x_t, t, own.start as i64..own.end as i64)?;
+        let engine = &self.model.engine;
+        engine.attend()?;
+        division.gathered(engine.trained().group(), &v, width)
     }
 
     /// That of some `rows`, of which there are as many whenever `x_t` has as many.
-    fn of_rows(&mut self, x_t: &Tensor, t: f64, rows: Range<i64>) -> Tensor {
+    fn of_rows(&mut self, x_t: &Tensor, t: f64, rows: Range<i64>) -> Result<Tensor> {
         let (n_rows, n_own) = (x_t.size()[0], rows.end - rows.start);
         if n_rows != self.n_rows {
             let n_prompts = self.condition.pooled.size()[0];
@@ -366,9 +371,9 @@ impl<'a> Batched<'a> {
         }
         let x_t = x_t.narrow(0, rows.start, n_own);
         if n_own == 0 {
-            return x_t.zeros_like();
+            return Ok(x_t.zeros_like());
         }
-        let velocities: Vec<Tensor> = x_t
+        let velocities = x_t
             .split(self.batch, 0)
             .iter()
             .zip(&self.parts)
@@ -376,11 +381,10 @@ impl<'a> Batched<'a> {
                 let times = Tensor::full([x_t.size()[0]], t, (Kind::Float, x_t.device()));
                 self.model.engine.velocity(x_t, &times, condition)
             })
-            .collect();
-        if velocities.len() == 1 {
-            velocities[0].shallow_clone()
-        } else {
-            Tensor::cat(&velocities, 0)
-        }
+            .collect::<Result<Vec<Tensor>>>()?;
+        Ok(match &velocities[..] {
+            [all] => all.shallow_clone(),
+            parts => Tensor::cat(parts, 0),
+        })
     }
 }

@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use tch::{Kind, Tensor};
 
 use crate::tensor::eager::dims;
-use crate::tensor::parameters;
+use crate::tensor::stored;
 
 const TEXT: &str = "prompt_embeds";
 const POOLED: &str = "pooled_prompt_embeds";
@@ -31,7 +31,7 @@ pub(crate) fn store(out: &Path, rows: &[Row<'_>]) -> Result<()> {
     let (mut entries, mut metadata) = (Vec::new(), Vec::new());
     for (key, row) in keys.iter().zip(rows) {
         for (name, tensor) in [TEXT, POOLED].iter().zip(&row.tensors) {
-            entries.push(parameters::entry(&format!("{key}.{name}"), tensor)?);
+            entries.push(stored::entry(&format!("{key}.{name}"), tensor)?);
         }
         metadata.push((key.as_str(), row.prompt.to_owned()));
     }
@@ -110,7 +110,7 @@ impl Embeddings {
             for (rows, name) in rows.iter_mut().zip([TEXT, POOLED]) {
                 let name = format!("{key}.{name}");
                 let shape = file.get(&name).with_context(|| self.unknown(prompt))?.shape;
-                let values = parameters::tensor(file, &name)?.to_kind(Kind::Float);
+                let values = stored::tensor(file, &name)?.to_kind(Kind::Float);
                 rows.push(values.reshape(dims(shape)));
             }
         }

@@ -14,7 +14,7 @@ use super::condition::Condition;
 use super::inference::Inference;
 use super::lora::Adapters;
 use crate::tensor::eager::{Addition, Eager};
-use crate::tensor::parameters::{Changed, Parameters};
+use crate::tensor::parameters::{Changed, Parameters, Pass};
 
 /// The velocity network.
 pub(crate) struct Engine {
@@ -101,18 +101,35 @@ impl Engine {
     }
 
     /// The interpreter of segment `index`: prologue, every block, epilogue.
-    fn segment(&self, index: usize) -> Eager<'_> {
+    fn segment(&self, index: usize) -> Result<Eager<'_>> {
         let addition = self.adapters.as_ref().map(|adapters| adapters as &dyn Addition);
-        self.parameters.segment(index).with(addition)
+        Ok(self.parameters.segment(index)?.with(addition))
     }
 
     /// Velocity `[B, S, C]` of `x_t` `[B, S, C]` at times `t` `[B]`, in f32, without gradients.
-    pub(crate) fn velocity(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Tensor {
+    ///
+    /// # Errors
+    /// When weights cannot be read, or a rank that holds a part of them has failed.
+    pub(crate) fn velocity(
+        &self,
+        x_t: &Tensor,
+        t: &Tensor,
+        condition: &Condition,
+    ) -> Result<Tensor> {
         let tokens = (x_t.size()[1] + condition.text.size()[1]) as usize;
         match self.inference(tokens) {
-            Some(inference) => inference.velocity(x_t, t, condition),
+            Some(inference) => Ok(inference.velocity(x_t, t, condition)),
             None => no_grad(|| self.forward(x_t, t, condition)),
         }
+    }
+
+    /// Stands wherever ranks may have computed different numbers of velocities and gradients, before they do
+    /// anything else together; see [`Parameters::attend`].
+    ///
+    /// # Errors
+    /// When a rank has failed.
+    pub(crate) fn attend(&self) -> Result<()> {
+        self.parameters.attend()
     }
 
     /// Another way to velocities, where it is faster, with the parameters as they are.
@@ -120,7 +137,8 @@ impl Engine {
         let parameters = &self.parameters;
         let adapters = self.adapters.as_ref();
         let is_free = !self.rounds_alike && !adapters.is_some_and(Adapters::are_training);
-        let is_plain = parameters.compute().is_plain() && !parameters.is_streamed();
+        let is_held = !parameters.is_streamed() && !parameters.is_gathered();
+        let is_plain = parameters.compute().is_plain() && is_held;
         if !is_free || !is_plain || !Inference::is_worthwhile(&self.config, tokens) {
             return None;
         }
@@ -134,31 +152,44 @@ impl Engine {
     }
 
     /// The velocity with its graph, for losses that train the text encoders as well.
-    pub(crate) fn forward(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Tensor {
+    ///
+    /// # Errors
+    /// As [`Engine::velocity`].
+    pub(crate) fn forward(
+        &self,
+        x_t: &Tensor,
+        t: &Tensor,
+        condition: &Condition,
+    ) -> Result<Tensor> {
         let (config, owned) = (&self.config, self.inputs(x_t, t, condition));
-        let mut state = config.prologue(&self.segment(0), &owned.borrow());
+        self.parameters.begin(Pass::Forward)?;
+        let mut state = config.prologue(&self.segment(0)?, &owned.borrow());
         for index in 0..config.n_blocks() {
-            state = config.block(&self.segment(index + 1), index, &state);
+            state = config.block(&self.segment(index + 1)?, index, &state);
         }
-        let v = config.epilogue(&self.segment(config.n_blocks() + 1), &state);
-        v.to_kind(tch::Kind::Float)
+        let v = config.epilogue(&self.segment(config.n_blocks() + 1)?, &state);
+        Ok(v.to_kind(tch::Kind::Float))
     }
 
     /// Runs the network forward, asks `gradient` for dJ/dv (same shape as v, f32) and accumulates its
     /// product with dv/dθ on the parameters.
+    ///
+    /// # Errors
+    /// As [`Engine::velocity`].
     pub(crate) fn forward_backward(
         &self,
         x_t: &Tensor,
         t: &Tensor,
         condition: &Condition,
         gradient: impl FnOnce(&Tensor) -> Tensor,
-    ) {
-        if self.recompute {
+    ) -> Result<()> {
+        if self.recompute || self.parameters.is_gathered() {
             return self.blockwise(x_t, t, condition, gradient);
         }
-        let v = self.forward(x_t, t, condition);
+        let v = self.forward(x_t, t, condition)?;
         let of_v = gradient(&v.detach());
         (v * of_v).sum(tch::Kind::Float).backward();
+        Ok(())
     }
 
     fn blockwise(
@@ -167,28 +198,38 @@ impl Engine {
         t: &Tensor,
         condition: &Condition,
         gradient: impl FnOnce(&Tensor) -> Tensor,
-    ) {
+    ) -> Result<()> {
         let (config, owned) = (&self.config, self.inputs(x_t, t, condition));
-        let mut inputs: Vec<State<T>> = Vec::with_capacity(config.n_blocks() + 1);
+        let (parameters, n_blocks) = (&self.parameters, config.n_blocks());
+        parameters.begin(Pass::Training)?;
+        let mut inputs: Vec<State<T>> = Vec::with_capacity(n_blocks + 1);
         no_grad(|| {
-            let mut state = config.prologue(&self.segment(0), &owned.borrow());
-            for index in 0..config.n_blocks() {
-                let next = config.block(&self.segment(index + 1), index, &state);
+            let mut state = config.prologue(&self.segment(0)?, &owned.borrow());
+            for index in 0..n_blocks {
+                let next = config.block(&self.segment(index + 1)?, index, &state);
                 inputs.push(std::mem::replace(&mut state, next));
             }
             inputs.push(state);
-        });
+            anyhow::Ok(())
+        })?;
         let last = leaf(&inputs.pop().expect("one state at least"));
-        let v = config.epilogue(&self.segment(config.n_blocks() + 1), &last);
+        let ops = self.segment(n_blocks + 1)?;
+        let v = config.epilogue(&ops, &last);
         let of_v = gradient(&v.detach().to_kind(tch::Kind::Float));
         (&*v * of_v).sum(tch::Kind::Float).backward();
+        drop(v);
+        parameters.collect(n_blocks + 1, ops)?;
         let mut upstream = gradients(&last);
-        for index in (0..config.n_blocks()).rev() {
+        for index in (0..n_blocks).rev() {
             let input = leaf(&inputs.pop().expect("one state a block"));
-            inject(&config.block(&self.segment(index + 1), index, &input), &upstream);
+            let ops = self.segment(index + 1)?;
+            inject(&config.block(&ops, index, &input), &upstream);
+            parameters.collect(index + 1, ops)?;
             upstream = gradients(&input);
         }
-        inject(&config.prologue(&self.segment(0), &owned.borrow()), &upstream);
+        let ops = self.segment(0)?;
+        inject(&config.prologue(&ops, &owned.borrow()), &upstream);
+        parameters.collect(0, ops)
     }
 
     fn inputs(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> OwnedInputs {
@@ -329,7 +370,8 @@ mod tests {
     fn gradients_of(engine: &mut Engine, recompute: bool) -> Vec<Tensor> {
         engine.recompute = recompute;
         let (x_t, t) = (normal(3, &[3, 6, 8]), Tensor::from_slice(&[0.2f32, 0.5, 0.9]));
-        engine.forward_backward(&x_t, &t, &condition(), |v| v * 2.0 + normal(4, &[3, 6, 8]));
+        let gradient = |v: &Tensor| v * 2.0 + normal(4, &[3, 6, 8]);
+        engine.forward_backward(&x_t, &t, &condition(), gradient).unwrap();
         taken(engine)
     }
 
@@ -374,11 +416,11 @@ mod tests {
         let (x_t, t) = (normal(3, &[3, 6, 8]), Tensor::from_slice(&[0.2f32, 0.5, 0.9]));
         let condition = condition();
         let value = |engine: &Engine| {
-            let v = engine.velocity(&x_t, &t, &condition).to_kind(Kind::Double);
+            let v = engine.velocity(&x_t, &t, &condition).unwrap().to_kind(Kind::Double);
             (v.square().sum(Kind::Double) * 0.5).double_value(&[])
         };
         engine.recompute = true;
-        engine.forward_backward(&x_t, &t, &condition, Tensor::shallow_clone);
+        engine.forward_backward(&x_t, &t, &condition, Tensor::shallow_clone).unwrap();
         let gradients = taken(&engine);
         for (segment, gradient) in gradients.iter().enumerate() {
             let master = engine.trained().segments[segment].master.shallow_clone();
@@ -407,13 +449,14 @@ mod tests {
         let engine = engine(1);
         let (x_t, t) = (normal(3, &[3, 6, 8]), Tensor::from_slice(&[0.2f32, 0.5, 0.9]));
         let condition = condition();
-        let together = engine.velocity(&x_t, &t, &condition);
+        let together = engine.velocity(&x_t, &t, &condition).unwrap();
         let second = Tensor::from_slice(&[1i64]);
         let alone = engine.velocity(
             &x_t.index_select(0, &second),
             &t.index_select(0, &second),
             &condition.rows(&second),
         );
+        let alone = alone.unwrap();
         let difference = (together.get(1) - alone.get(0)).abs().max().double_value(&[]);
         assert!(difference < 1e-5, "{difference:e}");
     }

@@ -141,7 +141,7 @@ mod tests {
             let condition = model.encode(&["red \"CAT\""; 37], 3.5, &size).unwrap();
             let x_t = normal(1, &[37, size.tokens() as i64, size.token_width() as i64]);
             let t = Tensor::linspace(0.02, 1.0, 37, (Kind::Float, tch::Device::Cpu));
-            let torch = no_grad(|| model.engine.forward(&x_t, &t, &condition));
+            let torch = no_grad(|| model.engine.forward(&x_t, &t, &condition)).unwrap();
             let config = &model.pipeline.transformer;
             let ours = Inference::new(config, model.engine.trained(), None);
             let ours = ours.velocity(&x_t, &t, &condition);

@@ -340,7 +340,7 @@ mod tests {
 
     fn velocity(model: &Model) -> Tensor {
         let (x_t, t, condition) = inputs(model);
-        model.engine.velocity(&x_t, &t, &condition)
+        model.engine.velocity(&x_t, &t, &condition).unwrap()
     }
 
     fn distance(a: &Tensor, b: &Tensor) -> f64 {
@@ -360,7 +360,7 @@ mod tests {
         model.engine.train();
         model.engine.recompute = true;
         let (x_t, t, condition) = inputs(&model);
-        model.engine.forward_backward(&x_t, &t, &condition, Tensor::ones_like);
+        model.engine.forward_backward(&x_t, &t, &condition, Tensor::ones_like).unwrap();
         let gradients = model.engine.trained().take_gradients().unwrap();
         let total: f64 = gradients
             .iter()

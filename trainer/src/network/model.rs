@@ -228,31 +228,34 @@ impl Model {
             return Ok(self.conditioned(text, pooled, guidance, size));
         }
         let ids = self.tokenise(prompts)?;
-        Ok(no_grad(|| self.condition(&ids, guidance, size)))
+        no_grad(|| self.condition(&ids, guidance, size))
     }
 
     /// Text tokens `[B, L, D]` and pooled vectors `[B, P]` of `prompts`.
     pub(crate) fn embed(&self, prompts: &[&str]) -> Result<[Tensor; 2]> {
         let ids = self.tokenise(prompts)?;
-        Ok(no_grad(|| self.texts(&ids)))
+        no_grad(|| self.texts(&ids))
     }
 
-    fn texts(&self, ids: &[Tensor; 2]) -> [Tensor; 2] {
+    fn texts(&self, ids: &[Tensor; 2]) -> Result<[Tensor; 2]> {
         let [clip, t5] = ids.each_ref().map(|ids| Rc::new(ids.shallow_clone()));
-        let pooled =
-            self.pipeline.text_encoder.forward(&self.text_encoder.segment(0), &clip).pooler_output;
-        [self.encode_t5(&t5), pooled.shallow_clone()]
+        let ops = self.text_encoder.segment(0)?;
+        let pooled = self.pipeline.text_encoder.forward(&ops, &clip).pooler_output;
+        Ok([self.encode_t5(&t5)?, pooled.shallow_clone()])
     }
 
     /// Conditions of token ids, with a graph where the text encoders train.
+    ///
+    /// # Errors
+    /// When weights cannot be read.
     pub(crate) fn condition(
         &self,
         ids: &[Tensor; 2],
         guidance: f64,
         size: &LatentSize,
-    ) -> Condition {
-        let [text, pooled] = self.texts(ids);
-        self.conditioned(text, pooled, guidance, size)
+    ) -> Result<Condition> {
+        let [text, pooled] = self.texts(ids)?;
+        Ok(self.conditioned(text, pooled, guidance, size))
     }
 
     fn conditioned(
@@ -274,25 +277,25 @@ impl Model {
 
     /// Token states `[B, L, D]` of ids `[B, L]`: each block, which may have to be read from disk, for
     /// all rows, a few at a time.
-    fn encode_t5(&self, ids: &Tensor) -> Tensor {
+    fn encode_t5(&self, ids: &Tensor) -> Result<Tensor> {
         let (config, parameters) = (&self.pipeline.text_encoder_2, &self.text_encoder_2);
         let at_once = if parameters.is_streamed() { STREAMED_TEXTS } else { ids.size()[0] };
-        let ops = parameters.segment(0);
+        let ops = parameters.segment(0)?;
         let mut states: Vec<State<Rc<Tensor>>> = ids
             .split(at_once, 0)
             .into_iter()
             .map(|ids| config.prologue(&ops, &Rc::new(ids)))
             .collect();
         for index in 0..config.num_layers {
-            let ops = parameters.segment(index + 1);
+            let ops = parameters.segment(index + 1)?;
             for state in &mut states {
                 *state = config.block(&ops, index, state);
             }
         }
-        let ops = parameters.segment(config.num_layers + 1);
+        let ops = parameters.segment(config.num_layers + 1)?;
         let rows: Vec<Tensor> =
             states.iter().map(|state| config.epilogue(&ops, state).shallow_clone()).collect();
-        Tensor::cat(&rows, 0)
+        Ok(Tensor::cat(&rows, 0))
     }
 
     /// `rows` of unpacked values `[Z·h·w]` as packed tokens `[B, S, C]`.

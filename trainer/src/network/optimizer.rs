@@ -116,8 +116,8 @@ impl AdamW {
         for network in parameters {
             segments.extend(network.take_gradients()?);
         }
-        let group = parameters.first().map_or_else(Group::alone, |p| p.group().clone());
-        let [grad_norm, below_eps] = no_grad(|| self.survey(&group, segments.iter().flatten()))?;
+        let within = parameters.first().map_or_else(Group::alone, |p| p.mesh().within.clone());
+        let [grad_norm, below_eps] = no_grad(|| self.survey(&within, segments.iter().flatten()))?;
         if !grad_norm.is_finite() {
             // The norm is that of all ranks.
             let what = format!("the gradient norm is {grad_norm}: lower the learning rate");
@@ -163,7 +163,8 @@ impl AdamW {
         }
     }
 
-    /// The norm of all gradients, and the share below eps by every [`SEEN`]th of them; of all ranks.
+    /// The norm of all gradients, and the share below eps by every [`SEEN`]th of them; of the ranks that have them
+    /// among themselves.
     fn survey<'a>(
         &self,
         group: &Group,

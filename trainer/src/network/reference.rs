@@ -14,7 +14,7 @@ use tch::{Kind, Tensor, no_grad};
 
 use crate::network::model::Model;
 use crate::tensor::device::precision_name;
-use crate::tensor::parameters::entry;
+use crate::tensor::stored::entry;
 
 /// Prompts of the text encoders; their rows also condition the velocity.
 const PROMPTS: [&str; 2] = ["red \"CAT\"", "A blue sign that says \"42\", on a white wall"];
@@ -43,15 +43,14 @@ fn tensors(model: &Model) -> Result<Vec<Entry<'static>>> {
     };
     let ids = model.tokenise(&PROMPTS)?;
     let wide = |x: &Tensor| x.to_kind(Kind::Float);
-    let condition = model.condition(&ids, GUIDANCE, &size);
-    let clip = pipeline
-        .text_encoder
-        .forward(&model.text_encoder.segment(0), &Rc::new(ids[0].shallow_clone()));
+    let condition = model.condition(&ids, GUIDANCE, &size)?;
+    let ops = model.text_encoder.segment(0)?;
+    let clip = pipeline.text_encoder.forward(&ops, &Rc::new(ids[0].shallow_clone()));
     let noise = Noise::new(0);
     let rows = [noise.normal(0, size.len()), noise.normal(1, size.len())];
     let x_t = model.pack(&rows, &size);
     let t = Tensor::from_slice(&TIMES).to_device(model.device());
-    let velocity = model.engine.velocity(&x_t, &t, &condition);
+    let velocity = model.engine.velocity(&x_t, &t, &condition)?;
     let latents = Tensor::from_slice(&rows.concat()).to_device(model.device());
     let latents = latents.reshape([2, size.channels as i64, size.height as i64, size.width as i64]);
     let decoded = pipeline.vae.decode(&model.vae.ops(), &Rc::new(latents.shallow_clone()));

@@ -1,16 +1,24 @@
 //! What the ranks of a run hold of a network that trains, and what each sends the others for it, in bytes.
 
+use clap::ValueEnum;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 /// Bytes of a master, a moment, an average, and of a gradient that is added up.
 const F32: f64 = 4.0;
 
 /// How ranks hold a network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Shard {
+#[derive(
+    Clone, Copy, Debug, Default, Deserialize, Eq, Hash, JsonSchema, PartialEq, Serialize, ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Shard {
     /// Weights whole on every rank, in the type it computes in; masters, moments and the average divided.
     /// Gradients stay where they are made until an optimiser step, which adds them up and gathers new weights.
+    #[default]
     States,
-    /// Weights divided, too: those of a segment are gathered before each use, the next one's meanwhile;
-    /// gradients are added up after each pass.
+    /// Weights divided, too: those of a block are gathered before each use, the next one's meanwhile;
+    /// gradients are added up in each pass. Slower, for networks that a rank cannot hold.
     All,
 }
 

@@ -15,7 +15,8 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor, no_grad};
 
 use super::engine::Engine;
-use crate::tensor::parameters::{Parameters, later};
+use crate::tensor::parameters::Parameters;
+use crate::tensor::stored::{bytes_of, later};
 
 /// What the names of files begin with.
 const STEM: &str = "training_state";
@@ -219,7 +220,7 @@ impl Shards {
                 entries.push(Entry::made(name, shape, Dtype::F32, move || {
                     let values = self.read(&flat, whole, range.clone());
                     let values = values.map_err(std::io::Error::other)?;
-                    Ok(crate::tensor::parameters::bytes_of(&(values * factor)))
+                    Ok(bytes_of(&(values * factor)))
                 }));
             }
         }

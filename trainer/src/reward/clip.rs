@@ -14,7 +14,8 @@ use tch::{Device, Kind, Tensor};
 use super::network::{Network, NetworkReward, compute};
 use super::preparation::{Fit, Preparation};
 use crate::data::pickle;
-use crate::tensor::parameters::{self, Parameters, Storage};
+use crate::tensor::parameters::{Parameters, Storage};
+use crate::tensor::stored;
 
 /// Whose preparation of images and prompts a score follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,7 +177,7 @@ impl ClipFile {
         self.weights.check(&self.naming.manifest(manifest), &others)?;
         let value = |name: &str, shape: &[usize]| {
             let stored = self.naming.stored(name);
-            let flat = parameters::tensor(&self.weights, &stored.name)?;
+            let flat = stored::tensor(&self.weights, &stored.name)?;
             Ok(match stored.part {
                 Part::Whole => flat,
                 Part::Third(third) => flat.chunk(3, 0).swap_remove(third),

@@ -4,7 +4,6 @@ use anyhow::{Result, ensure};
 use cluster::Group;
 use flow::prompts::Prompt;
 use sha2::{Digest, Sha256};
-use tch::Kind;
 
 use super::config::AlignConfig;
 use crate::group::ranks;
@@ -59,14 +58,7 @@ fn hash(bytes: &[u8]) -> String {
 
 /// Sums over what networks see, in f64, which differ where any number differs by more than a rounding.
 fn weights(model: &Model) -> String {
-    let sums: Vec<String> = model
-        .engine
-        .trained()
-        .seen_of_each()
-        .map(|seen| {
-            let sums = [seen.sum(Kind::Double), seen.abs().sum(Kind::Double)];
-            sums.map(|sum| format!("{:x}", sum.double_value(&[]).to_bits())).concat()
-        })
-        .collect();
+    let text = |sums: [f64; 2]| sums.map(|sum| format!("{:x}", sum.to_bits())).concat();
+    let sums: Vec<String> = model.engine.trained().sums().into_iter().map(text).collect();
     hash(sums.join(",").as_bytes())
 }

@@ -108,6 +108,7 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
     let sheet_prompts = &ready.sheet_prompts;
     let report = || Report::open(config, sheet_prompts, found.as_ref(), &model, &size, &plan);
     let report = ranks.is_first().then(report).transpose()?;
+    model.engine.attend()?;
     let mut run = Run {
         config,
         held,
@@ -238,6 +239,7 @@ impl Run<'_> {
                     interrupt::enter(format!("the sheet after iteration {done}"), None);
                     report.draw(done, &self.model)?;
                 }
+                self.model.engine.attend()?;
             }
             ensure!(
                 !is_idle,
@@ -449,16 +451,15 @@ impl Run<'_> {
         if let Some(averaged) = self.optimizer.averaged() {
             self.model.engine.trained().assign(averaged)?;
         }
-        let Some(last) = self.newest.as_deref().filter(|_| self.options.ranks.is_first()) else {
-            return Ok(());
-        };
-        let (dir, max_shard_bytes) = (&*folder, self.config.max_shard_bytes());
-        let target = Target { dir, max_shard_bytes, before: Some(last) };
-        save::trained(&Shards::open(last)?, &self.model.pipeline.dir, target, |folder| {
-            reference::write(&self.model, folder)
-        })?;
-        println!("{}", folder.display());
-        Ok(())
+        if let Some(last) = self.newest.as_deref().filter(|_| self.options.ranks.is_first()) {
+            let (dir, max_shard_bytes) = (&*folder, self.config.max_shard_bytes());
+            let target = Target { dir, max_shard_bytes, before: Some(last) };
+            save::trained(&Shards::open(last)?, &self.model.pipeline.dir, target, |folder| {
+                reference::write(&self.model, folder)
+            })?;
+            println!("{}", folder.display());
+        }
+        self.model.engine.attend()
     }
 }
 

@@ -21,9 +21,10 @@ use crate::network::engine::segments;
 use crate::network::lora::{Adapters, LoraConfig};
 use crate::network::model::{Loading, Missing, Model};
 use crate::network::optimizer::OptimizerConfig;
+use crate::network::sharding::Shard;
 use crate::reward::RewardConfig;
 use crate::tensor::device::Compute;
-use crate::tensor::parameters::Storage;
+use crate::tensor::parameters::{Mesh, Storage};
 
 /// One run.
 #[derive(Clone, Debug, Deserialize, JsonSchema, Serialize)]
@@ -97,6 +98,9 @@ pub struct AlignConfig {
 #[derive(Clone, Debug, Deserialize, JsonSchema, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RanksConfig {
+    /// How they hold the network.
+    #[serde(default)]
+    pub shard: Shard,
     /// Seconds until all ranks must have come.
     #[serde(default = "join_seconds")]
     pub join_seconds: f64,
@@ -115,7 +119,7 @@ fn step_seconds() -> f64 {
 
 impl Default for RanksConfig {
     fn default() -> Self {
-        Self { join_seconds: join_seconds(), step_seconds: step_seconds() }
+        Self { shard: Shard::default(), join_seconds: join_seconds(), step_seconds: step_seconds() }
     }
 }
 
@@ -198,10 +202,12 @@ impl AlignConfig {
 
     /// [`AlignConfig::load`] of a folder that may lack weights.
     pub(crate) fn open(&self, compute: Compute, ranks: &Group, missing: Missing) -> Result<Model> {
-        let storage = match (&self.lora, self.stream) {
-            (None, _) => Storage::Trainable(ranks.clone()),
-            (Some(_), false) => Storage::Frozen,
-            (Some(_), true) => Storage::Streamed,
+        let trains = self.lora.is_none();
+        let storage = match self.ranks.shard {
+            Shard::All => Storage::Divided { mesh: Mesh::flat(ranks), trains },
+            Shard::States if trains => Storage::Trainable(ranks.clone()),
+            Shard::States if self.stream => Storage::Streamed,
+            Shard::States => Storage::Frozen,
         };
         let stream_text = self.stream || self.embeddings.is_some();
         let loading = Loading { compute, storage, stream_text };
@@ -264,6 +270,10 @@ impl AlignConfig {
         ensure!(
             !self.stream || self.lora.is_some(),
             "stream = true: only adapters train beside weights that stay on disk; add [lora]"
+        );
+        ensure!(
+            !self.stream || self.ranks.shard == Shard::States,
+            "stream = true leaves weights on disk, ranks.shard divides them among ranks: choose one"
         );
         ensure!(self.iterations > 0, "iterations = 0: nothing to do");
         self.group.validate()?;

@@ -276,7 +276,7 @@ pub(crate) fn sample(
     let condition = model.encode(prompts, guidance, size)?;
     let noise: Vec<Vec<f32>> = (seed..).take(prompts.len()).map(|seed| size.noise(seed)).collect();
     let eps = model.pack(&noise, size);
-    let trajectory = experience::solve_in_batches(model, plan, eps, &condition, batch);
+    let trajectory = experience::solve_in_batches(model, plan, eps, &condition, batch)?;
     model.decode(&trajectory.x0, size)
 }
 

@@ -24,6 +24,7 @@ use crate::network::model::Model;
 use crate::network::optimizer::AdamW;
 use crate::network::save;
 use crate::network::shards::{self, Layout, MASTER, Shards};
+use crate::tensor::parameters::Mesh;
 
 /// Folder of checkpoints in the output folder.
 const CHECKPOINTS: &str = "checkpoints";
@@ -197,17 +198,17 @@ impl Moment<'_> {
             Ok(name.to_string_lossy().into_owned())
         };
         let hidden = home.join(ranks::of_first(ranks, begin)?);
-        let name = |rank| shards::file_name(rank, ranks.world());
-        let written = self.write(&hidden.join(name(ranks.rank())));
+        let written = self.write(&hidden);
         let written = match &mut staged {
-            Some(staged) => written.and_then(|sum| self.complete(staged, before).map(|()| sum)),
+            Some(staged) => written.and_then(|file| self.complete(staged, before).map(|()| file)),
             None => written,
         };
-        let sums = ranks::outcomes(ranks, written)?;
+        let files = ranks::outcomes(ranks, written)?;
         ranks::of_first(ranks, || {
             let Some(mut staged) = staged.take() else { return Ok(()) };
-            for (rank, sum) in sums.iter().enumerate() {
-                staged.take_down(&name(rank), *sum).with_context(|| {
+            for (rank, file) in files.iter().enumerate() {
+                let Some((name, sum)) = file else { continue };
+                staged.take_down(name, *sum).with_context(|| {
                     format!("rank {rank} has written elsewhere: all ranks share the output folder")
                 })?;
             }
@@ -217,9 +218,15 @@ impl Moment<'_> {
         Ok(dir)
     }
 
-    /// Writes this rank's file.
-    fn write(&self, path: &Path) -> Result<Sum> {
+    /// Writes this rank's file into `folder`: its name and sum; nothing where another rank has the same part.
+    fn write(&self, folder: &Path) -> Result<Option<(String, Sum)>> {
         let engine = &self.model.engine;
+        let Mesh { within, across, .. } = engine.trained().mesh();
+        if !across.is_first() {
+            return Ok(None);
+        }
+        let name = shards::file_name(within.rank(), within.world());
+        let path = &folder.join(&name);
         let mut entries: Vec<Entry<'_>> = shards::entries(MASTER, engine.trained().masters());
         entries.extend(self.optimizer.entries());
         entries.extend(self.kept.into_iter().flat_map(Copies::entries));
@@ -232,7 +239,8 @@ impl Moment<'_> {
             Layout::of(engine).metadata()?,
         ];
         write_tensors(path, &entries, &metadata)?;
-        checksums::sum_of(path).with_context(|| format!("cannot read {}", path.display()))
+        let sum = checksums::sum_of(path);
+        Ok(Some((name, sum.with_context(|| format!("cannot read {}", path.display()))?)))
     }
 
     /// Puts what is not a rank's own beside the files of ranks.
@@ -242,7 +250,7 @@ impl Moment<'_> {
             let source = &self.model.pipeline.dir;
             save::carry_over(source, staged, &[Component::Transformer], before)?;
         }
-        if engine.trained().group().world() == 1 {
+        if engine.trained().mesh().within.world() == 1 {
             let shards = Shards::open(staged.path())?;
             save::weights(&shards, staged.path(), self.config.max_shard_bytes())?;
         }

@@ -16,7 +16,7 @@ use crate::group::ranks::{self, Exact};
 use crate::network::model::Model;
 use crate::network::optimizer::{AdamW, StepReport};
 use crate::run::config::AlignConfig;
-use crate::tensor::parameters::entry;
+use crate::tensor::stored::entry;
 
 /// What the updates of an iteration did, of all ranks.
 #[derive(Debug, Default)]
@@ -75,7 +75,7 @@ pub(crate) fn run(
         for chunk in items.chunks(config.group.rollout.batch) {
             ensure!(update > 0 || !is_stopped(), "stopped before the first step of the optimiser");
             let condition = experience.conditions(chunk.iter().map(|item| item.group));
-            let batch = algorithm.batch(model, experience, chunk, &condition);
+            let batch = algorithm.batch(model, experience, chunk, &condition)?;
             let share = chunk.len() as f64 / total as f64;
             let (objective, tensors) = (batch.objective, batch.tensors);
             model.engine.forward_backward(&batch.x_in, &batch.t_in, &condition, |v| {
@@ -86,8 +86,9 @@ pub(crate) fn run(
                 }
                 // The optimiser minimises.
                 objective.gradient * -share
-            });
+            })?;
         }
+        model.engine.attend()?;
         let statistics = statistics.of_all(ranks)?;
         if update == 0 {
             outcome.log_ratio_first = statistics.log_ratio_max;
@@ -306,8 +307,8 @@ mod tests {
         items: &[Item],
     ) -> f64 {
         let condition = experience.conditions(items.iter().map(|item| item.group));
-        let batch = algorithm.batch(model, experience, items, &condition);
-        let v = model.engine.velocity(&batch.x_in, &batch.t_in, &condition);
+        let batch = algorithm.batch(model, experience, items, &condition).unwrap();
+        let v = model.engine.velocity(&batch.x_in, &batch.t_in, &condition).unwrap();
         let is_advantages = |(name, _): &&(&str, Tensor)| *name == "advantages";
         let advantages = batch.tensors.iter().find(is_advantages).map(|(_, values)| values);
         let objective = (batch.objective)(&v);

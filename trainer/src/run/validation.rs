@@ -292,6 +292,7 @@ impl<'a> Validation<'a> {
             let scores = scores.outcomes.into_iter().map(|outcome| outcome.scores.map(exact));
             told.push((first, scores.collect()));
         }
+        model.engine.attend()?;
         Ok((told, faults))
     }
 }

@@ -55,6 +55,11 @@ impl<'a> Eager<'a> {
         Self { addition, ..self }
     }
 
+    /// The parameters it computes with.
+    pub(crate) fn views(&self) -> &Named {
+        &self.parameters
+    }
+
     fn optional(&self, path: &ParamPath, name: &str) -> Option<Rc<Tensor>> {
         self.parameters.get(path.at(name).as_str()).cloned()
     }

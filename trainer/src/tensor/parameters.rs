@@ -5,21 +5,26 @@
 //! after each step. Among ranks each holds a part of every master, as long as everybody's: the whole, with
 //! zeros behind it up to a multiple of their number, is all parts in the order of ranks.
 //! Parameters that do not train are held in the compute type, or left on disk and read a segment at a
-//! time.
+//! time. What networks see may itself be divided, too, and is then put together a segment at a time.
 
 mod division;
+mod gathering;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use cluster::Group;
-use flow::checkpoint::{Dtype, Entry, View, Weights};
+use flow::checkpoint::{Dtype, Entry, Weights};
 use flow::ops::shapes::Manifest;
 use tch::{Device, Kind, Tensor, no_grad};
 
+use self::division::sums;
+use self::gathering::Gathering;
+pub(crate) use self::gathering::{Others, Pass};
 use super::device::Compute;
 use super::eager::{Eager, Named, Views, dims};
+use super::stored::{bytes_of, kind_of, tensor};
 
 /// Where a parameter lies in its segment.
 struct Place {
@@ -61,11 +66,30 @@ impl Gradient {
     }
 }
 
+/// The ranks of a run as they divide what they hold.
+#[derive(Clone)]
+pub(crate) struct Mesh {
+    pub(crate) all: Group,
+    /// Those among whom a network is divided: all, or those of this node.
+    pub(crate) within: Group,
+    /// Those that hold the same part of it.
+    pub(crate) across: Group,
+}
+
+impl Mesh {
+    /// Everything is divided among all.
+    pub(crate) fn flat(all: &Group) -> Self {
+        Self { all: all.clone(), within: all.clone(), across: Group::alone() }
+    }
+}
+
 /// How parameters are held.
 #[derive(Clone)]
 pub(crate) enum Storage {
-    /// In f32, divided among these ranks, so that they can train.
+    /// In f32, divided among these ranks, so that they can train; in the compute type on each.
     Trainable(Group),
+    /// Divided in the compute type as well, and put together a segment at a time.
+    Divided { mesh: Mesh, trains: bool },
     /// In the compute type.
     Frozen,
     /// On disk, read a segment at a time: for networks larger than memory.
@@ -86,8 +110,10 @@ pub(crate) struct Parameters {
     device: Device,
     kind: Kind,
     trainable: bool,
-    /// Among whom the masters are divided.
-    group: Group,
+    /// Who trains them together, among whom the masters are divided, and who has the same part.
+    mesh: Mesh,
+    /// What networks see of them, where that is divided.
+    gathering: Option<Gathering>,
     /// How often the values have changed.
     version: Cell<u64>,
 }
@@ -101,18 +127,14 @@ impl Parameters {
         storage: Storage,
         mut value: impl FnMut(&str, &[usize]) -> Result<Tensor>,
     ) -> Result<Self> {
-        let Compute { device, kind } = compute;
-        let (stored, group) = match storage {
-            Storage::Trainable(group) => (Kind::Float, group),
-            Storage::Frozen | Storage::Streamed => (kind, Group::alone()),
+        let stored = match &storage {
+            Storage::Trainable(_) | Storage::Divided { trains: true, .. } => Kind::Float,
+            _ => compute.kind,
         };
-        let (segments, views) = (Vec::with_capacity(manifests.len()), RefCell::default());
-        let (source, changed, trainable, version) = (None, None, false, Cell::new(0));
-        let mut parameters =
-            Self { segments, views, source, changed, device, kind, trainable, group, version };
+        let mut parameters = Self::empty(compute, storage);
         for manifest in manifests {
             let places = places(manifest);
-            let master = Tensor::empty([manifest.n_elements() as i64], (stored, device));
+            let master = Tensor::empty([manifest.n_elements() as i64], (stored, compute.device));
             for place in &places {
                 let values = value(&place.name, &place.shape)
                     .with_context(|| format!("parameter {}", place.name))?;
@@ -137,26 +159,46 @@ impl Parameters {
                 Ok(values)
             });
         }
-        let Compute { device, kind } = compute;
-        let nothing = || Tensor::empty([0], (kind, device));
-        let segments = manifests
-            .iter()
-            .map(|manifest| Segment { places: places(manifest), master: nothing() })
-            .collect();
-        let (views, source, changed) = (RefCell::default(), Some(weights), None);
-        let (trainable, group, version) = (false, Group::alone(), Cell::new(0));
-        Ok(Self { segments, views, source, changed, device, kind, trainable, group, version })
+        let nothing = || Tensor::empty([0], (compute.kind, compute.device));
+        let segment = |manifest| Segment { places: places(manifest), master: nothing() };
+        let segments = manifests.iter().map(segment).collect();
+        Ok(Self { segments, source: Some(weights), ..Self::empty(compute, storage) })
+    }
+
+    fn empty(Compute { device, kind }: Compute, storage: Storage) -> Self {
+        let is_gathered = matches!(storage, Storage::Divided { .. });
+        let mesh = match storage {
+            Storage::Trainable(group) => Mesh::flat(&group),
+            Storage::Divided { mesh, .. } => mesh,
+            Storage::Frozen | Storage::Streamed => Mesh::flat(&Group::alone()),
+        };
+        Self {
+            segments: Vec::new(),
+            views: RefCell::default(),
+            source: None,
+            changed: None,
+            device,
+            kind,
+            trainable: false,
+            mesh,
+            gathering: is_gathered.then(Gathering::default),
+            version: Cell::new(0),
+        }
     }
 
     /// Puts other values in place of some: now where they are held, else whenever they are read.
     ///
     /// # Errors
     /// When `changed` fails.
+    ///
+    /// # Panics
+    /// Where ranks hold parts.
     pub(crate) fn change(&mut self, changed: Changed) -> Result<()> {
         if self.is_streamed() {
             self.changed = Some(changed);
             return Ok(());
         }
+        assert!(self.mesh.within.world() == 1 && !self.is_gathered(), "whole values are changed");
         for segment in &self.segments {
             for place in &segment.places {
                 if let Some(values) = changed(&place.name)? {
@@ -190,30 +232,34 @@ impl Parameters {
         Eager::new(Views::Held(self.views.borrow()), self.device, self.kind)
     }
 
-    /// The interpreter over segment `index`, which is read now if it is on disk.
-    pub(crate) fn segment(&self, index: usize) -> Eager<'_> {
-        let views = match &self.source {
-            None => Views::Held(self.views.borrow()),
-            Some(weights) => Views::Read(self.read(weights, index)),
+    /// The interpreter over segment `index`, which is read now if it is on disk; where ranks hold parts, they put
+    /// it together, in the order of the [pass](Parameters::begin) under way.
+    ///
+    /// # Errors
+    /// When it cannot be read, or a rank has failed.
+    pub(crate) fn segment(&self, index: usize) -> Result<Eager<'_>> {
+        let views = match (&self.source, &self.gathering) {
+            (Some(weights), _) => Views::Read(self.read(weights, index)?),
+            (None, Some(gathering)) => Views::Read(self.gathered(gathering, index)?),
+            (None, None) => Views::Held(self.views.borrow()),
         };
-        Eager::new(views, self.device, self.kind)
+        Ok(Eager::new(views, self.device, self.kind))
     }
 
-    fn read(&self, weights: &Weights, index: usize) -> Named {
+    fn read(&self, weights: &Weights, index: usize) -> Result<Named> {
         let places = &self.segments[index].places;
         let read = |place: &Place| {
-            // The manifest check at the border leaves no way for a name to be absent.
-            let changed = self
-                .changed
-                .as_ref()
-                .and_then(|changed| changed(&place.name).expect("adapters that were read before"));
+            let changed = match &self.changed {
+                Some(changed) => changed(&place.name)?,
+                None => None,
+            };
             let values = match changed {
                 Some(values) => Tensor::from_slice(&values),
-                None => tensor(weights, &place.name).expect("checked against the manifest"),
+                None => tensor(weights, &place.name)?,
             };
             let values =
                 values.reshape(dims(&place.shape)).to_device(self.device).to_kind(self.kind);
-            (place.name.clone(), Rc::new(values))
+            Ok((place.name.clone(), Rc::new(values)))
         };
         let named = places.iter().map(read).collect();
         weights.release();
@@ -263,6 +309,10 @@ impl Parameters {
     /// # Panics
     /// While an interpreter over these parameters is in use.
     pub(crate) fn take_gradients(&self) -> Result<Vec<Vec<Gradient>>> {
+        if let Some(gathering) = &self.gathering {
+            let take = |index| Ok(vec![self.of_all(gathering.take_gradient(index))?]);
+            return (0..self.segments.len()).map(take).collect();
+        }
         let mut views = self.views.borrow_mut();
         let mut take = |place: &Place| {
             let view = views.get_mut(&place.name).expect("what trains is held");
@@ -279,7 +329,7 @@ impl Parameters {
         let mut lists = Vec::with_capacity(self.segments.len());
         for segment in &self.segments {
             let mut list: Vec<Gradient> = segment.places.iter().map(&mut take).collect();
-            if self.group.world() > 1 && !list.is_empty() {
+            if self.mesh.within.world() > 1 && !list.is_empty() {
                 list = vec![self.summed(list)?];
             }
             lists.push(list);
@@ -329,9 +379,16 @@ impl Parameters {
 
     /// Takes a segment whose master is whole; keeps this rank's part of it.
     fn hold(&mut self, mut segment: Segment) {
-        self.make_views(&segment);
-        if self.group.world() > 1 {
-            segment.master = division::own_part(&self.group, &segment.master).copy();
+        let is_gathered = self.is_gathered();
+        let sums = is_gathered.then(|| segment.sums());
+        if !is_gathered {
+            self.make_views(&segment);
+        }
+        if is_gathered || self.mesh.within.world() > 1 {
+            segment.master = self.own(&segment.master);
+        }
+        if let Some((gathering, sums)) = self.gathering.as_mut().zip(sums) {
+            gathering.hold(&segment.master, self.kind, sums);
         }
         self.segments.push(segment);
     }
@@ -340,7 +397,7 @@ impl Parameters {
         let mut views = self.views.borrow_mut();
         for place in &segment.places {
             let view = segment.view(place).detach().to_kind(self.kind);
-            let view = if self.group.world() > 1 { view.copy() } else { view };
+            let view = if self.mesh.within.world() > 1 { view.copy() } else { view };
             views.insert(place.name.clone(), Rc::new(view));
         }
     }
@@ -354,6 +411,11 @@ impl Segment {
 
     fn view(&self, place: &Place) -> Tensor {
         place.narrow(&self.master).reshape(dims(&place.shape))
+    }
+
+    /// Of each parameter, while the master is whole.
+    fn sums(&self) -> Vec<[f64; 2]> {
+        self.places.iter().map(|place| sums(&place.narrow(&self.master))).collect()
     }
 }
 
@@ -384,54 +446,6 @@ pub(crate) unsafe fn numbers_of(tensor: &mut Tensor) -> &mut [f32] {
         // that made it; its storage stays while the tensor is borrowed.
         n => unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<f32>(), n) },
     }
-}
-
-/// The tensor called `name`, flat, in the type it is stored in.
-pub(crate) fn tensor(weights: &Weights, name: &str) -> Result<Tensor> {
-    let View { dtype, bytes, .. } = weights.get(name).context("no such tensor")?;
-    let kind = kind_of(dtype)?;
-    let n = bytes.len() / kind.elt_size_in_bytes();
-    Ok(Tensor::from_data_size(&bytes, &[n as i64], kind))
-}
-
-/// The libtorch type of a stored one.
-pub(crate) fn kind_of(dtype: Dtype) -> Result<Kind> {
-    Ok(match dtype {
-        Dtype::F32 => Kind::Float,
-        Dtype::F16 => Kind::Half,
-        Dtype::BF16 => Kind::BFloat16,
-        other => bail!("unsupported type {other:?}: only F32, F16 and BF16 are read"),
-    })
-}
-
-/// A float tensor as a safetensors entry: f64 as f32, others in their own type.
-pub(crate) fn entry(name: &str, tensor: &Tensor) -> Result<Entry<'static>> {
-    let tensor = match tensor.kind() {
-        Kind::Double => &tensor.to_kind(Kind::Float),
-        _ => tensor,
-    };
-    let shape: Vec<usize> = tensor.size().iter().map(|&n| n as usize).collect();
-    let dtype = match tensor.kind() {
-        Kind::Float => Dtype::F32,
-        Kind::Half => Dtype::F16,
-        Kind::BFloat16 => Dtype::BF16,
-        other => bail!("{name}: {other:?} is not written"),
-    };
-    Ok(Entry::raw(name, &shape, dtype, bytes_of(tensor)))
-}
-
-/// The f32 numbers of `tensor`, fetched from its device when they are written.
-pub(crate) fn later(name: String, tensor: &Tensor) -> Entry<'static> {
-    let (tensor, n) = (tensor.shallow_clone(), tensor.numel());
-    Entry::made(name, &[n], Dtype::F32, move || Ok(bytes_of(&tensor.to_kind(Kind::Float))))
-}
-
-/// The numbers of a tensor as they lie in memory.
-pub(crate) fn bytes_of(tensor: &Tensor) -> Vec<u8> {
-    let flat = tensor.to_device(Device::Cpu).contiguous();
-    let mut bytes = vec![0; flat.numel() * flat.kind().elt_size_in_bytes()];
-    flat.copy_data_u8(&mut bytes, flat.numel());
-    bytes
 }
 
 #[cfg(test)]

@@ -72,7 +72,7 @@ fn gathered(parameters: &Parameters, optimizer: &AdamW) -> Vec<Vec<f32>> {
     let states = optimizer.states().flat_map(|(_, flats)| flats).chain(parameters.masters());
     let lengths: Vec<usize> = parameters.spans().map(|span| span.whole).collect();
     let whole = |(flat, &n): (&Tensor, &usize)| {
-        Vec::try_from(&parameters.whole(flat).unwrap().narrow(0, 0, n as i64)).unwrap()
+        Vec::try_from(&parameters.shown(flat).unwrap().narrow(0, 0, n as i64)).unwrap()
     };
     states.zip(lengths.iter().cycle()).map(whole).collect()
 }

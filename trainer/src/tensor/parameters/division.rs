@@ -1,4 +1,4 @@
-//! Masters divided among ranks, and what networks see put together from the parts.
+//! Masters divided among ranks, and what networks see of them.
 
 use std::ops::Range;
 
@@ -6,7 +6,7 @@ use anyhow::Result;
 use cluster::{Group, Reduce};
 use tch::{Kind, Tensor, no_grad};
 
-use super::{Gradient, Parameters, Segment};
+use super::{Gradient, Mesh, Parameters, Segment};
 use crate::tensor::eager::dims;
 
 /// A rank's part of a segment, without the padding.
@@ -19,19 +19,26 @@ pub(crate) struct Span {
 impl Parameters {
     /// This rank's part of the sum over ranks of a segment's gradients.
     pub(super) fn summed(&self, list: Vec<Gradient>) -> Result<Gradient> {
+        let within = &self.mesh.within;
         let flat: Vec<Tensor> =
             list.into_iter().map(|gradient| gradient.values.to_kind(Kind::Float)).collect();
-        let whole = padded(&self.group, &Tensor::cat(&flat, 0));
+        let whole = padded(within, &Tensor::cat(&flat, 0));
         drop(flat);
-        Ok(Gradient { offset: 0, values: self.group.reduce_scatter(&whole, Reduce::Sum)? })
+        Ok(Gradient { offset: 0, values: within.reduce_scatter(&whole, Reduce::Sum)? })
     }
 
-    /// Whether the views are the masters themselves.
+    /// The sum of a gradient's parts of all ranks that hold the same one.
+    pub(super) fn of_all(&self, mut part: Gradient) -> Result<Gradient> {
+        self.mesh.across.all_reduce(&mut part.values, Reduce::Sum)?;
+        Ok(part)
+    }
+
+    /// Whether what networks see are the masters themselves.
     pub(crate) fn shares_storage(&self) -> bool {
-        self.kind == Kind::Float && self.group.world() == 1
+        self.kind == Kind::Float && (self.mesh.within.world() == 1 || self.is_gathered())
     }
 
-    /// Renews the views after the masters changed; nothing to do where they share storage.
+    /// Renews what networks see after the masters changed; nothing to do where they share storage.
     ///
     /// # Errors
     /// When the ranks cannot put their parts together.
@@ -40,9 +47,14 @@ impl Parameters {
         if self.shares_storage() || !self.trainable {
             return Ok(());
         }
-        for segment in &self.segments {
-            let whole = self.whole(&segment.master.to_kind(self.kind))?;
-            self.show(segment, &whole);
+        for (index, segment) in self.segments.iter().enumerate() {
+            let shown = self.shown(&segment.master)?;
+            match &self.gathering {
+                Some(gathering) => {
+                    no_grad(|| gathering.seen(index).shallow_clone().copy_(&shown));
+                }
+                None => self.show(segment, &shown),
+            }
         }
         Ok(())
     }
@@ -60,29 +72,36 @@ impl Parameters {
 
     /// Swaps what networks see with `wholes`, one flat tensor a segment in the type networks compute in; twice
     /// restores both to the bit. Masters that share the views' storage are swapped with them.
-    pub(crate) fn exchange(&self, wholes: &[Tensor]) {
-        self.version.set(self.version.get() + 1);
-        for (segment, other) in self.segments.iter().zip(wholes) {
-            let seen = self.seen_of(segment).copy();
-            self.show(segment, other);
+    pub(super) fn swap(&self, wholes: &[Tensor]) {
+        for (index, other) in wholes.iter().enumerate() {
+            let seen = self.seen_of(index).copy();
+            self.show(&self.segments[index], other);
             no_grad(|| other.shallow_clone().copy_(&seen));
         }
     }
 
-    /// What networks see, a copy of each segment `[n]`.
+    /// What networks see, a copy of each segment `[n]`, or of this rank's part of it.
     pub(crate) fn seen(&self) -> impl Iterator<Item = Tensor> {
-        self.segments.iter().map(|segment| self.seen_of(segment).copy())
+        (0..self.segments.len()).map(|index| self.seen_of(index).copy())
     }
 
-    /// What networks see of each parameter, in order.
-    pub(crate) fn seen_of_each(&self) -> impl Iterator<Item = Tensor> {
+    /// The sum of each parameter as networks see it, and that of its absolute values, in order; where ranks hold
+    /// parts, as it was read.
+    pub(crate) fn sums(&self) -> Vec<[f64; 2]> {
+        if let Some(gathering) = &self.gathering {
+            return gathering.sums();
+        }
         let places = self.segments.iter().flat_map(|segment| &segment.places);
-        places.map(|place| self.views.borrow()[&place.name].detach())
+        places.map(|place| sums(&self.views.borrow()[&place.name].detach())).collect()
     }
 
-    fn seen_of(&self, segment: &Segment) -> Tensor {
+    fn seen_of(&self, index: usize) -> Tensor {
+        let segment = &self.segments[index];
         if self.shares_storage() {
             return segment.master.shallow_clone();
+        }
+        if let Some(gathering) = &self.gathering {
+            return gathering.seen(index).shallow_clone();
         }
         let views = self.views.borrow();
         let flat: Vec<Tensor> =
@@ -94,17 +113,9 @@ impl Parameters {
         }
     }
 
-    /// The whole of a master, or of a tensor like it, from this rank's part: `[n]` on every rank, and padding.
-    ///
-    /// # Errors
-    /// When the ranks cannot put their parts together.
-    pub(crate) fn whole(&self, part: &Tensor) -> Result<Tensor> {
-        Ok(self.group.all_gather(part)?)
-    }
-
     /// Where this rank's parts lie, one a segment.
     pub(crate) fn spans(&self) -> impl Iterator<Item = Span> {
-        let (rank, world) = (self.group.rank(), self.group.world());
+        let (rank, world) = (self.mesh.within.rank(), self.mesh.within.world());
         self.segments.iter().map(move |segment| {
             let whole = segment.len() as usize;
             let each = whole.div_ceil(world);
@@ -121,14 +132,24 @@ impl Parameters {
         self.segments.iter().map(names).collect()
     }
 
-    /// Among whom the masters are divided.
+    /// The ranks that train them together, and how they divide them.
+    pub(crate) fn mesh(&self) -> &Mesh {
+        &self.mesh
+    }
+
+    /// All ranks that train them together.
     pub(crate) fn group(&self) -> &Group {
-        &self.group
+        &self.mesh.all
     }
 }
 
+/// The sum of `values`, and that of their absolute values.
+pub(super) fn sums(values: &Tensor) -> [f64; 2] {
+    [values.sum(Kind::Double), values.abs().sum(Kind::Double)].map(|sum| sum.double_value(&[]))
+}
+
 /// `whole` `[n]` with zeros behind it, up to a multiple of the ranks.
-fn padded(group: &Group, whole: &Tensor) -> Tensor {
+pub(super) fn padded(group: &Group, whole: &Tensor) -> Tensor {
     let (n, world) = (whole.numel() as i64, group.world() as i64);
     whole.constant_pad_nd([0, (world - n % world) % world])
 }
