@@ -1,23 +1,16 @@
 //! The ranks of a run as one value, and what they do together.
 
-use std::cell::{OnceCell, RefCell};
-use std::collections::HashSet;
 use std::rc::Rc;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::c10d::{self, Failure, Gloo, Store};
 use crate::call::{Call, Operation, Reduce};
-use crate::error::{Error, ranks};
-use crate::nccl::{self, Communicator, Id, Nccl, Started};
-use crate::store::Place;
+use crate::error::Error;
+use crate::member::{Member, Pending};
+use crate::nccl;
 use crate::topology::Topology;
-use crate::watch::{Fault, Watch};
-
-/// How long a rank waits between two looks at whether another one has stopped.
-const SLICE: Duration = Duration::from_millis(20);
+use crate::watch::Circle;
 
 /// How long ranks wait for each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,33 +27,6 @@ pub struct Timeouts {
 /// fails with it at once, and so do those of all other ranks.
 #[derive(Clone)]
 pub struct Group(Option<Rc<Member>>);
-
-struct Member {
-    rank: usize,
-    world: usize,
-    timeouts: Timeouts,
-    /// Calls that all ranks have compared.
-    compared: RefCell<HashSet<Call>>,
-    failed: RefCell<Option<Error>>,
-    gloo: Gloo,
-    /// What tensors of a GPU go through.
-    nccl: OnceCell<Communicator>,
-    watch: Watch,
-}
-
-/// An operation under way; its tensors are kept until it has ended.
-#[must_use = "the operation has ended only after `wait`"]
-pub struct Pending {
-    member: Option<Rc<Member>>,
-    call: Call,
-    output: Tensor,
-    work: Option<Work>,
-}
-
-enum Work {
-    Gloo(c10d::Work),
-    Nccl(Started),
-}
 
 impl Group {
     /// This process, with nobody else.
@@ -85,6 +51,38 @@ impl Group {
     /// See [`Group::join`].
     pub fn join_as_is(topology: &Topology, timeouts: Timeouts) -> Result<Self, Error> {
         Member::join(topology, timeouts).map(|member| Self(Some(Rc::new(member))))
+    }
+
+    /// The ranks of this rank's node, and those that have its place on each node, as groups of their own; called by
+    /// all ranks.
+    ///
+    /// # Errors
+    /// [`Error::Environment`] if nodes have different numbers of ranks, or their ranks do not follow each other.
+    pub fn by_node(&self) -> Result<[Self; 2], Error> {
+        let Some(member) = &self.0 else { return Ok([Self::alone(), Self::alone()]) };
+        let Topology { rank, world, local_rank, local_world, .. } = *member.topology();
+        if world % local_world != 0 || rank % local_world != local_rank {
+            return Err(Error::Environment {
+                variable: "LOCAL_WORLD_SIZE".to_owned(),
+                what: format!(
+                    "rank {rank} of {world} is number {local_rank} of {local_world} of its node: every node needs as \
+                     many ranks, in order"
+                ),
+            });
+        }
+        let part = |number: usize, name: &str, ranks: Vec<usize>| match ranks.len() {
+            1 => Ok(Self::alone()),
+            n if n == world => Ok(self.clone()),
+            _ => Ok(Self(Some(Rc::new(member.part(Circle { number, ranks }, name)?)))),
+        };
+        let first = rank - local_rank;
+        let within = part(
+            1,
+            &format!("node {}", rank / local_world),
+            (first..first + local_world).collect(),
+        )?;
+        let alike = (local_rank..world).step_by(local_world).collect();
+        Ok([within, part(2, &format!("place {local_rank}"), alike)?])
     }
 
     /// Lets tensors on this rank's GPU be taken, each rank having one of its own; called by all ranks. Nothing
@@ -228,8 +226,7 @@ impl Group {
     /// Ends the group with the reason: every other rank's operation fails with it.
     pub fn abort(&self, why: &str) {
         let Some(member) = &self.0 else { return };
-        let fault = Fault { reporter: member.rank, peers: Vec::new(), what: why.to_owned() };
-        member.end(fault.error("abort", member.rank), fault);
+        member.abort(why);
     }
 
     /// Whether the group still stands, without asking anybody.
@@ -238,247 +235,5 @@ impl Group {
     /// What has ended it.
     pub fn check(&self) -> Result<(), Error> {
         self.0.as_ref().map_or(Ok(()), |member| member.standing("check"))
-    }
-}
-
-impl Member {
-    fn join(topology: &Topology, timeouts: Timeouts) -> Result<Self, Error> {
-        let place = Place::of(topology);
-        let (rank, world) = (topology.rank, topology.world);
-        let wrong = |what: String| Error::Join { rank, world, store: place.address(), what };
-        let store = place.open(topology, timeouts.join).map_err(wrong)?;
-        let watch = Watch::start(topology, &place, store, timeouts.join).map_err(wrong)?;
-        come_together(topology, &watch, timeouts.join).map_err(|what| {
-            watch.report(Fault { reporter: rank, peers: Vec::new(), what: what.clone() });
-            wrong(what)
-        })?;
-        let through = place.through().map_err(|error| wrong(error.to_string()))?;
-        let gloo =
-            Gloo::open(watch.store(), rank, world, &through, timeouts.step).map_err(wrong)?;
-        watch.pass();
-        let (compared, failed) = (RefCell::default(), RefCell::default());
-        let nccl = OnceCell::new();
-        Ok(Self { rank, world, timeouts, compared, failed, gloo, nccl, watch })
-    }
-
-    fn open_nccl(&self, device: usize) -> Result<(), Error> {
-        const OPERATION: &str = "opening nccl";
-        self.standing(OPERATION)?;
-        self.watch.enter(OPERATION);
-        let opened = self.meet_by_nccl(device).map_err(|failure| self.fail(OPERATION, &failure))?;
-        self.watch.pass();
-        _ = self.nccl.set(opened);
-        Ok(())
-    }
-
-    fn meet_by_nccl(&self, device: usize) -> Result<Communicator, Failure> {
-        const KEY: &str = "nccl";
-        let store = self.watch.store();
-        let nccl = Nccl::open()?;
-        if self.rank == 0 {
-            store.set(KEY, &nccl.unique_id()?.to_text())?;
-        }
-        if !wait_for(self.timeouts.join, &self.watch, || store.has(KEY))? {
-            return Err("timed out".to_owned());
-        }
-        let id = Id::from_text(&store.get(KEY)?).ok_or("the store holds another program's id")?;
-        let look = || self.watch.fault().map_or(Ok(()), |fault| Err(fault.what));
-        Communicator::open(id, self.rank, self.world, device, self.timeouts.step, &look)
-    }
-
-    /// Starts an operation that writes `output`, once all ranks are known to call the same.
-    fn start(
-        self: &Rc<Self>,
-        call: Call,
-        output: Tensor,
-        input: &Tensor,
-    ) -> Result<Pending, Error> {
-        self.standing(call.name())?;
-        if !input.is_contiguous() {
-            let what = format!("a tensor of {:?} is not contiguous", input.size());
-            return Err(self.refuse(&call, what));
-        }
-        if input.numel() == 0 {
-            return Ok(Pending::ended(call, output));
-        }
-        let number = self.watch.enter(&call.to_string());
-        if !self.compared.borrow().contains(&call) {
-            self.compare(&call, number)?;
-            self.compared.borrow_mut().insert(call.clone());
-        }
-        let work = if input.device() == Device::Cpu {
-            let (operation, argument) = match call.operation {
-                Operation::AllGather => (c10d::Operation::AllGather, 0),
-                Operation::ReduceScatter(how) | Operation::AllReduce(how) => {
-                    (c10d::Operation::AllReduce, how.code())
-                }
-                Operation::Broadcast(from) => (c10d::Operation::Broadcast, from as i32),
-            };
-            self.gloo.start(operation, argument, &output, &input.detach()).map(Work::Gloo)
-        } else {
-            let nccl = self.nccl.get().ok_or("open_device comes first".to_owned());
-            nccl.and_then(|nccl| nccl.start(call.operation, &output, input)).map(Work::Nccl)
-        };
-        let work = work.map_err(|failure| self.fail(call.name(), &failure))?;
-        Ok(Pending { member: Some(Rc::clone(self)), call, output, work: Some(work) })
-    }
-
-    /// Compares the call with the other ranks', through the store: a size that differs would end Gloo's
-    /// process. Two calls that were each compared before are not compared with each other.
-    fn compare(&self, call: &Call, number: u64) -> Result<(), Error> {
-        let store = self.watch.store();
-        let verdict = self.ask(store, &format!("call/{number}"), call);
-        let verdict = verdict.map_err(|failure| self.fail(call.name(), &failure))?;
-        if verdict.is_empty() {
-            return Ok(());
-        }
-        self.watch.pass();
-        Err(Error::Disagree { operation: call.name().to_owned(), rank: self.rank, calls: verdict })
-    }
-
-    /// Empty if all ranks make the same call.
-    fn ask(&self, store: &Store, key: &str, call: &Call) -> Result<String, String> {
-        let own = format!("rank {}: {call}", self.rank);
-        let first = store.set_first(key, &own)?;
-        let of = |text: &str| text.split_once(": ").map(|(_, call)| call.to_owned());
-        let (odd, all, verdict) =
-            (format!("{key}/odd"), format!("{key}/n"), format!("{key}/verdict"));
-        if of(&first) != of(&own) {
-            store.append(&odd, &format!("; {own}"))?;
-        }
-        if store.add(&all, 1)? == self.world as i64 {
-            let odd = if store.has(&odd)? { store.get(&odd)? } else { String::new() };
-            store.set(&verdict, &if odd.is_empty() { odd } else { format!("{first}{odd}") })?;
-        }
-        let came = wait_for(self.timeouts.step, &self.watch, || store.has(&verdict))?;
-        if came { store.get(&verdict) } else { Err("timed out".to_owned()) }
-    }
-
-    fn finish(&self, call: &Call, work: &Work) -> Result<(), Error> {
-        loop {
-            let waited = match (work, self.nccl.get()) {
-                (Work::Nccl(started), Some(nccl)) => nccl.wait(*started, SLICE),
-                (Work::Gloo(work), _) => work.wait(SLICE),
-                (Work::Nccl(_), None) => unreachable!("started by what is there"),
-            };
-            match waited {
-                Ok(true) => break,
-                Ok(false) if self.watch.fault().is_none() => {}
-                Ok(false) => self.standing(call.name())?,
-                Err(failure) => return Err(self.fail(call.name(), &failure)),
-            }
-        }
-        self.watch.pass();
-        Ok(())
-    }
-
-    /// Fails where the group has ended.
-    fn standing(&self, operation: &str) -> Result<(), Error> {
-        if let Some(error) = &*self.failed.borrow() {
-            return Err(error.clone());
-        }
-        match self.watch.fault() {
-            Some(fault) => Err(self.end(fault.error(operation, self.rank), fault)),
-            None => Ok(()),
-        }
-    }
-
-    fn refuse(&self, call: &Call, what: String) -> Error {
-        Error::Refused { operation: call.name().to_owned(), rank: self.rank, what }
-    }
-
-    /// Ends the group after an operation's failure; the error that stands.
-    fn fail(&self, operation: &str, failure: &str) -> Error {
-        let error = match self.watch.fault() {
-            Some(fault) => fault.error(operation, self.rank),
-            None => self.watch.blame(operation, failure, self.timeouts.step),
-        };
-        let what = match &error {
-            Error::Lost { what, .. } => what.clone(),
-            other => other.to_string(),
-        };
-        let fault = Fault { reporter: self.rank, peers: error.peers(), what };
-        let standing = self.watch.report(fault.clone());
-        let error = if standing == fault { error } else { standing.error(operation, self.rank) };
-        self.end(error, standing)
-    }
-
-    fn end(&self, error: Error, fault: Fault) -> Error {
-        self.watch.report(fault);
-        // Nothing can be done about a connection that does not close: the error is on its way.
-        _ = self.gloo.abort();
-        if let Some(nccl) = self.nccl.get() {
-            nccl.abort();
-        }
-        self.failed.borrow_mut().get_or_insert(error).clone()
-    }
-}
-
-impl Pending {
-    fn ended(call: Call, output: Tensor) -> Self {
-        Self { member: None, call, output, work: None }
-    }
-
-    /// What the operation has made.
-    ///
-    /// # Errors
-    /// See [`Group`].
-    pub fn wait(self) -> Result<Tensor, Error> {
-        if let (Some(member), Some(work)) = (&self.member, &self.work) {
-            member.finish(&self.call, work)?;
-        }
-        Ok(self.output)
-    }
-}
-
-/// Waits until every rank has said that it is there and believes in the same world.
-fn come_together(topology: &Topology, watch: &Watch, patience: Duration) -> Result<(), String> {
-    let (store, rank, world) = (watch.store(), topology.rank, topology.world);
-    let first = store.set_first("world", &format!("rank {rank} was told of {world} ranks"))?;
-    if !first.ends_with(&format!("told of {world} ranks")) {
-        return Err(format!("{first}, rank {rank} of {world}: give all the same world"));
-    }
-    if store.add(&format!("here/{rank}"), 1)? != 1 {
-        return Err(format!("two processes say that they are rank {rank}: give each its own"));
-    }
-    let absent = || -> Result<Vec<usize>, String> {
-        let mut absent = Vec::new();
-        for other in 0..world {
-            if !store.has(&format!("here/{other}"))? {
-                absent.push(other);
-            }
-        }
-        Ok(absent)
-    };
-    if store.add("here", 1)? == world as i64 {
-        store.set("all here", "yes")?;
-    }
-    if !wait_for(patience, watch, || store.has("all here"))? {
-        let seconds = patience.as_secs();
-        return Err(format!("{} did not come within {seconds} s", ranks(&absent()?)));
-    }
-    Ok(())
-}
-
-/// Asks until it is so, the time is over (`false`), or another rank has reported a fault.
-fn wait_for(
-    patience: Duration,
-    watch: &Watch,
-    so: impl Fn() -> Result<bool, String>,
-) -> Result<bool, String> {
-    let start = Instant::now();
-    let mut pause = Duration::from_micros(100);
-    loop {
-        if so()? {
-            return Ok(true);
-        }
-        if let Some(fault) = watch.fault() {
-            return Err(fault.what);
-        }
-        if start.elapsed() > patience {
-            return Ok(false);
-        }
-        thread::sleep(pause);
-        pause = (pause * 2).min(SLICE);
     }
 }

@@ -17,6 +17,7 @@ mod c10d;
 mod call;
 mod error;
 mod group;
+mod member;
 mod nccl;
 mod ranks;
 mod store;
@@ -25,7 +26,8 @@ mod watch;
 
 pub use call::Reduce;
 pub use error::Error;
-pub use group::{Group, Pending, Timeouts};
+pub use group::{Group, Timeouts};
+pub use member::Pending;
 pub use nccl::about_nccl;
 pub use ranks::{Ended, Ranks};
 pub use store::{Served, serve};

@@ -9,10 +9,12 @@
 //! and without CUDA, and every failure is a value that names ranks.
 //!
 //! ### Streams
-//! An operation is enqueued on libtorch's own stream of the device, its default one. So it comes after
-//! what made its tensors and before what reads them, and their memory is not used for anything else
-//! meanwhile; nothing has to be said to libtorch's allocator. The price: nothing computes beside it.
+//! Operations have a stream of their own, so that libtorch computes beside them on the device's default one. Each
+//! waits for what was enqueued there before it, which made its tensors or used their memory before, and whoever reads
+//! what it makes waits, on the processor, until it has ended; its tensors are kept as long. So nothing has to be said
+//! to libtorch's allocator.
 
+mod event;
 #[cfg(test)]
 mod tests;
 
@@ -28,6 +30,7 @@ use std::time::{Duration, Instant};
 use libloading::os::unix::{Library, RTLD_LAZY, RTLD_LOCAL};
 use tch::{Device, Kind, Tensor};
 
+use self::event::{Event, cuda};
 use crate::c10d::Failure;
 use crate::call::{Operation, Reduce};
 
@@ -35,10 +38,11 @@ use crate::call::{Operation, Reduce};
 const FILE: &str = "libnccl.so.2";
 /// Longest pause between two looks at an operation.
 const PAUSE: Duration = Duration::from_millis(1);
-/// `ncclSuccess`, `ncclInProgress`; `cudaSuccess`, `cudaErrorNotReady`.
+/// `ncclSuccess` and `cudaSuccess`; `ncclInProgress`.
 const DONE: c_int = 0;
 const IN_PROGRESS: c_int = 7;
-const NOT_READY: c_int = 600;
+/// `cudaStreamNonBlocking`.
+const NON_BLOCKING: u32 = 1;
 
 /// What tells ranks of one communicator from those of others: `ncclUniqueId`.
 #[derive(Clone, Copy)]
@@ -61,6 +65,7 @@ struct Config {
 
 type Comm = *mut c_void;
 type Stream = *mut c_void;
+type RawEvent = *mut c_void;
 
 /// The functions of a library, of which the first named is the field's.
 macro_rules! functions {
@@ -103,7 +108,13 @@ functions!(Functions {
 
 functions!(Runtime {
     set_device: "cudaSetDevice", fn(c_int) -> c_int;
-    query: "cudaStreamQuery", fn(Stream) -> c_int;
+    new_stream: "cudaStreamCreateWithFlags", fn(*mut Stream, u32) -> c_int;
+    drop_stream: "cudaStreamDestroy", fn(Stream) -> c_int;
+    wait_event: "cudaStreamWaitEvent", fn(Stream, RawEvent, u32) -> c_int;
+    new_event: "cudaEventCreateWithFlags", fn(*mut RawEvent, u32) -> c_int;
+    record: "cudaEventRecord", fn(RawEvent, Stream) -> c_int;
+    query: "cudaEventQuery", fn(RawEvent) -> c_int;
+    drop_event: "cudaEventDestroy", fn(RawEvent) -> c_int;
     forget: "cudaGetLastError", fn() -> c_int;
     error_text: "cudaGetErrorString", fn(c_int) -> *const c_char;
 });
@@ -228,6 +239,8 @@ pub(crate) struct Communicator {
     runtime: Runtime,
     /// None after it was ended.
     comm: Cell<Comm>,
+    /// What operations are enqueued on.
+    stream: Stream,
     device: usize,
     timeout: Duration,
 }
@@ -249,8 +262,12 @@ impl Communicator {
         let nccl = Nccl::open()?;
         let runtime = Runtime::of(&Library::this())?;
         let comm = Cell::new(ptr::null_mut());
-        let opened = Self { nccl, runtime, comm, device, timeout };
+        let mut opened = Self { nccl, runtime, comm, stream: ptr::null_mut(), device, timeout };
         opened.select()?;
+        let mut stream = ptr::null_mut();
+        // SAFETY: the place outlives the call.
+        opened.did(unsafe { (runtime.new_stream)(&raw mut stream, NON_BLOCKING) })?;
+        opened.stream = stream;
         let unset = c_int::MIN;
         let mut config = Config {
             size: size_of::<Config>(),
@@ -292,7 +309,8 @@ impl Communicator {
         self.select()?;
         let (from, to) = (input.data_ptr().cast_const(), output.data_ptr());
         let [given, made] = [input.numel(), output.numel()];
-        let stream = ptr::null_mut();
+        let stream = self.stream;
+        Event::on(ptr::null_mut(), self.runtime, self.device)?.hold_up(stream)?;
         // SAFETY: both tensors are contiguous and as large as the operation takes them for, which `Group`
         // has seen to, and its work keeps them.
         let code = unsafe {
@@ -310,21 +328,22 @@ impl Communicator {
             }
         };
         self.settle(code, &|| Ok(()))?;
-        Ok(Started(Instant::now()))
+        let end = Event::on(stream, self.runtime, self.device)?;
+        Ok(Started { since: Instant::now(), end })
     }
 
     /// Waits at most so long: whether an operation has ended, and with it all that was started before.
-    pub(crate) fn wait(&self, Started(since): Started, slice: Duration) -> Result<bool, Failure> {
+    pub(crate) fn wait(&self, started: &Started, slice: Duration) -> Result<bool, Failure> {
         let mut pauses = Pauses::begin();
         loop {
             let state = self.state()?;
             if state != DONE && state != IN_PROGRESS {
                 return Err(self.nccl.why(state, self.comm.get()));
             }
-            if self.is_idle()? {
+            if started.end.is_past()? {
                 return Ok(true);
             }
-            if since.elapsed() > self.timeout {
+            if started.since.elapsed() > self.timeout {
                 return Err("NCCL: timed out".to_owned());
             }
             if pauses.since() > slice {
@@ -378,29 +397,13 @@ impl Communicator {
     /// Makes this rank's GPU the thread's.
     fn select(&self) -> Result<(), Failure> {
         // SAFETY: a function of numbers.
-        match unsafe { (self.runtime.set_device)(self.device as c_int) } {
+        self.did(unsafe { (self.runtime.set_device)(self.device as c_int) })
+    }
+
+    fn did(&self, code: c_int) -> Result<(), Failure> {
+        match code {
             DONE => Ok(()),
-            code => Err(self.cuda(code)),
-        }
-    }
-
-    fn cuda(&self, code: c_int) -> Failure {
-        // SAFETY: the text is the library's and never freed.
-        format!("cuda:{}: {}", self.device, line(unsafe { (self.runtime.error_text)(code) }))
-    }
-
-    /// Whether everything that was enqueued on the stream has ended.
-    fn is_idle(&self) -> Result<bool, Failure> {
-        self.select()?;
-        // SAFETY: the default stream is always there.
-        match unsafe { (self.runtime.query)(ptr::null_mut()) } {
-            DONE => Ok(true),
-            NOT_READY => {
-                // It is no failure, and must not look like one to whoever asks for the last.
-                unsafe { (self.runtime.forget)() };
-                Ok(false)
-            }
-            code => Err(self.cuda(code)),
+            code => Err(cuda(&self.runtime, self.device, code)),
         }
     }
 }
@@ -408,12 +411,18 @@ impl Communicator {
 impl Drop for Communicator {
     fn drop(&mut self) {
         self.abort();
+        if !self.stream.is_null() && self.select().is_ok() {
+            // SAFETY: the stream was made by `open`; what is enqueued on it still ends.
+            unsafe { (self.runtime.drop_stream)(self.stream) };
+        }
     }
 }
 
-/// When an operation was started.
-#[derive(Clone, Copy)]
-pub(crate) struct Started(Instant);
+/// An operation that was started: when, and its end.
+pub(crate) struct Started {
+    since: Instant,
+    end: Event,
+}
 
 /// Pauses that grow.
 struct Pauses {

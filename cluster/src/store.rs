@@ -62,6 +62,11 @@ impl Place {
         Self { host: host.to_owned(), port: topology.port, prefix: prefix(topology.restart) }
     }
 
+    /// The same store, for keys of a group called `name`.
+    pub(crate) fn within(self, name: &str) -> Self {
+        Self { prefix: format!("{}/{name}", self.prefix), ..self }
+    }
+
     pub(crate) fn address(&self) -> String {
         format!("{}:{}", self.host, self.port)
     }

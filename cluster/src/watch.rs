@@ -20,6 +20,16 @@ const BEAT: Duration = Duration::from_millis(100);
 const BEAT_A_RANK: Duration = Duration::from_millis(1);
 /// Beats without a change after which a rank is silent.
 const SILENCE: u32 = 3;
+/// Groups that a rank can be in: that of all, and two more.
+const GROUPS: usize = 3;
+
+/// A group among those of a run.
+pub(crate) struct Circle {
+    /// 0 for that of all.
+    pub(crate) number: usize,
+    /// Its ranks, as the run counts them.
+    pub(crate) ranks: Vec<usize>,
+}
 
 /// Why the group has ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,7 +80,8 @@ impl Fault {
 /// Where a rank was at its last sign of life.
 struct Sign {
     beat: u64,
-    calls: u64,
+    /// Of each group.
+    calls: [u64; GROUPS],
     at: String,
 }
 
@@ -93,7 +104,7 @@ struct Shared {
     /// The rank that serves the store, if one does.
     server: Option<usize>,
     address: String,
-    calls: AtomicU64,
+    calls: [AtomicU64; GROUPS],
     at: Mutex<String>,
     fault: Mutex<Option<Fault>>,
     faulty: AtomicBool,
@@ -116,7 +127,7 @@ impl Watch {
             beat: BEAT.max(BEAT_A_RANK * topology.world as u32),
             server: (!topology.launcher_serves).then_some(0),
             address: place.address(),
-            calls: AtomicU64::new(0),
+            calls: Default::default(),
             at: Mutex::new("joining".to_owned()),
             fault: Mutex::default(),
             faulty: AtomicBool::new(false),
@@ -136,16 +147,14 @@ impl Watch {
         &self.shared.store
     }
 
-    /// Counts a call of the group, from 1.
-    pub(crate) fn enter(&self, call: &str) -> u64 {
-        let number = self.shared.calls.fetch_add(1, Ordering::Relaxed) + 1;
-        *lock(&self.shared.at) = format!("in {call} (call {number})");
-        number
+    /// Counts a call of a group.
+    pub(crate) fn enter(&self, group: usize, call: &str) {
+        self.shared.calls[group].fetch_add(1, Ordering::Relaxed);
+        *lock(&self.shared.at) = format!("in {call} (call {})", self.shared.n_calls());
     }
 
     pub(crate) fn pass(&self) {
-        let number = self.shared.calls.load(Ordering::Relaxed);
-        *lock(&self.shared.at) = format!("past call {number}");
+        *lock(&self.shared.at) = format!("past call {}", self.shared.n_calls());
     }
 
     /// What ended the group, once this rank has heard of it.
@@ -166,9 +175,15 @@ impl Watch {
         standing
     }
 
-    /// Who is to blame for an operation that failed with `failure`: silent ranks, ranks behind this one, or
-    /// nobody known. Looks for [`SILENCE`] beats.
-    pub(crate) fn blame(&self, operation: &str, failure: &str, step: Duration) -> Error {
+    /// Who is to blame for an operation of `circle` that failed with `failure`: silent ranks, ranks behind this one,
+    /// or nobody known. Looks for [`SILENCE`] beats.
+    pub(crate) fn blame(
+        &self,
+        circle: &Circle,
+        operation: &str,
+        failure: &str,
+        step: Duration,
+    ) -> Error {
         let rank = self.shared.rank;
         let operation = operation.to_owned();
         let timed_out =
@@ -186,8 +201,11 @@ impl Watch {
             };
             return Error::Lost { operation, rank, peers: silent, what };
         }
-        let own = self.shared.calls.load(Ordering::Relaxed);
-        match signs.into_iter().find(|(_, sign)| sign.calls < own) {
+        let own = self.shared.calls[circle.number].load(Ordering::Relaxed);
+        let is_behind = |(rank, sign): &(usize, Sign)| {
+            circle.ranks.contains(rank) && sign.calls[circle.number] < own
+        };
+        match signs.into_iter().find(is_behind) {
             Some((peer, sign)) if timed_out => {
                 let what = format!("did not come along in {seconds} s: it is {}", sign.at);
                 Error::Lost { operation, rank, peers: vec![peer], what }
@@ -255,9 +273,14 @@ impl Drop for Watch {
 
 impl Shared {
     fn sign(&self, store: &Store, beat: u64) -> Result<(), String> {
-        let calls = self.calls.load(Ordering::Relaxed);
-        let sign = format!("{beat} {calls} {}", lock(&self.at));
+        let calls = self.calls.each_ref().map(|calls| calls.load(Ordering::Relaxed).to_string());
+        let sign = format!("{beat} {} {}", calls.join(","), lock(&self.at));
         store.set(&key(self.rank), &sign)
+    }
+
+    /// Of all groups.
+    fn n_calls(&self) -> u64 {
+        self.calls.iter().map(|calls| calls.load(Ordering::Relaxed)).sum()
     }
 
     /// The thread: signs, and hears of faults.
@@ -309,7 +332,11 @@ impl Shared {
                 let text = self.store.get(&key(rank)).ok()?;
                 let mut parts = text.splitn(3, ' ');
                 let beat = parts.next()?.parse().ok()?;
-                let calls = parts.next()?.parse().ok()?;
+                let mut of_groups = parts.next()?.split(',');
+                let mut calls = [0; GROUPS];
+                for calls in &mut calls {
+                    *calls = of_groups.next()?.parse().ok()?;
+                }
                 Some(Sign { beat, calls, at: parts.next()?.to_owned() })
             })
             .collect()

@@ -34,6 +34,17 @@ fn rank(case: &str, rank: usize, world: usize, port: u16, variables: &[(&str, &s
 }
 
 impl Ranks {
+    /// All ranks of a world on nodes of `each`.
+    fn on_nodes(case: &str, world: usize, each: usize) -> Self {
+        let (port, each_text) = (free_port(), each.to_string());
+        let one = |number: usize| {
+            let place = (number % each).to_string();
+            let local = [("LOCAL_RANK", &*place), ("LOCAL_WORLD_SIZE", &*each_text)];
+            rank(case, number, world, port, &local)
+        };
+        Self { children: (0..world).map(one).collect() }
+    }
+
     /// All ranks of a world, whose rank 0 serves the store.
     fn start(case: &str, world: usize, variables: &[(&str, &str)]) -> Self {
         let port = free_port();
@@ -98,6 +109,24 @@ fn every_operation_on_every_kind() {
     for world in 1..=4 {
         succeed("collectives", world);
     }
+}
+
+/// Of which one calls its own group more often than the other.
+#[test]
+fn nodes_have_groups_of_their_own() {
+    for (world, each) in [(4, 2), (4, 1), (2, 2)] {
+        for ended in Ranks::on_nodes("nodes", world, each).end() {
+            assert!(ended.success, "{world} ranks, {each} a node: {}", ended.error);
+        }
+    }
+}
+
+#[test]
+fn nodes_of_different_sizes_are_refused() {
+    let ended = Ranks::on_nodes("nodes", 3, 2).end();
+    assert!(ended.iter().all(|rank| !rank.success));
+    let said = "every node needs as many ranks, in order";
+    assert!(ended.iter().any(|rank| rank.error.contains(said)), "{}", ended[0].error);
 }
 
 #[test]

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Long trials of runs shared by several processes: `make soak`.
 
-  equal    every algorithm, whole and LoRA, on 2, 3 and 4 ranks against one process, groups whole on each rank and
-           one group spread over all: gradient and loss of the first update
+  equal    every algorithm, whole and LoRA, on 2, 3 and 4 ranks against one process, states divided and weights, too,
+           groups whole on each rank and one group spread over all: gradient and loss of the first update
   narrow   the same of all weights in bf16
   killed   a random rank killed at a random time: the launcher ends with an error that names it
   frozen   a random rank stopped: the others end when their time is over, naming it
@@ -89,14 +89,14 @@ def away(one, several):
     return between / math.hypot(*(math.hypot(*values) for values in one.values()))
 
 
-def compared(home, title, more, worlds, settings):
+def compared(home, title, more, shard, worlds, settings):
     """The largest differences of gradient and loss; J is of the size of advantages, which is 1."""
     for seed in range(8):
         found = {}
         for ranks in (1, *worlds):
             out = home / "run"
             shutil.rmtree(out, ignore_errors=True)
-            run(out, ranks, more, iterations=1, updates=1, seed=seed, **settings)
+            run(out, ranks, more, iterations=1, updates=1, seed=seed, ranks__shard=shard, **settings)
             found[ranks] = metrics(out)[0], gradient(out, ranks)
         one, of_one = found[1]
         # A pixel that a rounding moved is another reward: there is nothing to compare.
@@ -111,27 +111,30 @@ def compared(home, title, more, worlds, settings):
 
 
 def divisions(algorithm):
-    yield "whole groups", (2, 3, 4), {}
-    if algorithm == "branch-grpo":
-        yield "one group", (2, 4), {"prompts_per_iteration": 1}
-    else:
-        yield "one group", (2, 3, 4), {"prompts_per_iteration": 1, "group_size": 12}
+    for shard in ("states", "all"):
+        yield f"{shard} divided, whole groups", shard, (2, 3, 4), {}
+        one = {"prompts_per_iteration": 1}
+        if algorithm == "branch-grpo":
+            yield f"{shard} divided, one group", shard, (2, 4), one
+        else:
+            yield f"{shard} divided, one group", shard, (2, 3, 4), {**one, "group_size": 12}
 
 
 def equal(home, _):
     for algorithm in ALGORITHMS:
         for what, lora in (("all weights", {}), ("LoRA", {"lora__rank": 4})):
-            for how, worlds, division in divisions(algorithm):
+            for how, shard, worlds, division in divisions(algorithm):
                 settings = {"algorithm": algorithm, **lora, **division}
-                off, text = compared(home, f"{algorithm}, {what}, {how}", (), worlds, settings)
+                off, text = compared(home, f"{algorithm}, {what}, {how}", (), shard, worlds, settings)
                 yield off is not None and off <= 1e-6, text
 
 
 def narrow(home, _):
     for algorithm in ALGORITHMS:
-        for how, worlds, division in divisions(algorithm):
+        for how, shard, worlds, division in divisions(algorithm):
             settings = {"algorithm": algorithm, **division}
-            off, text = compared(home, f"{algorithm}, bf16, {how}", ("--precision", "bf16"), worlds, settings)
+            narrow = ("--precision", "bf16")
+            off, text = compared(home, f"{algorithm}, bf16, {how}", narrow, shard, worlds, settings)
             yield off is not None and off <= 2e-2, text
 
 

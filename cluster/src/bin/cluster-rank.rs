@@ -89,6 +89,7 @@ fn run(case: &str) -> Result<(), Error> {
         "not contiguous" => not_contiguous(&group),
         "behind" => behind(&group, timeouts.step),
         "abort" => abort(&group, device),
+        "nodes" => nodes(&group, device),
         _ => panic!("no case {case}"),
     }
 }
@@ -106,6 +107,27 @@ fn gpu(number: usize) -> Device {
         }
     }
     Device::Cuda(number % (tch::Cuda::device_count() as usize).max(1))
+}
+
+/// Sums inside each node, as many as its number, and then between nodes and of all.
+fn nodes(group: &Group, device: Device) -> Result<(), Error> {
+    let [within, across] = group.by_node()?;
+    within.open_device(device)?;
+    across.open_device(device)?;
+    let (rank, each) = (group.rank(), within.world());
+    let node = rank / each;
+    let sum_over = |among: &Group| {
+        let mut sum = Tensor::from_slice(&[rank as f32]).to_device(device);
+        among.all_reduce(&mut sum, Reduce::Sum)?;
+        Ok(sum.double_value(&[0]) as usize)
+    };
+    let inside: usize = (node * each..(node + 1) * each).sum();
+    for _ in 0..=node {
+        assert_eq!(sum_over(&within)?, inside);
+    }
+    let alike: usize = (rank % each..group.world()).step_by(each).sum();
+    assert_eq!((sum_over(&across)?, sum_over(group)?), (alike, (0..group.world()).sum()));
+    Ok(())
 }
 
 /// 1, 2, … as far as the kind goes, times one more than the rank.

@@ -49,8 +49,11 @@ fn away(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
 /// Whole groups on each rank, and the members of one or two groups on several.
 #[test]
 fn ranks_learn_what_one_process_learns() {
-    let cases: [(usize, &[&str]); 4] = [
+    let cases: [(usize, &[&str]); 7] = [
         (2, &["algorithm=neighbor"]),
+        (2, &["algorithm=neighbor", "ranks.shard=all"]),
+        (3, &["algorithm=flow-grpo", "sde.kl=0.01", "ranks.shard=all", "prompts_per_iteration=1"]),
+        (2, &["algorithm=diffusion-nft", "lora.rank=4", "ranks.shard=all"]),
         (4, &["algorithm=dance-grpo", "lora.rank=4", "prompts_per_iteration=1"]),
         (3, &["algorithm=diffusion-nft", "optimizer.ema=0.5", "group_size=6"]),
         (2, &["algorithm=branch-grpo", "prompts_per_iteration=1", "rollout.steps=5"]),
@@ -102,10 +105,15 @@ fn a_run_goes_on_on_as_many_ranks_to_the_bit_and_on_another_number() {
     Ended::after(&mut shared(&parts, 2, "iterations=2")).succeeded();
     let of = |run: &Run| run.folder().join("aligned").join(WEIGHTS);
     let alone = Run::new();
-    tests::fixture::copy_folder(&parts.folder(), &alone.folder());
-    for (run, n) in [(&parts, 2), (&alone, 1)] {
+    let divided = Run::new();
+    for copy in [&alone, &divided] {
+        tests::fixture::copy_folder(&parts.folder(), &copy.folder());
+    }
+    for (run, n, shard) in [(&parts, 2, "states"), (&alone, 1, "states"), (&divided, 2, "all")] {
         fs::remove_dir_all(run.folder().join("aligned")).unwrap();
-        Ended::after(shared(run, n, "iterations=4").arg("--resume")).succeeded();
+        let mut shared = shared(run, n, "iterations=4");
+        shared.arg("--resume").arg("--set").arg(format!("ranks.shard={shard}"));
+        Ended::after(&mut shared).succeeded();
     }
     let [one, two] = [&whole, &parts].map(|run| states(run, 4, 2));
     for (one, two) in one.iter().zip(&two) {
@@ -113,9 +121,11 @@ fn a_run_goes_on_on_as_many_ranks_to_the_bit_and_on_another_number() {
     }
     assert!(same_tensors(&of(&whole), &of(&parts)), "two ranks went on elsewhere");
     // Later a pixel that a rounding has moved may be another reward.
-    let norms = [&whole, &alone].map(|run| run.metrics()[2]["optimizer/grad_norm"].unwrap());
-    let difference = (norms[1] / norms[0] - 1.0).abs();
-    assert!(difference < 1e-6, "one process went on elsewhere: {difference:e}");
+    let norm = |run: &Run| run.metrics()[2]["optimizer/grad_norm"].unwrap();
+    for (run, who) in [(&alone, "one process"), (&divided, "ranks that divide weights")] {
+        let difference = (norm(run) / norm(&whole) - 1.0).abs();
+        assert!(difference < 1e-6, "{who} went on elsewhere: {difference:e}");
+    }
 }
 
 #[test]

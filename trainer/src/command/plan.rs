@@ -28,6 +28,8 @@ pub(super) const UTILISATION: f64 = 0.4;
 /// Bytes of a number in compute and in storage of trajectories.
 const BF16: f64 = 2.0;
 const F32: f64 = 4.0;
+/// Of the machines that ranks are tabulated for.
+const GPUS_A_NODE: usize = 8;
 
 /// What is planned for.
 pub struct Options<'a> {
@@ -153,6 +155,7 @@ impl Plan {
     fn sharded(&self, config: &AlignConfig, lora: bool, shard: Shard) -> Sharded {
         Sharded {
             shard,
+            node: GPUS_A_NODE,
             carrier: Carrier::Nccl,
             weights: self.transformer,
             trained: if lora { self.adapters } else { self.transformer },

@@ -11,6 +11,7 @@ use flow::usage::Usage;
 use tch::Cuda;
 
 use crate::group::division::Division;
+use crate::network::sharding::Shard;
 use crate::run::config::{AlignConfig, RanksConfig};
 use crate::run::interrupt;
 use crate::tensor::device::{Compute, precision_name};
@@ -117,7 +118,8 @@ pub(super) fn join(
     group.open_device(compute.device)?;
     let division = Division::new(&group, &config.group, config.group.prompts_per_iteration)?;
     if group.is_first() && group.world() > 1 {
-        log::note(&describe(topology, &division, compute, &group.carrier()));
+        let shard = config.ranks.shard;
+        log::note(&describe(topology, shard, &division, compute, &group.carrier()));
     }
     Ok(group)
 }
@@ -132,7 +134,13 @@ pub(super) fn meet(place: Option<&Topology>, config: &RanksConfig) -> Result<Gro
     Ok(Group::join(topology, Timeouts { join, step })?)
 }
 
-fn describe(topology: &Topology, division: &Division, compute: Compute, carrier: &str) -> String {
+fn describe(
+    topology: &Topology,
+    shard: Shard,
+    division: &Division,
+    compute: Compute,
+    carrier: &str,
+) -> String {
     let Topology { world, local_world, launcher, .. } = topology;
     let machines = match topology.n_nodes() {
         1 => "1 machine".to_owned(),
@@ -145,9 +153,10 @@ fn describe(topology: &Topology, division: &Division, compute: Compute, carrier:
     variables.sort();
     let variables = if variables.is_empty() { "none".to_owned() } else { variables.join(" ") };
     format!(
-        "{world} ranks on {machines}, started by {launcher}; {:?} in {} by {carrier}; shard = states; {division}; \
+        "{world} ranks on {machines}, started by {launcher}; {:?} in {} by {carrier}; shard = {}; {division}; \
          NCCL and Gloo variables: {variables}",
         compute.device,
         precision_name(compute.kind),
+        shard.name(),
     )
 }

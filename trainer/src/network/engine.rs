@@ -311,7 +311,7 @@ mod tests {
 
     use super::*;
     use crate::tensor::device::Compute;
-    use crate::tensor::parameters::{Gradient, Storage};
+    use crate::tensor::parameters::{Gradient, Mesh, Storage};
 
     fn config(depth: usize) -> TransformerConfig {
         let mut config = TransformerConfig::default();
@@ -333,19 +333,19 @@ mod tests {
     }
 
     fn engine(depth: usize) -> Engine {
+        engine_in(depth, Storage::Trainable(Group::alone()))
+    }
+
+    fn engine_in(depth: usize, storage: Storage) -> Engine {
         let config = config(depth);
         let mut stream = 100;
-        let mut parameters = Parameters::build(
-            &segments(&config),
-            Compute::CPU,
-            Storage::Trainable(Group::alone()),
-            |_, shape| {
+        let mut parameters =
+            Parameters::build(&segments(&config), Compute::CPU, storage, |_, shape| {
                 stream += 1;
                 let n = shape.iter().product();
                 Ok(Tensor::from_slice(&Noise::new(5).normal(stream, n)) * 0.2)
-            },
-        )
-        .unwrap();
+            })
+            .unwrap();
         parameters.train();
         Engine::new(config, parameters)
     }
@@ -399,15 +399,50 @@ mod tests {
 
     #[test]
     fn blockwise_gradients_are_the_plain_ones() {
-        let mut engine = engine(2);
-        let plain = gradients_of(&mut engine, false);
-        let blockwise = gradients_of(&mut engine, true);
-        for (segment, (a, b)) in plain.iter().zip(&blockwise).enumerate() {
-            let scale = a.abs().max().double_value(&[]);
-            let difference = (a - b).abs().max().double_value(&[]);
-            assert!(scale > 0.0, "segment {segment} has no gradient");
-            assert!(difference <= 1e-6 * scale, "segment {segment}: {difference:e} of {scale:e}");
+        let mut held = engine(2);
+        let plain = gradients_of(&mut held, false);
+        let blockwise = gradients_of(&mut held, true);
+        let mesh = Mesh::flat(&Group::alone());
+        let mut divided = engine_in(2, Storage::Divided { mesh, trains: true });
+        // Sums over passes: twice the same.
+        let once = gradients_of(&mut divided, false);
+        let (x_t, t) = (normal(3, &[3, 6, 8]), Tensor::from_slice(&[0.2f32, 0.5, 0.9]));
+        for _ in 0..2 {
+            let gradient = |v: &Tensor| v * 2.0 + normal(4, &[3, 6, 8]);
+            divided.forward_backward(&x_t, &t, &condition(), gradient).unwrap();
         }
+        let twice: Vec<Tensor> = taken(&divided).into_iter().map(|sum| sum / 2.0).collect();
+        for (how, found) in [("blockwise", blockwise), ("divided", once), ("twice", twice)] {
+            for (segment, (a, b)) in plain.iter().zip(&found).enumerate() {
+                let scale = a.abs().max().double_value(&[]);
+                let difference = (a - b).abs().max().double_value(&[]);
+                assert!(scale > 0.0, "segment {segment} has no gradient");
+                assert!(
+                    difference <= 1e-6 * scale,
+                    "{how}, segment {segment}: {difference:e} of {scale:e}"
+                );
+            }
+        }
+    }
+
+    /// Exchanged with others and back, as an average is that is looked at.
+    #[test]
+    fn divided_weights_are_exchanged() {
+        let mesh = Mesh::flat(&Group::alone());
+        let divided = engine_in(1, Storage::Divided { mesh, trains: true });
+        let (x_t, t) = (normal(3, &[3, 6, 8]), Tensor::from_slice(&[0.2f32, 0.5, 0.9]));
+        let velocity = || divided.velocity(&x_t, &t, &condition()).unwrap();
+        let before = velocity();
+        let trained = divided.trained();
+        let halves = trained.others(trained.masters().map(|master| master * 0.5).collect());
+        trained.exchange(&halves);
+        let other = velocity();
+        trained.exchange(&halves);
+        assert!(velocity().equal(&before) && !other.equal(&before));
+        let held = engine(1);
+        held.trained().assign(&halves.flats).unwrap();
+        let expected = no_grad(|| held.forward(&x_t, &t, &condition()).unwrap());
+        assert!(other.allclose(&expected, 1e-6, 1e-7, false));
     }
 
     #[test]

@@ -1,6 +1,5 @@
 //! What the ranks of a run hold of a network that trains, and what each sends the others for it, in bytes.
 
-use clap::ValueEnum;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -8,9 +7,7 @@ use serde::{Deserialize, Serialize};
 const F32: f64 = 4.0;
 
 /// How ranks hold a network.
-#[derive(
-    Clone, Copy, Debug, Default, Deserialize, Eq, Hash, JsonSchema, PartialEq, Serialize, ValueEnum,
-)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Shard {
     /// Weights whole on every rank, in the type it computes in; masters, moments and the average divided.
@@ -20,6 +17,19 @@ pub enum Shard {
     /// Weights divided, too: those of a block are gathered before each use, the next one's meanwhile;
     /// gradients are added up in each pass. Slower, for networks that a rank cannot hold.
     All,
+    /// The same inside each node, every node having all of it; gradients cross between nodes once a step.
+    Node,
+}
+
+impl Shard {
+    /// As settings name it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::States => "states",
+            Self::All => "all",
+            Self::Node => "node",
+        }
+    }
 }
 
 /// What carries tensors between ranks.
@@ -34,6 +44,8 @@ pub(crate) enum Carrier {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sharded {
     pub(crate) shard: Shard,
+    /// Ranks of a node.
+    pub(crate) node: usize,
     pub(crate) carrier: Carrier,
     /// Numbers of the network, of those that train (adapters, or the network's own), and of its largest
     /// segment.
@@ -58,51 +70,69 @@ pub(crate) struct Held {
 }
 
 impl Sharded {
+    /// Of `world` ranks, those among whom one copy of the network is divided.
+    pub(crate) fn among(&self, world: usize) -> usize {
+        if self.shard == Shard::Node { world.min(self.node) } else { world }
+    }
+
     /// What one of `world` ranks holds.
     pub(crate) fn held(&self, world: usize) -> Held {
-        let n = world as f64;
+        let n = self.among(world) as f64;
         let Self { bytes, trained, .. } = *self;
-        let adapters = if self.is_adapted { trained } else { 0.0 };
         let copies = if self.has_average { 4.0 } else { 3.0 };
-        // In f32 a process that is alone computes with the masters.
-        let is_shared = world == 1 && bytes == F32;
-        let shared = if is_shared { trained } else { 0.0 };
+        let divided = if self.is_adapted { world as f64 } else { n };
+        // Where networks compute in f32 with what a rank holds, that is the masters.
+        let is_shared = bytes == F32 && !self.is_adapted;
         let (weights, gradients) = match self.shard {
-            Shard::States => (self.weights, bytes * trained),
-            Shard::All => {
-                let gathered = if world == 1 { 0.0 } else { 2.0 * self.largest_segment };
-                (self.weights / n + gathered, F32 * trained / n)
+            Shard::States if is_shared && world == 1 => (0.0, trained),
+            Shard::States => (self.weights, trained),
+            Shard::All | Shard::Node => {
+                let own = if is_shared { 0.0 } else { self.weights / n };
+                let gathered =
+                    if n == 1.0 { self.largest_segment } else { 2.0 * self.largest_segment };
+                (own + gathered, if self.is_adapted { trained } else { F32 / bytes * trained / n })
             }
         };
+        let adapters = if self.is_adapted { trained } else { 0.0 };
         Held {
-            weights: bytes * (weights + adapters - shared),
-            gradients,
-            states: F32 * copies * trained / n,
+            weights: bytes * (weights + adapters),
+            gradients: bytes * gradients,
+            states: F32 * copies * trained / divided,
         }
     }
 
     /// What one of `world` ranks sends for an optimiser step: for its gradients and for new weights.
     pub(crate) fn step(&self, world: usize) -> [f64; 2] {
-        let others = others(world);
-        let twice = if self.carrier == Carrier::Gloo { 2.0 } else { 1.0 };
+        let others_of_all = others(world);
+        let n = self.among(world);
         match self.shard {
-            Shard::States => {
-                [F32 * twice * self.trained * others, self.bytes * self.trained * others]
+            Shard::All if !self.is_adapted => [0.0, 0.0],
+            // Around a ring of nodes there and back.
+            Shard::Node if !self.is_adapted => {
+                [2.0 * F32 * self.trained / n as f64 * others(world / n), 0.0]
             }
-            Shard::All if self.is_adapted => [0.0, self.bytes * self.trained * others],
-            Shard::All => [0.0, 0.0],
+            _ => [
+                F32 * self.sums() * self.trained * others_of_all,
+                self.bytes * self.trained * others_of_all,
+            ],
         }
     }
 
     /// What one of `world` ranks sends for a pass of the network, `trains` saying whether it goes back as
     /// well: every segment is then gathered a second time.
     pub(crate) fn pass(&self, world: usize, trains: bool) -> f64 {
-        let others = others(world);
-        let (uses, gradients) = if trains { (2.0, F32 * self.trained) } else { (1.0, 0.0) };
-        match self.shard {
-            Shard::States => 0.0,
-            Shard::All => (uses * self.bytes * self.weights + gradients) * others,
+        if self.shard == Shard::States {
+            return 0.0;
         }
+        let uses = if trains { 2.0 } else { 1.0 };
+        let is_added_up = trains && !self.is_adapted;
+        let gradients = if is_added_up { F32 * self.sums() * self.trained } else { 0.0 };
+        (uses * self.bytes * self.weights + gradients) * others(self.among(world))
+    }
+
+    /// How often a tensor's size is sent to add it up.
+    fn sums(&self) -> f64 {
+        if self.carrier == Carrier::Gloo { 2.0 } else { 1.0 }
     }
 }
 
@@ -118,6 +148,7 @@ mod tests {
     /// FLUX.1-dev's 11.9 billion, in billions.
     const FLUX: Sharded = Sharded {
         shard: Shard::States,
+        node: 8,
         carrier: Carrier::Nccl,
         weights: 11.9,
         trained: 11.9,
@@ -157,6 +188,26 @@ mod tests {
         // 3 of 4 parts of 23.8, and of 2·23.8 + 47.6.
         assert_near(all.pass(4, false), 17.85);
         assert_near(all.pass(4, true), 71.4);
+    }
+
+    #[test]
+    fn nodes_that_each_have_everything_by_hand() {
+        let node = Sharded { shard: Shard::Node, ..FLUX };
+        assert_eq!(node.held(4), Sharded { shard: Shard::All, ..FLUX }.held(4));
+        let Held { weights, gradients, states } = node.held(32);
+        // 2·(11.9/8 + 2·0.34), 4·11.9/8, 12·11.9/8.
+        assert_near(weights, 4.335);
+        assert_near(gradients, 5.95);
+        assert_near(states, 17.85);
+        // Of 5.95 GB twice 3 of 4 parts between nodes; of a pass 7 of 8 inside one.
+        assert_near(node.step(32)[0], 8.925);
+        assert_near(node.pass(32, false), 20.825);
+        // Adapters are divided among all.
+        let lora = Sharded { trained: 0.1, is_adapted: true, ..node };
+        assert_near(lora.held(32).states, 1.2 / 32.0);
+        assert_near(lora.held(32).gradients, 0.2);
+        assert_near(lora.step(32)[0], 0.3875);
+        assert_near(lora.pass(32, true), 41.65);
     }
 
     #[test]

@@ -205,6 +205,7 @@ impl AlignConfig {
         let trains = self.lora.is_none();
         let storage = match self.ranks.shard {
             Shard::All => Storage::Divided { mesh: Mesh::flat(ranks), trains },
+            Shard::Node => Storage::Divided { mesh: Mesh::by_node(ranks, compute.device)?, trains },
             Shard::States if trains => Storage::Trainable(ranks.clone()),
             Shard::States if self.stream => Storage::Streamed,
             Shard::States => Storage::Frozen,

@@ -72,7 +72,7 @@ pub(crate) fn banner(
     let (size, factor) =
         (config.group.rollout.latent_size(&model.pipeline)?, model.pipeline.vae.factor());
     let (setting, group) = (config.setting()?, &config.group);
-    let n_trained: usize = model.engine.trained().masters().map(tch::Tensor::numel).sum();
+    let n_trained: usize = model.engine.trained().spans().map(|span| span.whole).sum();
     let what = match &config.lora {
         Some(lora) => format!("adapters of rank {}", lora.rank),
         None => "all weights of the transformer".to_owned(),

@@ -81,6 +81,17 @@ impl Mesh {
     pub(crate) fn flat(all: &Group) -> Self {
         Self { all: all.clone(), within: all.clone(), across: Group::alone() }
     }
+
+    /// Everything is divided among the ranks of a node, whose tensors are on `device`.
+    ///
+    /// # Errors
+    /// When nodes have different numbers of ranks, or a rank has failed.
+    pub(crate) fn by_node(all: &Group, device: Device) -> Result<Self> {
+        let [within, across] = all.by_node()?;
+        within.open_device(device)?;
+        across.open_device(device)?;
+        Ok(Self { all: all.clone(), within, across })
+    }
 }
 
 /// How parameters are held.

@@ -14,6 +14,13 @@ pub(super) struct Link {
     pub(super) is_shared: bool,
 }
 
+impl Link {
+    /// Bytes a second that each of `n` ranks sends.
+    fn rate(&self, n: f64) -> f64 {
+        if self.is_shared { self.bytes / n } else { self.bytes }
+    }
+}
+
 /// What ranks compute with.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Machine {
@@ -22,6 +29,8 @@ pub(super) struct Machine {
     /// Ranks that have these at a time.
     pub(super) processors: usize,
     pub(super) link: Link,
+    /// Of the ranks of a node, where each node has all weights.
+    pub(super) inside: Link,
 }
 
 /// An iteration.
@@ -75,7 +84,7 @@ impl Iteration {
         let crowded = (n / machine.processors as f64).max(1.0);
         let computing = self.flops / n * crowded / machine.flops;
         let link = machine.link;
-        let rate = if link.is_shared { link.bytes / n } else { link.bytes };
+        let rate = link.rate(n);
         let hops = (n - 1.0) * link.latency;
         let steps: f64 = self.sharded.step(world).iter().map(|bytes| bytes / rate).sum();
         let mut waiting = self.steps * (steps + 2.0 * self.segments * hops);
@@ -83,6 +92,9 @@ impl Iteration {
         if self.sharded.shard == Shard::States {
             return Seconds { computing, waiting };
         }
+        let link = if self.sharded.shard == Shard::Node { machine.inside } else { link };
+        let n_among = self.sharded.among(world) as f64;
+        let (rate, hops) = (link.rate(n_among), (n_among - 1.0) * link.latency);
         // Operations go with passes: 1 forward, and what a training pass costs more.
         let passes = self.passes.map(|passes| passes / n);
         let all: f64 = self.sharded.pass(world, false) * passes[0] / rate
@@ -101,6 +113,7 @@ mod tests {
 
     const SHARDED: Sharded = Sharded {
         shard: Shard::States,
+        node: 8,
         carrier: Carrier::Nccl,
         weights: 10e9,
         trained: 10e9,
@@ -119,7 +132,8 @@ mod tests {
         gathered: 0.0,
     };
     const LINK: Link = Link { name: "", bytes: 50e9, latency: 1e-5, is_shared: false };
-    const MACHINE: Machine = Machine { flops: 400e12, processors: usize::MAX, link: LINK };
+    const MACHINE: Machine =
+        Machine { flops: 400e12, processors: usize::MAX, link: LINK, inside: LINK };
 
     fn assert_near(found: f64, expected: f64) {
         assert!((found - expected).abs() < 1e-9 * expected.abs().max(1.0), "{found} {expected}");
@@ -167,6 +181,16 @@ mod tests {
         let waits = all.seconds(&slow, 8).waiting;
         assert_near(waits, 4.0 * 0.007 + transfer - 20.0 + transfer / 50.0);
         assert_near(all.sent(8)[1], 840e9);
+    }
+
+    #[test]
+    fn nodes_gather_by_their_own_link_by_hand() {
+        let node = Iteration { sharded: Sharded { shard: Shard::Node, ..SHARDED }, ..ITERATION };
+        let slow = Machine { link: Link { bytes: 10e9, ..LINK }, ..MACHINE };
+        // On 16 ranks half as many passes of 8; between 2 nodes 5 GB a step at 10 GB/s.
+        let transfer = 8.4 + 0.07;
+        let waits = 4.0 * (0.5 + 100.0 * 15.0 * 1e-5) + transfer / 50.0;
+        assert_near(node.seconds(&slow, 16).waiting, waits);
     }
 
     #[test]

@@ -44,9 +44,12 @@ impl fmt::Display for Ranks<'_> {
         // A run trains all weights or adapters; one that names neither is told both.
         let whole = config.lora.is_none().then_some(("all weights", false));
         for (what, lora) in whole.into_iter().chain([("LoRA", true)]) {
-            for (how, shard) in
-                [("masters and moments divided", Shard::States), ("weights too", Shard::All)]
-            {
+            for (how, shard) in [
+                ("masters and moments divided", Shard::States),
+                ("weights too", Shard::All),
+                ("weights too, every node of 8 having all, its own joined by NVLink", Shard::Node),
+            ] {
+                let how = format!("{how} (ranks.shard = {:?})", shard.name());
                 writeln!(f, "\n{what}, {how}")?;
                 self.table(f, lora, shard)?;
             }
@@ -87,7 +90,8 @@ impl Ranks<'_> {
         let total = weights + gradients + states + working;
         let seconds = LINKS.map(|link| {
             let flops = utilisation * H800_FLOPS;
-            iteration.seconds(&Machine { flops, processors: usize::MAX, link }, world)
+            let machine = Machine { flops, processors: usize::MAX, link, inside: LINKS[0] };
+            iteration.seconds(&machine, world)
         });
         let [weights, gradients, states, working, gb] =
             [weights, gradients, states, working, total].map(|bytes| bytes / 1e9);
