@@ -23,6 +23,13 @@ const LINKS: [Link; 3] = [
 /// What an iteration waits for, as a share of what it computes, at which the network counts as its limit.
 const MUCH: f64 = 0.1;
 
+/// How ranks may hold a network, the fastest first where a node's link is faster than the others.
+const HOW: [(&str, Shard); 3] = [
+    ("masters and moments divided", Shard::States),
+    ("weights too, every node of 8 having all, its own joined by NVLink", Shard::Node),
+    ("weights too", Shard::All),
+];
+
 /// A run on 1 to 512 H800s.
 pub(super) struct Ranks<'a> {
     pub(super) plan: &'a Plan,
@@ -44,15 +51,22 @@ impl fmt::Display for Ranks<'_> {
         // A run trains all weights or adapters; one that names neither is told both.
         let whole = config.lora.is_none().then_some(("all weights", false));
         for (what, lora) in whole.into_iter().chain([("LoRA", true)]) {
-            for (how, shard) in [
-                ("masters and moments divided", Shard::States),
-                ("weights too", Shard::All),
-                ("weights too, every node of 8 having all, its own joined by NVLink", Shard::Node),
-            ] {
-                let how = format!("{how} (ranks.shard = {:?})", shard.name());
-                writeln!(f, "\n{what}, {how}")?;
+            for (how, shard) in HOW {
+                writeln!(f, "\n{what}, {how} (ranks.shard = {:?})", shard.name())?;
                 self.table(f, lora, shard)?;
             }
+            let fewest = HOW.map(|(_, shard)| {
+                let fits = |&world: &usize| self.bytes(world, lora, shard).1 <= H800_BYTES;
+                let fewest = WORLD_SIZES.into_iter().find(fits);
+                let from =
+                    fewest.map_or("on none of these".into(), |n| format!("from {n} ranks on"));
+                format!("{} {from}", shard.name())
+            });
+            writeln!(
+                f,
+                "\n{what} in 80 GB: {}; the first that fits is the fastest",
+                fewest.join(", ")
+            )?;
         }
         Ok(())
     }
@@ -72,6 +86,14 @@ impl Ranks<'_> {
         Ok(())
     }
 
+    /// What a rank holds, and that with what it works with.
+    fn bytes(&self, world: usize, lora: bool, shard: Shard) -> (Held, f64) {
+        let config = self.options.config;
+        let held = self.plan.sharded(config, lora, shard).held(world);
+        let working: f64 = self.plan.working(config, world).iter().sum();
+        (held, held.weights + held.gradients + held.states + working)
+    }
+
     fn row(
         &self,
         f: &mut fmt::Formatter<'_>,
@@ -85,9 +107,8 @@ impl Ranks<'_> {
         let prompts = enough(n_prompts, config.group.group_size, world);
         let iteration =
             self.plan.iteration(self.options, sharded, prompts, world).map_err(|_| fmt::Error)?;
-        let Held { weights, gradients, states } = sharded.held(world);
-        let working: f64 = self.plan.working(config, world).iter().sum();
-        let total = weights + gradients + states + working;
+        let (Held { weights, gradients, states }, total) = self.bytes(world, lora, shard);
+        let working = total - weights - gradients - states;
         let seconds = LINKS.map(|link| {
             let flops = utilisation * H800_FLOPS;
             let machine = Machine { flops, processors: usize::MAX, link, inside: LINKS[0] };
