@@ -39,7 +39,7 @@ const FREE: [&str; 18] = [
 const FREE_OF_REWARDS: [&str; 8] =
     ["url", "api_key_env", "ca", "timeout", "requests", "batch", "retries", "patience"];
 /// Settings that may change and are said to have.
-const SAID: [&str; 3] = ["optimizer.learning_rate", "optimizer.warmup", "prompts"];
+const SAID: [&str; 4] = ["optimizer.learning_rate", "optimizer.warmup", "prompts", "ranks.shard"];
 /// Settings that name files; the names may change where the content stays.
 const FILES: [&str; 4] = ["model", "prompts", "embeddings", "lora.from"];
 
@@ -115,7 +115,7 @@ impl Held {
         bail!(
             "--resume goes on with the settings that the run was started with: {} (what may change is what \
              changes no number: saving, batches, servers' addresses, paths of the same files; and, said, the \
-             learning rate and the prompts)",
+             learning rate, the prompts and ranks.shard)",
             refused.join("; ")
         )
     }
