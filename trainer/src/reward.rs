@@ -21,6 +21,7 @@ mod constant;
 mod ctc;
 mod detector;
 mod forward;
+mod grid;
 mod image_reward;
 mod jpeg;
 mod network;
@@ -60,6 +61,7 @@ pub use self::{
     config::{JpegSize, Measure, RewardConfig, RewardKind},
     constant::Constant,
     detector::DetectorConfig,
+    grid::Grid,
     jpeg::Jpeg,
     ocr::{LOG_PROB_FLOOR, Ocr, Verdict},
     onnx::{ImageModel, ImageModelConfig},
@@ -382,6 +384,10 @@ fn open(kind: &RewardKind, threads: usize, device: Device) -> Result<Box<dyn Rew
         RewardKind::Jpeg { quality, prefer } => {
             ensure!((1..=100).contains(quality), "`quality` is {quality}, it goes from 1 to 100");
             Box::new(Jpeg { quality: *quality, prefer: *prefer })
+        }
+        RewardKind::Grid { period } => {
+            ensure!((2..=64).contains(period), "`period` is {period}, it goes from 2 to 64");
+            Box::new(Grid { period: *period as usize })
         }
         RewardKind::Colour {} => Box::new(ColourMatch),
         RewardKind::Onnx { model, size, mean, std, index } => {

@@ -110,7 +110,8 @@ pub enum Command {
     /// Score images that exist; prints one JSON line an image
     ///
     /// Scales, higher being better: hpsv2, pickscore and clip are cosines, about 0.2 to 0.4, 0.18 to 0.24
-    /// and 0.1 to 0.4; image-reward is about -2.5 to 2.5, aesthetic 1 to 10, jpeg in kB, colour 0 to 1.
+    /// and 0.1 to 0.4; image-reward is about -2.5 to 2.5, aesthetic 1 to 10, jpeg in kB, colour 0 to 1, grid
+    /// 0 dB without a pattern of patches and below 0 with one.
     /// docs/rewards.md has the files and how each prepares images. Means over all images are told at the end.
     Score {
         /// PNG or JPEG files, or folders of them, in the order of their names

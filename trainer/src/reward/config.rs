@@ -146,6 +146,12 @@ pub enum RewardKind {
         /// Which size is better.
         prefer: JpegSize,
     },
+    /// How much an image repeats itself with the network's patches, in dB below 0: a detector of grid artefacts.
+    Grid {
+        /// Pixels of a patch, 2 to 64: two latents, of eight pixels in FLUX.
+        #[serde(default = "default_period")]
+        period: u32,
+    },
     /// Share of the drawn pixels that have the prompt's colour, 0 to 1.
     Colour {},
     /// A number that any ONNX model computes from the image alone.
@@ -231,6 +237,10 @@ fn default_retries() -> u32 {
 
 fn default_patience() -> f64 {
     10.0
+}
+
+fn default_period() -> u32 {
+    16
 }
 
 fn default_quality() -> u8 {

@@ -23,7 +23,7 @@ const LINKS: [Link; 3] = [
 /// What an iteration waits for, as a share of what it computes, at which the network counts as its limit.
 const MUCH: f64 = 0.1;
 
-/// How ranks may hold a network, the fastest first where a node's link is faster than the others.
+/// How ranks may hold a network.
 const HOW: [(&str, Shard); 3] = [
     ("masters and moments divided", Shard::States),
     ("weights too, every node of 8 having all, its own joined by NVLink", Shard::Node),
@@ -58,13 +58,12 @@ impl fmt::Display for Ranks<'_> {
             let fewest = HOW.map(|(_, shard)| {
                 let fits = |&world: &usize| self.bytes(world, lora, shard).1 <= H800_BYTES;
                 let fewest = WORLD_SIZES.into_iter().find(fits);
-                let from =
-                    fewest.map_or("on none of these".into(), |n| format!("from {n} ranks on"));
-                format!("{} {from}", shard.name())
+                let from = fewest.map_or("never".to_owned(), |n| format!("from {n} on"));
+                format!("{:?} {from}", shard.name())
             });
             writeln!(
                 f,
-                "\n{what} in 80 GB: {}; the first that fits is the fastest",
+                "\nranks whose memory holds {what}, by ranks.shard: {}",
                 fewest.join(", ")
             )?;
         }
