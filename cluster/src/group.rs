@@ -1,25 +1,15 @@
 //! The ranks of a run as one value, and what they do together.
 
 use std::rc::Rc;
-use std::time::Duration;
 
 use tch::{Device, Kind, Tensor};
 
 use crate::call::{Call, Operation, Reduce};
 use crate::error::Error;
-use crate::member::{Member, Pending};
+use crate::member::{Member, Pending, Timeouts};
 use crate::nccl;
 use crate::topology::Topology;
 use crate::watch::Circle;
-
-/// How long ranks wait for each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Timeouts {
-    /// Until all have joined.
-    pub join: Duration,
-    /// Until an operation that one has called has ended.
-    pub step: Duration,
-}
 
 /// All ranks of a run, or this process alone. Operations are called by all ranks in the same order.
 ///

@@ -26,8 +26,8 @@ mod watch;
 
 pub use call::Reduce;
 pub use error::Error;
-pub use group::{Group, Timeouts};
-pub use member::Pending;
+pub use group::Group;
+pub use member::{Pending, Timeouts};
 pub use nccl::about_nccl;
 pub use ranks::{Ended, Ranks};
 pub use store::{Served, serve};

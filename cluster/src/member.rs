@@ -11,7 +11,6 @@ use tch::{Device, Tensor};
 use crate::c10d::{self, Failure, Gloo, Store};
 use crate::call::{Call, Operation};
 use crate::error::{Error, ranks};
-use crate::group::Timeouts;
 use crate::nccl::{Communicator, Id, Nccl, Started};
 use crate::store::Place;
 use crate::topology::Topology;
@@ -19,6 +18,15 @@ use crate::watch::{Circle, Fault, Watch};
 
 /// How long a rank waits between two looks at whether another one has stopped.
 const SLICE: Duration = Duration::from_millis(20);
+
+/// How long ranks wait for each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// Until all have joined.
+    pub join: Duration,
+    /// Until an operation that one has called has ended.
+    pub step: Duration,
+}
 
 /// One of a group's ranks.
 pub(crate) struct Member {

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use flow::checkpoint::{Dtype, Entry, Weights};
 use flow::lora::B;
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor, no_grad};
+use tch::{Device, Kind, Tensor, no_grad};
 
 use super::engine::Engine;
 use crate::tensor::parameters::Parameters;
@@ -163,17 +163,15 @@ impl Shards {
         parameters: &Parameters,
     ) -> Result<()> {
         for (index, (part, span)) in parts.into_iter().zip(parameters.spans()).enumerate() {
-            let (name, n) = (format!("{kind}.{index}"), span.own.len() as i64);
-            let read = self.read(&name, span.whole, span.own)?;
-            no_grad(|| part.narrow(0, 0, n).copy_(&read));
+            self.read(&format!("{kind}.{index}"), span.whole, span.own, part)?;
         }
         Ok(())
     }
 
-    /// The numbers `range` of the flat tensor `name`, all of which are `whole`.
-    fn read(&self, name: &str, whole: usize, range: Range<usize>) -> Result<Tensor> {
+    /// Puts the numbers `range` of the flat tensor `name`, all of which are `whole`, at the beginning of `into`; no
+    /// more than one file's are held beside it.
+    fn read(&self, name: &str, whole: usize, range: Range<usize>, into: &Tensor) -> Result<()> {
         let each = whole.div_ceil(self.world());
-        let mut parts = Vec::new();
         for rank in 0..self.world() {
             let held = rank * each..((rank + 1) * each).min(whole);
             let wanted = range.start.max(held.start)..range.end.min(held.end);
@@ -188,14 +186,11 @@ impl Shards {
             let [from, to] =
                 [wanted.start, wanted.end].map(|at| (at - held.start) * size_of::<f32>());
             let n = wanted.len() as i64;
-            parts.push(Tensor::from_data_size(&view.bytes[from..to], &[n], Kind::Float));
+            let part = Tensor::from_data_size(&view.bytes[from..to], &[n], Kind::Float);
             file.release();
+            no_grad(|| into.narrow(0, (wanted.start - range.start) as i64, n).copy_(&part));
         }
-        Ok(match parts.len() {
-            0 => Tensor::zeros([0], (Kind::Float, tch::Device::Cpu)),
-            1 => parts.remove(0),
-            _ => Tensor::cat(&parts, 0),
-        })
+        Ok(())
     }
 
     /// The weights worth having, under the names that they have in a pipeline folder or a file of adapters:
@@ -218,8 +213,9 @@ impl Shards {
                 let factor = layout.adapters.filter(|_| name.ends_with(B)).unwrap_or(1.0);
                 let flat = flat.clone();
                 entries.push(Entry::made(name, shape, Dtype::F32, move || {
-                    let values = self.read(&flat, whole, range.clone());
-                    let values = values.map_err(std::io::Error::other)?;
+                    let values = Tensor::empty([n as i64], (Kind::Float, Device::Cpu));
+                    let read = self.read(&flat, whole, range.clone(), &values);
+                    read.map_err(std::io::Error::other)?;
                     Ok(bytes_of(&(values * factor)))
                 }));
             }
