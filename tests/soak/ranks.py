@@ -4,7 +4,8 @@
   equal    every algorithm, whole and LoRA, on 2, 3 and 4 ranks against one process, states divided and weights, too,
            groups whole on each rank and one group spread over all: gradient and loss of the first update
   narrow   the same of all weights in bf16
-  killed   a random rank killed at a random time: the launcher ends with an error that names it
+  killed   a random rank killed at a random time, states or weights divided: the launcher ends with an error that
+           names it
   frozen   a random rank stopped: the others end when their time is over, naming it
   resumed  20 iterations against 10 and 10 on 1 and 2 ranks: the same bytes of weights, moments and average; what
            2 ranks saved, 1, 3 and 4 take up and end with the same bytes
@@ -147,7 +148,8 @@ def ranks_of(launcher):
 
 def disturbed(home, trial, number, limit, expected):
     out, n = home / f"run-{trial}", random.choice((2, 3))
-    line = command(out, n, iterations=10**6, save_every=3, prompts_per_iteration=6, ranks__step_seconds=PATIENCE)
+    shared = {"ranks__step_seconds": PATIENCE, "ranks__shard": random.choice(("states", "all"))}
+    line = command(out, n, iterations=10**6, save_every=3, prompts_per_iteration=6, **shared)
     launcher = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not has_begun(out):
         if launcher.poll() is not None:
@@ -167,7 +169,8 @@ def disturbed(home, trial, number, limit, expected):
     shutil.rmtree(out, ignore_errors=True)
     named = error.count(f"rank {victim} {expected}")
     well = took <= limit and named >= n - 1 and launcher.returncode != 0
-    return well, f"rank {victim} of {n}: {took:.2f} s" + ("" if well else f"\n{error}")
+    how = shared["ranks__shard"]
+    return well, f"rank {victim} of {n}, {how} divided: {took:.2f} s" + ("" if well else f"\n{error}")
 
 
 def has_begun(out):
