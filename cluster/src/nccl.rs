@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 use libloading::os::unix::{Library, RTLD_LAZY, RTLD_LOCAL};
 use tch::{Device, Kind, Tensor};
 
-use self::event::{Event, cuda};
+use self::event::{Event, did};
 use crate::c10d::Failure;
 use crate::call::{Operation, Reduce};
 
@@ -266,7 +266,7 @@ impl Communicator {
         opened.select()?;
         let mut stream = ptr::null_mut();
         // SAFETY: the place outlives the call.
-        opened.did(unsafe { (runtime.new_stream)(&raw mut stream, NON_BLOCKING) })?;
+        did(&runtime, device, unsafe { (runtime.new_stream)(&raw mut stream, NON_BLOCKING) })?;
         opened.stream = stream;
         let unset = c_int::MIN;
         let mut config = Config {
@@ -397,14 +397,7 @@ impl Communicator {
     /// Makes this rank's GPU the thread's.
     fn select(&self) -> Result<(), Failure> {
         // SAFETY: a function of numbers.
-        self.did(unsafe { (self.runtime.set_device)(self.device as c_int) })
-    }
-
-    fn did(&self, code: c_int) -> Result<(), Failure> {
-        match code {
-            DONE => Ok(()),
-            code => Err(cuda(&self.runtime, self.device, code)),
-        }
+        did(&self.runtime, self.device, unsafe { (self.runtime.set_device)(self.device as c_int) })
     }
 }
 

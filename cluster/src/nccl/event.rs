@@ -52,10 +52,7 @@ impl Event {
     }
 
     fn did(&self, code: c_int) -> Result<(), Failure> {
-        match code {
-            DONE => Ok(()),
-            code => Err(cuda(&self.runtime, self.device, code)),
-        }
+        did(&self.runtime, self.device, code)
     }
 }
 
@@ -68,8 +65,11 @@ impl Drop for Event {
     }
 }
 
-/// What CUDA says of a failure.
-pub(super) fn cuda(runtime: &Runtime, device: usize, code: c_int) -> Failure {
-    // SAFETY: the text is the library's and never freed.
-    format!("cuda:{device}: {}", line(unsafe { (runtime.error_text)(code) }))
+/// What CUDA says of a call that has failed.
+pub(super) fn did(runtime: &Runtime, device: usize, code: c_int) -> Result<(), Failure> {
+    match code {
+        DONE => Ok(()),
+        // SAFETY: the text is the library's and never freed.
+        code => Err(format!("cuda:{device}: {}", line(unsafe { (runtime.error_text)(code) }))),
+    }
 }
