@@ -55,6 +55,20 @@ fn code(pass: Pass, number: usize) -> i64 {
     1 + 2 * number as i64 + i64::from(pass == Pass::Training)
 }
 
+/// The pass that all ranks do now, by its code.
+fn agreed(group: &Group, own: i64) -> Result<i64> {
+    let told = group.all_gather(&Tensor::from_slice(&[own]))?;
+    let told = Vec::<i64>::try_from(&told)?;
+    let pass = told.iter().copied().max().unwrap_or(own);
+    let odd = told.iter().position(|&other| other != ATTENDS && other != pass);
+    ensure!(
+        odd.is_none(),
+        "rank {} is in another pass of the network than the others: {told:?}",
+        odd.unwrap_or_default()
+    );
+    Ok(pass)
+}
+
 impl Gathering {
     /// Keeps this rank's part of a segment `whole`, as networks see it.
     pub(super) fn hold(&mut self, part: &Tensor, kind: Kind, sums: Vec<[f64; 2]>) {
@@ -88,20 +102,6 @@ impl Gathering {
             None => others.push(other),
         }
         index + 1
-    }
-
-    /// The pass that all ranks do now, by its code.
-    fn agreed(&self, group: &Group, own: i64) -> Result<i64> {
-        let told = group.all_gather(&Tensor::from_slice(&[own]))?;
-        let told = Vec::<i64>::try_from(&told)?;
-        let pass = told.iter().copied().max().unwrap_or(own);
-        let odd = told.iter().position(|&other| other != ATTENDS && other != pass);
-        ensure!(
-            odd.is_none(),
-            "rank {} is in another pass of the network than the others: {told:?}",
-            odd.unwrap_or_default()
-        );
-        Ok(pass)
     }
 
     fn set_out(&self, pass: i64) {
@@ -155,7 +155,7 @@ impl Parameters {
     pub(crate) fn begin(&self, pass: Pass) -> Result<()> {
         let Some(gathering) = &self.gathering else { return Ok(()) };
         let own = code(pass, gathering.in_use.get());
-        gathering.set_out(gathering.agreed(&self.mesh.within, own)?);
+        gathering.set_out(agreed(&self.mesh.within, own)?);
         Ok(())
     }
 
@@ -168,7 +168,7 @@ impl Parameters {
     pub(crate) fn attend(&self) -> Result<()> {
         let Some(gathering) = &self.gathering else { return Ok(()) };
         loop {
-            let pass = gathering.agreed(&self.mesh.within, ATTENDS)?;
+            let pass = agreed(&self.mesh.within, ATTENDS)?;
             if pass == ATTENDS {
                 return Ok(());
             }
