@@ -8,6 +8,7 @@ pub mod branch;
 #[cfg(test)]
 mod cases;
 mod copies;
+pub mod dgpo;
 mod forward;
 pub mod matching;
 pub mod neighbor;
@@ -75,6 +76,8 @@ methods! {
     nft: nft::NftConfig,
     /// The matching of V-GRPO and AWM.
     matching: matching::MatchingConfig,
+    /// The group preferences of DGPO.
+    dgpo: dgpo::DgpoConfig,
 }
 
 /// What learns where no algorithm is named.
@@ -299,6 +302,9 @@ pub(crate) struct Ratio {
     /// Largest |log ρ| where nothing has changed since the rollout, up to rounding.
     pub(crate) tolerance: f64,
 }
+
+/// Metrics: shares of the terms that the clip silences, by its upper and its lower end.
+pub(crate) const CLIPPED: [&str; 2] = ["policy/clip_fraction_high", "policy/clip_fraction_low"];
 
 /// Limit of |log ρ| before it is exponentiated; it guards against overflow and nothing else.
 pub(crate) const MAX_LOG_RATIO: f64 = 10.0;

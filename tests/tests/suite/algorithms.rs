@@ -13,7 +13,7 @@ const CHEAP: [&str; 3] = [
     "judges=[]",
     "optimizer.learning_rate=1e-4",
 ];
-const ALGORITHMS: [&str; 15] = [
+const ALGORITHMS: [&str; 16] = [
     "neighbor",
     "neighbor-paper-literal",
     "neighbor-sde-matched",
@@ -29,6 +29,7 @@ const ALGORITHMS: [&str; 15] = [
     "flow-dppo",
     "v-grpo",
     "awm",
+    "dgpo",
 ];
 
 fn with<'a>(more: &[&'a str]) -> Vec<&'a str> {
@@ -48,16 +49,18 @@ fn one_line_changes_the_algorithm() {
         for step in &steps {
             assert!(step.values().all(Option::is_some), "{name}: {step:?}");
             let is_neighbor = name.starts_with("neighbor");
-            let has_ratios = name != "diffusion-nft";
+            let is_nft = name == "diffusion-nft";
+            let has_ratios = !is_nft && name != "dgpo";
             for (metric, there) in [
                 ("policy/objective", true),
                 ("policy/log_ratio_first", has_ratios),
                 ("policy/log_ratio_max", has_ratios),
-                ("policy/clip_fraction_high", has_ratios),
-                ("policy/clip_fraction_low", has_ratios),
+                ("policy/clip_fraction_high", !is_nft),
+                ("policy/clip_fraction_low", !is_nft),
                 ("policy/p_anchor", is_neighbor),
                 ("policy/entropy", is_neighbor),
-                ("policy/from_old", !has_ratios),
+                ("policy/from_old", is_nft),
+                ("policy/preference", name == "dgpo"),
                 ("optimizer/grad_norm", true),
                 ("optimizer/below_eps", true),
                 ("advantage/norm", true),
@@ -87,7 +90,8 @@ fn an_unknown_algorithm_is_named_with_those_there_are() {
 /// started from, the position of a window.
 #[test]
 fn every_state_resumes_to_the_bit() {
-    let cases: [&[&str]; 5] = [
+    let cases: [&[&str]; 6] = [
+        &["algorithm=dgpo", "updates=2", "dgpo.lag_rate=0.1", "dgpo.reference=start"],
         &["algorithm=diffusion-nft", "nft.decay_rate=0.05"],
         &["algorithm=awm", "updates=2", "train_steps=2", "matching.lag_rate=0.1"],
         &[

@@ -4,6 +4,7 @@ use serde::Deserialize;
 use tch::{Kind, Tensor};
 
 use super::Objective;
+use super::dgpo::DgpoConfig;
 use super::matching::MatchingConfig;
 use super::nft::NftConfig;
 use super::sde::SdeConfig;
@@ -17,6 +18,7 @@ pub(crate) struct Cases {
     pub(crate) matching: Vec<MatchingCase>,
     pub(crate) windows: Vec<WindowCase>,
     pub(crate) tree: Vec<TreeCase>,
+    pub(crate) dgpo: Vec<DgpoCase>,
 }
 
 #[derive(Deserialize)]
@@ -61,6 +63,20 @@ pub(crate) struct MatchingCase {
     pub(crate) v_reference: Vec<f64>,
     pub(crate) advantages: Vec<f64>,
     pub(crate) log_ratio: Vec<f64>,
+    pub(crate) value: Vec<f64>,
+    pub(crate) gradient: Vec<f64>,
+}
+
+#[derive(Deserialize)]
+pub(crate) struct DgpoCase {
+    pub(crate) settings: DgpoConfig,
+    pub(crate) group_size: usize,
+    pub(crate) target: Vec<f64>,
+    pub(crate) v: Vec<f64>,
+    pub(crate) v_lag: Vec<f64>,
+    pub(crate) v_start: Vec<f64>,
+    pub(crate) advantages: Vec<f64>,
+    pub(crate) weights: Vec<f64>,
     pub(crate) value: Vec<f64>,
     pub(crate) gradient: Vec<f64>,
 }

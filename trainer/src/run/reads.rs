@@ -17,7 +17,7 @@ use crate::reward::Rewards;
 use crate::tensor::device::Compute;
 
 /// Another value of every setting that some algorithm does not read.
-const OTHERS: [(&str, &str); 51] = [
+const OTHERS: [(&str, &str); 58] = [
     ("sigma", "0.7"),
     ("anchors", "2"),
     ("updates", "1"),
@@ -68,11 +68,18 @@ const OTHERS: [(&str, &str); 51] = [
     ("matching.lag_kl", "0.5"),
     ("matching.lag_rate", "0.3"),
     ("matching.lag_max", "0.1"),
+    ("dgpo.beta", "50.0"),
+    ("dgpo.clip", "0.9"),
+    ("dgpo.kl", "0.3"),
+    ("dgpo.reference", "'start'"),
+    ("dgpo.t_min", "0.9"),
+    ("dgpo.lag_rate", "0.3"),
+    ("dgpo.lag_max", "0.05"),
     ("sde.window", "{strategy = 'progressive', size = 2}"),
 ];
 
 /// Runs that between them read everything.
-const RUNS: [&[&str]; 11] = [
+const RUNS: [&[&str]; 12] = [
     &["algorithm=neighbor", "updates=2"],
     &["algorithm=dance-grpo", "updates=2"],
     &["algorithm=mix-grpo", "updates=2", "sde.window.size=1"],
@@ -103,6 +110,7 @@ const RUNS: [&[&str]; 11] = [
         "matching.clip=0.01",
         "matching.lag_rate=0.1",
     ],
+    &["algorithm=dgpo", "updates=2", "dgpo.lag_rate=0.1", "dgpo.t_min=0.3"],
 ];
 
 /// Iterations before the one that is computed: windows have moved, depths are pruned elsewhere.
@@ -127,7 +135,7 @@ fn config(settings: &[String]) -> anyhow::Result<AlignConfig> {
     Ok(config)
 }
 
-/// Sums over all weights after an iteration, and over those that roll out next.
+/// Sums over all weights after an iteration or two, and over those that roll out next.
 fn computed(config: &AlignConfig) -> Vec<f64> {
     let model = config.load(Compute::CPU, &Group::alone()).unwrap();
     let size = model.latent_size(config.group.rollout.size).unwrap();
@@ -137,12 +145,17 @@ fn computed(config: &AlignConfig) -> Vec<f64> {
     let rewards = Rewards::open(&config.group.rewards, 1, tch::Device::Cpu).unwrap();
     let (group, model, rewards, watch) = (&config.group, &model, &rewards, &());
     let sources = Sources { config: group, model, rewards, size, watch };
-    let rollout = algorithm.rollout(ITERATION).unwrap();
     let prompt = Prompt::new("red \"CAT\"");
-    let experience = gather(&sources, rollout, &[&prompt], ITERATION).unwrap();
     let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
-    update::run(config, &*algorithm, model, &mut optimizer, &experience, None, &|| false).unwrap();
-    algorithm.finish(model.engine.trained(), optimizer.n_steps()).unwrap();
+    // Weights that an algorithm keeps differ from those of the start after one.
+    let n_iterations = 1 + usize::from(algorithm.kept().is_some());
+    for iteration in ITERATION..ITERATION + n_iterations {
+        let rollout = algorithm.rollout(iteration).unwrap();
+        let experience = gather(&sources, rollout, &[&prompt], iteration).unwrap();
+        update::run(config, &*algorithm, model, &mut optimizer, &experience, None, &|| false)
+            .unwrap();
+        algorithm.finish(model.engine.trained(), optimizer.n_steps()).unwrap();
+    }
     let sums = || {
         let sum = |master: &Tensor| master.to_kind(Kind::Double).abs().sum(Kind::Double);
         model.engine.trained().masters().map(|m| sum(m).double_value(&[])).collect::<Vec<f64>>()

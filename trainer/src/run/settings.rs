@@ -24,7 +24,7 @@ macro_rules! presets {
 }
 
 /// Presets of `ng-train align`.
-pub const ALIGN_PRESETS: [(&str, &str); 31] = presets![
+pub const ALIGN_PRESETS: [(&str, &str); 33] = presets![
     "neighbor",
     "neighbor-paper-literal",
     "neighbor-sde-matched",
@@ -40,6 +40,7 @@ pub const ALIGN_PRESETS: [(&str, &str); 31] = presets![
     "flow-dppo",
     "v-grpo",
     "awm",
+    "dgpo",
     "signs",
     "signs-paper-literal",
     "signs-sde-matched",
@@ -55,6 +56,7 @@ pub const ALIGN_PRESETS: [(&str, &str); 31] = presets![
     "signs-flow-dppo",
     "signs-v-grpo",
     "signs-awm",
+    "signs-dgpo",
     "emoji",
 ];
 

@@ -10,7 +10,7 @@ use cluster::{Group, Reduce};
 use flow::checkpoint::{Entry, write_tensors};
 use tch::{Kind, Tensor};
 
-use crate::algorithm::{Algorithm, Item, Objective, Ratio};
+use crate::algorithm::{Algorithm, CLIPPED, Item, Objective, Ratio};
 use crate::group::experience::Experience;
 use crate::group::ranks::{self, Exact};
 use crate::network::model::Model;
@@ -38,11 +38,8 @@ pub(crate) struct Outcome {
     pub(crate) seconds: f64,
 }
 
-/// Shares of the terms that the clip silences, by its upper and its lower end.
-const CLIPPED: [&str; 2] = ["policy/clip_fraction_high", "policy/clip_fraction_low"];
-
 impl Outcome {
-    /// The share of all terms that the clip silenced, of an algorithm that has ratios.
+    /// The share of all terms that the clip silenced, of an algorithm that has one.
     pub(crate) fn clipped(&self) -> Option<f64> {
         CLIPPED.into_iter().map(|name| self.means.get(name)).sum()
     }
@@ -409,7 +406,7 @@ mod tests {
             let made = (outcome.n_updates, outcome.n_passes);
             assert_eq!(made, (config.training.updates.unwrap(), items.len()), "{settings:?}");
             assert!(after > before, "{settings:?}: {before:e} {after:e}");
-            let has_ratio = config.training.algorithm != "diffusion-nft";
+            let has_ratio = !["diffusion-nft", "dgpo"].contains(&&*config.training.algorithm);
             assert_eq!(outcome.log_ratio_first.is_some(), has_ratio, "{settings:?}");
             if has_ratio {
                 assert!(before.abs() < 1e-3 * after, "{settings:?}: {before:e} {after:e}");
