@@ -19,14 +19,39 @@ pub struct Cost {
     pub decode: f64,
 }
 
+/// Who computes.
+#[derive(Clone, Copy)]
+pub struct Team {
+    pub ranks: usize,
+    /// Of each.
+    pub threads: usize,
+}
+
 /// Runs `iterations` after one that warms up, of the preset `signs` with `settings` from `model` on one
 /// thread; `folder` gets the run.
 ///
 /// # Errors
 /// When the run fails.
 pub fn measure(model: &Path, settings: &[&str], iterations: usize, folder: &Path) -> Result<Cost> {
+    measure_of(Team { ranks: 1, threads: 1 }, model, settings, iterations, folder)
+}
+
+/// [`measure`] of a team.
+///
+/// # Errors
+/// When the run fails.
+pub fn measure_of(
+    team: Team,
+    model: &Path,
+    settings: &[&str],
+    iterations: usize,
+    folder: &Path,
+) -> Result<Cost> {
     let mut command = Command::new(program::built("ng-train")?);
-    command.args(["align", "--threads", "1", "--preset", "signs"]);
+    command.args(["align", "--preset", "signs", "--threads", &team.threads.to_string()]);
+    if team.ranks > 1 {
+        command.args(["--processes", &team.ranks.to_string()]);
+    }
     command.args(["--set", "validate_every=0"]);
     let iterations = format!("iterations={}", iterations + 1);
     let model = format!("model={}", model.display());
