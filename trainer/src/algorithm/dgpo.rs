@@ -135,6 +135,11 @@ impl Method for DgpoConfig {
         Ok(())
     }
 
+    /// β multiplies differences of errors.
+    fn feels_rounding(&self) -> bool {
+        true
+    }
+
     fn open<'a>(&'a self, setting: Setting<'a>, grid: Grid) -> Box<dyn Algorithm + 'a> {
         Box::new(Dgpo { setting, config: self, grid, lag: None, start: None })
     }
