@@ -1,5 +1,5 @@
 //! The paper's experiment as one command: methods side by side from one model, over several seeds, each for
-//! the same time; a report with tables, curves and pictures.
+//! the same time or at the same cost; a report with tables, curves and pictures.
 //!
 //! Every run is a process of its own, `ng-train align` and then `ng-train eval`, so that anyone can repeat
 //! one by its command line. What is finished is not run again.
@@ -13,9 +13,12 @@ use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
 use flow::checkpoint::{read_bounded, write_atomically};
+use flow::pipeline::Pipeline;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use self::growth::Cost;
+use crate::algorithm;
 use crate::run::align::ALIGNED;
 use crate::run::config::AlignConfig;
 use crate::run::interrupt;
@@ -23,7 +26,11 @@ use crate::run::progress::Progress;
 use crate::run::settings::{self, ALIGN_PRESETS, Source};
 
 mod growth;
+mod interval;
 mod report;
+
+/// Iterations over whose passes the mean is taken: windows move.
+const PERIOD: usize = 100;
 
 /// Presets of `ng-train compare`.
 pub const COMPARE_PRESETS: [(&str, &str); 1] =
@@ -41,14 +48,25 @@ pub struct CompareConfig {
     pub prompts: PathBuf,
     /// Every run is made from each of these.
     pub seeds: Vec<u64>,
-    /// Minutes a run trains.
-    pub minutes: f64,
+    /// Minutes a run trains, unless `passes` are given.
+    #[serde(default)]
+    pub minutes: Option<f64>,
+    /// Forward passes of the network that a run spends in rollouts and updates, a backward pass being two; its
+    /// iterations follow. What else a machine does changes nothing of such a run.
+    #[serde(default)]
+    pub passes: Option<f64>,
     /// Curves and tables of the reward come from held-out prompts, scored every so many iterations.
     #[serde(default = "validate_every")]
     pub validate_every: usize,
     /// So many of them, the first.
     #[serde(default = "count")]
     pub count: usize,
+    /// Images a prompt on which models are scored in the end.
+    #[serde(default = "images")]
+    pub images: usize,
+    /// The report counts the seeds that tell a difference of this size.
+    #[serde(default = "difference")]
+    pub difference: f64,
     /// Settings of all runs, KEY=VALUE.
     #[serde(default)]
     pub settings: Vec<String>,
@@ -61,6 +79,12 @@ fn validate_every() -> usize {
 }
 fn count() -> usize {
     24
+}
+fn images() -> usize {
+    1
+}
+fn difference() -> f64 {
+    0.05
 }
 
 /// Runs that are laid side by side.
@@ -103,7 +127,7 @@ pub fn run(config: &CompareConfig, options: &Options<'_>) -> Result<()> {
     config.validate()?;
     let start: AlignConfig =
         settings::read(&Source::Preset(&config.preset), &ALIGN_PRESETS, &config.settings)?;
-    let tasks = config.tasks();
+    let tasks = config.tasks()?;
     let folder = config.output.join("runs");
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     for task in &tasks {
@@ -160,7 +184,15 @@ impl CompareConfig {
         ensure!(!self.seeds.is_empty(), "seeds = []: at least one is needed");
         ensure!(self.validate_every > 0, "validate_every = 0: curves need validations");
         ensure!(self.count > 0, "count = 0: at least one prompt is needed");
-        ensure!(self.minutes > 0.0, "minutes = {}: above 0", self.minutes);
+        ensure!(self.images > 0, "images = 0: at least one a prompt is needed");
+        ensure!(self.difference > 0.0, "difference = {}: above 0", self.difference);
+        for (name, length) in [("minutes", self.minutes), ("passes", self.passes)] {
+            ensure!(length.is_none_or(|length| length > 0.0), "{name} = {length:?}: above 0");
+        }
+        ensure!(
+            self.minutes.is_some() || self.passes.is_some(),
+            "nothing ends a run: set minutes or passes"
+        );
         ensure!(!self.tables.is_empty(), "no [[tables]]: at least one is needed");
         let mut known: BTreeMap<String, &RunConfig> = BTreeMap::new();
         for table in &self.tables {
@@ -174,16 +206,28 @@ impl CompareConfig {
     }
 
     /// Every run of every seed once: the base first, then in the order of the tables.
-    fn tasks(&self) -> Vec<Task<'_>> {
+    ///
+    /// # Errors
+    /// When the settings of a run are none.
+    fn tasks(&self) -> Result<Vec<Task<'_>>> {
         let mut names: Vec<&str> = Vec::new();
-        let mut tasks = vec![Task::new(self, None, 0)];
+        let mut tasks = vec![Task::new(self, None, 0)?];
         for run in self.tables.iter().flat_map(|table| &table.runs) {
-            if !names.contains(&run.name.as_str()) {
-                names.push(&run.name);
-                tasks.extend(self.seeds.iter().map(|&seed| Task::new(self, Some(run), seed)));
+            if names.contains(&run.name.as_str()) {
+                continue;
+            }
+            names.push(&run.name);
+            for &seed in &self.seeds {
+                let task = Task::new(self, Some(run), seed);
+                tasks.push(task.with_context(|| format!("run {:?}", run.name))?);
             }
         }
-        tasks
+        Ok(tasks)
+    }
+
+    /// What runs have spent alike at their end.
+    fn clock(&self) -> Cost {
+        if self.passes.is_some() { Cost::Work } else { Cost::Seconds }
     }
 }
 
@@ -192,15 +236,32 @@ struct Task<'a> {
     run: Option<&'a RunConfig>,
     seed: u64,
     folder: PathBuf,
+    /// What ends it, as a setting.
+    end: String,
+    /// Images of an iteration.
+    n_images: f64,
 }
 
 impl<'a> Task<'a> {
-    fn new(config: &CompareConfig, run: Option<&'a RunConfig>, seed: u64) -> Self {
+    fn new(config: &CompareConfig, run: Option<&'a RunConfig>, seed: u64) -> Result<Self> {
         let name = match run {
             Some(run) => format!("{}-seed{seed}", slug(&run.name)),
             None => "base".to_owned(),
         };
-        Self { run, seed, folder: config.output.join("runs").join(name) }
+        let folder = config.output.join("runs").join(name);
+        let mut task = Self { run, seed, folder, end: String::new(), n_images: 0.0 };
+        let (preset, settings) = task.settings(config);
+        let aligned = settings::align(&Source::Preset(preset), &settings)?.config;
+        let group = &aligned.group;
+        task.n_images = (group.prompts_per_iteration * group.group_size) as f64;
+        task.end = match (config.passes, config.minutes) {
+            (Some(passes), _) => {
+                let n = passes / (task.n_images * work(&aligned)?);
+                format!("iterations={:.0}", n.max(1.0))
+            }
+            (None, minutes) => format!("minutes={}", minutes.unwrap_or_default()),
+        };
+        Ok(task)
     }
 
     fn label(&self) -> String {
@@ -221,7 +282,11 @@ impl<'a> Task<'a> {
         fs::create_dir_all(&self.folder)
             .with_context(|| format!("cannot make {}", self.folder.display()))?;
         let (preset, settings) = self.settings(config);
-        let wanted = [vec![preset.to_owned(), format!("{}", config.prompts.display())], settings];
+        let mut wanted = vec![preset.to_owned(), format!("{}", config.prompts.display())];
+        if config.images > 1 {
+            wanted.push(format!("images={}", config.images));
+        }
+        let wanted = [wanted, settings];
         let wanted = wanted.concat().join("\n") + "\n";
         let note = self.folder.join("settings.txt");
         match read_bounded(&note) {
@@ -241,7 +306,7 @@ impl<'a> Task<'a> {
         let own = self.run.map_or(&[][..], |run| &run.settings);
         let mut settings: Vec<String> = config.settings.iter().chain(own).cloned().collect();
         settings.push(format!("seed={}", self.seed));
-        settings.push(format!("minutes={}", config.minutes));
+        settings.extend((!self.end.is_empty()).then(|| self.end.clone()));
         if self.run.is_some() {
             settings.push(format!("validate_every={}", config.validate_every));
             settings.push(format!("validation={}", Self::validation(config)));
@@ -301,6 +366,15 @@ impl<'a> Task<'a> {
     }
 }
 
+/// Forward passes an image of an iteration of `run`, a backward pass being two.
+fn work(run: &AlignConfig) -> Result<f64> {
+    let (pipeline, rollout) = (Pipeline::open(&run.model)?, &run.group.rollout);
+    let grid = rollout.grid(&pipeline.scheduler, &rollout.latent_size(&pipeline)?);
+    let algorithm = run.setting()?.open(grid);
+    let [forward, training] = algorithm::nfe(&*algorithm, run.group.group_size, PERIOD)?;
+    Ok(growth::work(forward, training))
+}
+
 /// Samples and scores `models` on the held-out prompts, all alike: by the comparison's preset.
 fn evaluate(
     config: &CompareConfig,
@@ -312,6 +386,7 @@ fn evaluate(
     let text = |path: &Path| path.to_string_lossy().into_owned();
     let mut flags =
         vec!["--prompts".to_owned(), text(&config.prompts), "--out".to_owned(), text(out)];
+    flags.extend(["--images".to_owned(), config.images.to_string()]);
     flags.extend(models.iter().flat_map(|model| ["--model".to_owned(), text(model)]));
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
     task.call("eval", &config.preset, &config.settings, device, &flags)
@@ -323,4 +398,48 @@ fn slug(name: &str) -> String {
         name.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' });
     let joined: String = letters.collect();
     joined.split('-').filter(|part| !part.is_empty()).collect::<Vec<_>>().join("-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(more: &[&str]) -> Result<CompareConfig> {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/signs");
+        let all = format!("settings=['model={}']", model.display());
+        let settings: Vec<String> =
+            [&[&*all], more].concat().into_iter().map(str::to_owned).collect();
+        let config: CompareConfig =
+            settings::read(&Source::Preset("signs"), &COMPARE_PRESETS, &settings)?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// The end of each run of `tables`.
+    fn ends(more: &[&str]) -> Vec<String> {
+        let config = config(more).unwrap();
+        let tasks = config.tasks().unwrap();
+        tasks.into_iter().filter(|task| task.run.is_some()).map(|task| task.end).collect()
+    }
+
+    #[test]
+    fn passes_become_iterations() {
+        let runs = "tables=[{title='', runs=[{name='a'}, {name='b', settings=['anchors=2']}, \
+                    {name='c', preset='signs-dance-grpo'}]}]";
+        let seeds = "seeds=[7]";
+        // 4 groups of 12 with 8 steps and, of 4 anchors, 4 that train; DanceGRPO's 25 and 14.
+        let expected = ["iterations=100", "iterations=120", "iterations=18"];
+        assert_eq!(ends(&[runs, seeds, "passes=57600"]), expected);
+        assert_eq!(ends(&[runs, seeds, "minutes=3"]), ["minutes=3"; 3]);
+    }
+
+    #[test]
+    fn a_comparison_without_sense_is_refused() {
+        let said = |setting: &str| config(&[setting]).unwrap_err().to_string();
+        for (setting, word) in
+            [("passes=0", "passes"), ("minutes=-1", "minutes"), ("images=0", "images")]
+        {
+            assert!(said(setting).contains(word), "{}", said(setting));
+        }
+    }
 }

@@ -10,10 +10,29 @@ use crate::run::metrics::{self, Record};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Cost {
     Iterations,
-    /// Network passes an image: forward in the rollout, forward and backward in the updates.
+    /// Passes of the network over an image: forward in the rollout, forward and backward in the updates.
     Passes,
+    /// The same as forward passes: [`work`].
+    Work,
     /// Without the time of rewards and of validations.
     Seconds,
+}
+
+impl Cost {
+    /// What it is counted in.
+    pub(super) fn unit(self) -> &'static str {
+        match self {
+            Self::Iterations => "iterations",
+            Self::Passes => "passes",
+            Self::Work => "forward passes",
+            Self::Seconds => "s",
+        }
+    }
+}
+
+/// Forward passes that `forward` ones and `training` ones, forward and backward, come to.
+pub(super) fn work(forward: f64, training: f64) -> f64 {
+    forward + 3.0 * training
 }
 
 /// One run's reward at each validation, and what its iterations cost.
@@ -30,21 +49,23 @@ pub(super) struct Growth {
 #[derive(Clone, Copy, Debug, Default)]
 struct Spent {
     passes: f64,
+    work: f64,
     seconds: f64,
 }
 
 impl Growth {
-    /// Of the run in `folder`, by the reward called `reward`.
+    /// Of the run in `folder`, by the reward called `reward`; `n_images` an iteration.
     ///
     /// # Errors
     /// When its metrics cannot be read or lack something.
-    pub(super) fn read(folder: &Path, reward: &str) -> Result<Self> {
+    pub(super) fn read(folder: &Path, reward: &str, n_images: f64) -> Result<Self> {
         let read = |file| metrics::read_jsonl(&folder.join(file));
         let (training, held_out) = (read(metrics::FILE)?, read(metrics::VALIDATION)?);
-        Self::new(&training, &held_out, reward).with_context(|| folder.display().to_string())
+        let found = Self::new(&training, &held_out, reward, n_images);
+        found.with_context(|| folder.display().to_string())
     }
 
-    fn new(training: &[Record], held_out: &[Record], reward: &str) -> Result<Self> {
+    fn new(training: &[Record], held_out: &[Record], reward: &str, n_images: f64) -> Result<Self> {
         ensure!(!training.is_empty(), "no iteration in {}", metrics::FILE);
         let value = |record: &Record, name: &str| {
             let value = record.values.get(name).copied().flatten();
@@ -56,7 +77,8 @@ impl Growth {
             let seconds = value(record, "seconds/iteration")? - value(record, "seconds/reward")?;
             let before = spent[spent.len() - 1];
             spent.push(Spent {
-                passes: before.passes + passes[0] + passes[1],
+                passes: before.passes + n_images * (passes[0] + passes[1]),
+                work: before.work + n_images * work(passes[0], passes[1]),
                 seconds: before.seconds + seconds,
             });
             totals = [0, 1].map(|i| totals[i] + passes[i]);
@@ -81,6 +103,7 @@ impl Growth {
         match cost {
             Cost::Iterations => done as f64,
             Cost::Passes => self.spent[done].passes,
+            Cost::Work => self.spent[done].work,
             Cost::Seconds => self.spent[done].seconds,
         }
     }
@@ -159,7 +182,8 @@ mod tests {
         Record { step: step as u64, wall: 0.0, values }
     }
 
-    /// 3 seconds an iteration of which 1 rewards; 8 and 2 passes; held out 0 before, 1, 2, … after 5, 10, ….
+    /// 3 seconds an iteration of which 1 rewards; 8 and 2 passes an image, 4 images; held out 0 before, 1, 2, …
+    /// after 5, 10, ….
     fn growth(n: usize) -> Growth {
         let costs = [
             ("nfe/rollout", 8.0),
@@ -171,14 +195,15 @@ mod tests {
         let held_out: Vec<Record> = (0..=n / 5)
             .map(|index| record(5 * index, &[("validation/ocr", index as f64)]))
             .collect();
-        Growth::new(&training, &held_out, "ocr").unwrap()
+        Growth::new(&training, &held_out, "ocr", 4.0).unwrap()
     }
 
     #[test]
     fn costs_add_up_without_rewards() {
         let growth = growth(20);
         assert_eq!(growth.total(Cost::Iterations), 20.0);
-        assert_eq!(growth.total(Cost::Passes), 200.0);
+        assert_eq!(growth.total(Cost::Passes), 800.0);
+        assert_eq!(growth.total(Cost::Work), 1120.0);
         assert_eq!(growth.total(Cost::Seconds), 40.0);
         assert_eq!((growth.passes(), growth.seconds()), ([8.0, 2.0], 2.0));
     }
@@ -196,14 +221,14 @@ mod tests {
         assert_eq!(growth.mean_until(Cost::Seconds, 0.0), Some(0.0));
         assert_eq!(growth.mean_until(Cost::Seconds, 41.0), None);
         assert_eq!(growth.reaches(Cost::Passes, 0.0), Some(0.0));
-        assert_eq!(growth.reaches(Cost::Passes, 2.5), Some(125.0));
+        assert_eq!(growth.reaches(Cost::Passes, 2.5), Some(500.0));
         assert_eq!(growth.reaches(Cost::Passes, 99.0), None);
     }
 
     #[test]
     fn what_is_missing_is_named() {
         let said = |training: &[Record], held_out: &[Record]| {
-            Growth::new(training, held_out, "ocr").unwrap_err().to_string()
+            Growth::new(training, held_out, "ocr", 4.0).unwrap_err().to_string()
         };
         assert!(said(&[record(4, &[])], &[]).contains("nfe/rollout after 4 iterations"));
         assert!(said(&[], &[]).contains("metrics.jsonl"));

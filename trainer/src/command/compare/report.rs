@@ -8,6 +8,7 @@ use flow::checkpoint::{read_bounded, write_atomically};
 use serde::Deserialize;
 
 use super::growth::{Cost, Growth};
+use super::interval;
 use super::{CompareConfig, RunConfig, TableConfig, Task, slug};
 use crate::picture::plot::{self, Series};
 
@@ -37,16 +38,22 @@ struct Evaluated {
 pub(super) fn write(config: &CompareConfig, tasks: &[Task<'_>], reward: &str) -> Result<()> {
     let base = evaluated(&tasks[0].eval())?;
     let metrics: Vec<&str> = base.iter().map(|(name, _)| name.as_str()).collect();
+    let length = match (config.passes, config.minutes) {
+        (Some(passes), _) => format!("{passes} forward passes"),
+        (None, minutes) => format!("{} minutes", minutes.unwrap_or_default()),
+    };
     let mut text = format!(
-        "# Comparison\n\nEvery run trained for {} minutes on one thread from the same model, seeds {}. {reward} is that of \
-         the first {} prompts of {}, every {} iterations, whose time is not counted; what is held out is of all of \
-         them. ± is the standard deviation over seeds, and of differences by seed the standard error; bands in the \
-         curves go from the worst seed to the best.\n\n",
-        config.minutes,
+        "# Comparison\n\nEvery run trained for {length} on one thread from the same model, seeds {}. {reward} is \
+         that of the first {} prompts of {}, every {} iterations, which is not counted; what is held out is of all \
+         of them, {} images a prompt. NFE are passes an image, old ones forward and θ ones forward and backward; \
+         as forward passes the latter count three times. ± is the standard deviation over seeds, and of \
+         differences by seed half of the 95 % interval (Student's t); bands in the curves go from the worst seed \
+         to the best.\n\n",
         config.seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(", "),
         config.count,
         config.prompts.display(),
         config.validate_every,
+        config.images,
     );
     let before: Vec<String> = base.iter().map(|(_, value)| format!("{value:.3}")).collect();
     text += &row("held out", &metrics.iter().map(|&name| name.to_owned()).collect::<Vec<String>>());
@@ -69,7 +76,7 @@ fn measured<'a>(run: &'a RunConfig, tasks: &[Task<'_>], reward: &str) -> Result<
     let of_run = tasks.iter().filter(|task| task.run.is_some_and(|other| other.name == run.name));
     let (mut growths, mut held_out) = (Vec::new(), Vec::new());
     for task in of_run {
-        growths.push(Growth::read(&task.folder, reward)?);
+        growths.push(Growth::read(&task.folder, reward, task.n_images)?);
         held_out.push(evaluated(&task.eval())?.into_iter().map(|(_, value)| value).collect());
     }
     Ok(Measured { name: &run.name, growths, held_out })
@@ -114,12 +121,13 @@ fn section(
         }
         text += &row(run.name, &cells);
     }
-    text += &differences(runs, reward, metrics);
-    text += &at_equal_cost(runs, reward);
-    for (cost, name, unit) in [
-        (Cost::Seconds, "seconds", "seconds without rewards"),
-        (Cost::Passes, "passes", "network passes an image"),
-    ] {
+    text += &differences(config, runs, reward, metrics);
+    text += &at_equal_cost(runs, reward, config.clock());
+    let of_clock = match config.clock() {
+        Cost::Work => (Cost::Work, "work", "forward passes"),
+        _ => (Cost::Seconds, "seconds", "seconds without rewards"),
+    };
+    for (cost, name, unit) in [of_clock, (Cost::Passes, "passes", "network passes")] {
         let file = format!("{}-{name}.png", slug(&table.title));
         let curves: Vec<Curve> = runs.iter().map(|run| curve(run, cost)).collect();
         let series: Vec<Series<'_>> = runs
@@ -134,10 +142,10 @@ fn section(
 }
 
 /// Rewards where every run has spent as much, and what half of the way costs each.
-fn at_equal_cost(runs: &[Measured<'_>], reward: &str) -> String {
+fn at_equal_cost(runs: &[Measured<'_>], reward: &str, clock: Cost) -> String {
     let growths = || runs.iter().flat_map(|run| &run.growths);
     let limit = |cost: Cost| growths().map(|g| g.total(cost)).fold(f64::INFINITY, f64::min);
-    let costs = [Cost::Iterations, Cost::Passes, Cost::Seconds].map(|cost| (cost, limit(cost)));
+    let costs = [Cost::Iterations, Cost::Passes, clock].map(|cost| (cost, limit(cost)));
     let mean_of = |pick: usize| {
         let ends = runs.iter().map(|run| {
             let ends: Vec<f64> = run.growths.iter().map(|g| g.ends()[pick]).collect();
@@ -147,19 +155,10 @@ fn at_equal_cost(runs: &[Measured<'_>], reward: &str) -> String {
     };
     let level = mean_of(0) + HALF * (mean_of(1) - mean_of(0));
     let mut text = String::from("\n");
-    let [iterations, passes, seconds] = costs.map(|(_, limit)| format!("{limit:.0}"));
-    text += &row(
-        &format!("{reward} after"),
-        &[
-            format!("{iterations} iterations"),
-            format!("{passes} passes"),
-            format!("{seconds} s"),
-            format!("mean until {passes} passes"),
-            format!("mean until {seconds} s"),
-            format!("passes to {level:.2}"),
-            format!("s to {level:.2}"),
-        ],
-    );
+    let after = costs.map(|(cost, limit)| format!("{limit:.0} {}", cost.unit()));
+    let until = [&after[1], &after[2]].map(|after| format!("mean until {after}"));
+    let to = [Cost::Passes, clock].map(|cost| format!("{} to {level:.2}", cost.unit()));
+    text += &row(&format!("{reward} after"), &[&after[..], &until, &to].concat());
     text += &rule(7);
     for run in runs {
         let mut cells: Vec<String> = costs
@@ -175,7 +174,7 @@ fn at_equal_cost(runs: &[Measured<'_>], reward: &str) -> String {
                 run.growths.iter().map(|g| g.mean_until(cost, limit)).collect();
             cells.push(means.map_or("–".to_owned(), |means| spread(&means, 2)));
         }
-        for cost in [Cost::Passes, Cost::Seconds] {
+        for cost in [Cost::Passes, clock] {
             let reached: Vec<f64> =
                 run.growths.iter().filter_map(|growth| growth.reaches(cost, level)).collect();
             let n = run.growths.len();
@@ -207,17 +206,23 @@ fn curve(run: &Measured<'_>, cost: Cost) -> Curve {
     points.unzip()
 }
 
-/// What every run ends with less what the first does from the same seed, with the standard error over seeds.
-fn differences(runs: &[Measured<'_>], reward: &str, metrics: &[&str]) -> String {
+/// What every run ends with less what the first does from the same seed, with its interval over seeds, and how many
+/// seeds would tell a difference.
+fn differences(
+    config: &CompareConfig,
+    runs: &[Measured<'_>],
+    reward: &str,
+    metrics: &[&str],
+) -> String {
     let [first, others @ ..] = runs else { return String::new() };
     if others.is_empty() {
         return String::new();
     }
-    let mut text = String::from("\n");
     let head = [&[reward][..], metrics].concat();
     let head: Vec<String> = head.into_iter().map(str::to_owned).collect();
-    text += &row(&format!("less {}, by seed", first.name), &head);
-    text += &rule(head.len());
+    let title = |title: &str| row(title, &head) + &rule(head.len());
+    let mut text = format!("\n{}", title(&format!("less {}, by seed", first.name)));
+    let mut needed = format!("\n{}", title(&format!("seeds to tell {}", config.difference)));
     let ends = |run: &Measured<'_>| -> Vec<Vec<f64>> {
         let seeds = run.growths.iter().zip(&run.held_out);
         seeds.map(|(growth, row)| [&[growth.ends()[1]][..], row].concat()).collect()
@@ -225,14 +230,19 @@ fn differences(runs: &[Measured<'_>], reward: &str, metrics: &[&str]) -> String 
     let of_first = ends(first);
     for run in others {
         let of_run = ends(run);
-        let cells = (0..head.len()).map(|metric| {
-            let pairs = of_run.iter().zip(&of_first);
-            let apart: Vec<f64> = pairs.map(|(own, base)| own[metric] - base[metric]).collect();
-            told(&apart, 3, std(&apart) / (apart.len() as f64).sqrt())
-        });
+        let apart = |metric: usize| -> Vec<f64> {
+            of_run.iter().zip(&of_first).map(|(own, base)| own[metric] - base[metric]).collect()
+        };
+        let all: Vec<Vec<f64>> = (0..head.len()).map(apart).collect();
+        let cells = all.iter().map(|d| told(d, 3, interval::half_width(std(d), d.len())));
         text += &row(run.name, &cells.collect::<Vec<String>>());
+        let seeds = all.iter().map(|d| match std(d) {
+            std if std > 0.0 => interval::seeds(std, config.difference).to_string(),
+            _ => "–".to_owned(),
+        });
+        needed += &row(run.name, &seeds.collect::<Vec<String>>());
     }
-    text
+    if config.seeds.len() > 1 { text + &needed } else { text }
 }
 
 fn row(first: &str, cells: &[String]) -> String {
