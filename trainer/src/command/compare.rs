@@ -33,8 +33,10 @@ mod report;
 const PERIOD: usize = 100;
 
 /// Presets of `ng-train compare`.
-pub const COMPARE_PRESETS: [(&str, &str); 1] =
-    [("signs", include_str!("../../presets/compare-signs.toml"))];
+pub const COMPARE_PRESETS: [(&str, &str); 2] = [
+    ("signs", include_str!("../../presets/compare-signs.toml")),
+    ("neighbor", include_str!("../../presets/compare-neighbor.toml")),
+];
 
 /// A comparison.
 #[derive(Clone, Debug, Deserialize, JsonSchema, Serialize)]
@@ -404,20 +406,19 @@ fn slug(name: &str) -> String {
 mod tests {
     use super::*;
 
-    fn config(more: &[&str]) -> Result<CompareConfig> {
+    fn config(preset: &str, more: &[&str]) -> Result<CompareConfig> {
         let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/signs");
-        let all = format!("settings=['model={}']", model.display());
-        let settings: Vec<String> =
-            [&[&*all], more].concat().into_iter().map(str::to_owned).collect();
-        let config: CompareConfig =
-            settings::read(&Source::Preset("signs"), &COMPARE_PRESETS, &settings)?;
+        let settings: Vec<String> = more.iter().map(|&setting| setting.to_owned()).collect();
+        let mut config: CompareConfig =
+            settings::read(&Source::Preset(preset), &COMPARE_PRESETS, &settings)?;
+        config.settings.push(format!("model={}", model.display()));
         config.validate()?;
         Ok(config)
     }
 
-    /// The end of each run of `tables`.
-    fn ends(more: &[&str]) -> Vec<String> {
-        let config = config(more).unwrap();
+    /// The end of each run.
+    fn ends(preset: &str, more: &[&str]) -> Vec<String> {
+        let config = config(preset, more).unwrap();
         let tasks = config.tasks().unwrap();
         tasks.into_iter().filter(|task| task.run.is_some()).map(|task| task.end).collect()
     }
@@ -429,13 +430,23 @@ mod tests {
         let seeds = "seeds=[7]";
         // 4 groups of 12 with 8 steps and, of 4 anchors, 4 that train; DanceGRPO's 25 and 14.
         let expected = ["iterations=100", "iterations=120", "iterations=18"];
-        assert_eq!(ends(&[runs, seeds, "passes=57600"]), expected);
-        assert_eq!(ends(&[runs, seeds, "minutes=3"]), ["minutes=3"; 3]);
+        assert_eq!(ends("signs", &[runs, seeds, "passes=57600"]), expected);
+        assert_eq!(ends("signs", &[runs, seeds, "minutes=3"]), ["minutes=3"; 3]);
+    }
+
+    #[test]
+    fn every_run_of_the_presets_is_one() {
+        assert_eq!(ends("signs", &["seeds=[0]"]), vec!["minutes=2.5"; 19]);
+        let ends = ends("neighbor", &["seeds=[0]"]);
+        assert_eq!(
+            ends,
+            [100, 100, 100, 120, 133, 120, 120, 100].map(|n| format!("iterations={n}"))
+        );
     }
 
     #[test]
     fn a_comparison_without_sense_is_refused() {
-        let said = |setting: &str| config(&[setting]).unwrap_err().to_string();
+        let said = |setting: &str| config("signs", &[setting]).unwrap_err().to_string();
         for (setting, word) in
             [("passes=0", "passes"), ("minutes=-1", "minutes"), ("images=0", "images")]
         {
