@@ -41,7 +41,7 @@ pub(super) struct Gathering {
     /// Segments to come, and the parts that they are put together from where those are others.
     course: RefCell<VecDeque<usize>>,
     source: RefCell<Option<Rc<[Tensor]>>>,
-    in_flight: RefCell<Option<Pending>>,
+    in_flight: RefCell<Option<(usize, Pending)>>,
     /// Sums over ranks and passes, of this rank's parts.
     gradients: RefCell<Vec<Option<Tensor>>>,
     /// Sums of each parameter as it was read.
@@ -109,23 +109,28 @@ impl Gathering {
         let back = (pass - 1) % 2 == 1;
         *self.course.borrow_mut() = (0..n).chain((0..n - 1).rev().filter(|_| back)).collect();
         let number = ((pass - 1) / 2) as usize;
-        let others = |number: usize| self.others.borrow()[number - 1].upgrade();
-        *self.source.borrow_mut() = (number > 0).then(|| others(number)).flatten();
+        let others = |number: usize| {
+            self.others.borrow()[number - 1].upgrade().expect("all ranks keep the same values")
+        };
+        *self.source.borrow_mut() = (number > 0).then(|| others(number));
         *self.in_flight.borrow_mut() = None;
     }
 
-    fn start(&self, group: &Group) -> Result<Option<Pending>> {
+    fn start(&self, group: &Group) -> Result<Option<(usize, Pending)>> {
         let Some(index) = self.course.borrow_mut().pop_front() else { return Ok(None) };
         let source = self.source.borrow();
         let parts = source.as_deref().unwrap_or(&self.seen);
-        Ok(Some(group.start_all_gather(&parts[index])?))
+        Ok(Some((index, group.start_all_gather(&parts[index])?)))
     }
 
-    /// The whole of the next segment on the course, with padding behind it; that of the one after it begins.
-    fn next(&self, group: &Group) -> Result<Tensor> {
+    /// The whole of segment `wanted`, the next on the course, with padding behind it; that of the one after it
+    /// begins.
+    fn next(&self, group: &Group, wanted: usize) -> Result<Tensor> {
         let before = self.in_flight.borrow_mut().take();
         let now = if before.is_some() { before } else { self.start(group)? };
-        let whole = now.expect("a pass has as many segments as its network").wait()?;
+        let (index, pending) = now.expect("a pass has as many segments as its network");
+        assert_eq!(index, wanted, "segments are used in the order of the pass");
+        let whole = pending.wait()?;
         *self.in_flight.borrow_mut() = self.start(group)?;
         Ok(whole)
     }
@@ -176,7 +181,7 @@ impl Parameters {
             let course: Vec<usize> = gathering.course.borrow().iter().copied().collect();
             let is_training = course.len() > self.segments.len();
             for (position, index) in course.into_iter().enumerate() {
-                let whole = gathering.next(&self.mesh.within)?;
+                let whole = gathering.next(&self.mesh.within, index)?;
                 if is_training && self.trainable && position + 1 >= self.segments.len() {
                     let nothing = Tensor::zeros(whole.size(), (Kind::Float, self.device));
                     drop(whole);
@@ -214,7 +219,7 @@ impl Parameters {
 
     /// Segment `index` put together, by name.
     pub(super) fn gathered(&self, gathering: &Gathering, index: usize) -> Result<Named> {
-        let whole = gathering.next(&self.mesh.within)?;
+        let whole = gathering.next(&self.mesh.within, index)?;
         let view = |place: &super::Place| {
             let view = place.narrow(&whole).reshape(dims(&place.shape)).detach();
             (place.name.clone(), Rc::new(view.set_requires_grad(self.trainable)))
