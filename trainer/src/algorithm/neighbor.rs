@@ -18,6 +18,7 @@ mod tests;
 
 use anyhow::{Result, ensure};
 use flow::schedule::Grid;
+use flow::solver::Step;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -52,6 +53,18 @@ pub enum Candidates {
     Rollout,
     /// Those at which one-step transitions from the group's states arrive, as AR-CoPO has it.
     OneStep,
+    /// Those at which straight lines from the anchor's state to the group's images arrive.
+    Straight,
+}
+
+/// Which transitions of a trajectory train.
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Steps {
+    /// Any, drawn for each group.
+    Drawn,
+    /// The last ones.
+    Last,
 }
 
 /// Settings of the surrogate.
@@ -70,6 +83,9 @@ pub struct NeighborConfig {
     /// What it chooses among.
     #[serde(default = "candidates")]
     pub candidates: Candidates,
+    /// Which K transitions train.
+    #[serde(default = "drawn_steps")]
+    pub steps: Steps,
 }
 
 fn mean() -> Distance {
@@ -84,10 +100,19 @@ fn clip() -> f64 {
 fn candidates() -> Candidates {
     Candidates::Rollout
 }
+fn drawn_steps() -> Steps {
+    Steps::Drawn
+}
 
 impl Default for NeighborConfig {
     fn default() -> Self {
-        Self { distance: mean(), tau: one(), clip: clip(), candidates: candidates() }
+        Self {
+            distance: mean(),
+            tau: one(),
+            clip: clip(),
+            candidates: candidates(),
+            steps: drawn_steps(),
+        }
     }
 }
 
@@ -167,6 +192,10 @@ impl Neighbor<'_> {
                     let dt = call.step.t_next - call.step.t;
                     of_group(&call.x_t, item) + of_group(&call.v, item) * dt
                 }
+                Candidates::Straight => {
+                    let images = of_group(&experience.trajectory.x0, item);
+                    straight(&row(&call.x_t, item), &images, &call.step)
+                }
             }
         };
         let advantages: Vec<f32> = items
@@ -203,7 +232,10 @@ impl Algorithm for Neighbor<'_> {
             .into_iter()
             .map(|group| {
                 let stream = experience.first_group + group as u64;
-                let steps = of_steps.choose(stream, possible.len(), n_train_steps);
+                let steps = match self.config.steps {
+                    Steps::Drawn => of_steps.choose(stream, possible.len(), n_train_steps),
+                    Steps::Last => (possible.len() - n_train_steps..possible.len()).collect(),
+                };
                 let anchors = of_anchors.choose(stream, config.group_size, n_anchors);
                 (group, anchors, steps.into_iter().map(|step| possible[step]).collect())
             })
@@ -247,6 +279,11 @@ impl Algorithm for Neighbor<'_> {
     fn n_trained(&self, _: &Rollout) -> usize {
         self.setting.n_anchors * self.setting.n_train_steps
     }
+}
+
+/// Where the straight lines from `x_in` `[S, C]` to `images` `[G, S, C]`, which lie at t = 0, are after `step`.
+fn straight(x_in: &Tensor, images: &Tensor, step: &Step) -> Tensor {
+    x_in + (images - x_in) * (1.0 - step.t_next / step.t)
 }
 
 /// M transitions of anchors with their groups, in f32. `N` numbers a latent, `G` members a group.

@@ -202,3 +202,15 @@ fn ascent_approaches_the_winner() {
     let ahead = &transitions.v_old + found.gradient * 10.0;
     assert!(distance(&ahead) < distance(&transitions.v_old));
 }
+
+/// A velocity that does not change leads to the image along the line on which the candidate lies.
+#[test]
+fn straight_candidates_lie_where_a_constant_velocity_leads() {
+    let steps = plan(Solver::Euler, &Schedule::new(5, Shift::Factor(3.0)).unwrap());
+    let (x_in, v) = (normal(6, &[S, C]), normal(7, &[G, S, C]));
+    for step in &steps {
+        let found = straight(&x_in, &(&x_in - &v * step.t), step);
+        let expected = &x_in + &v * (step.t_next - step.t);
+        assert!(largest(&(found - expected)) < 1e-6, "t = {}", step.t);
+    }
+}
