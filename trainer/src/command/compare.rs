@@ -440,7 +440,7 @@ mod tests {
         let ends = ends("neighbor", &["seeds=[0]"]);
         assert_eq!(
             ends,
-            [100, 100, 100, 120, 133, 120, 120, 100].map(|n| format!("iterations={n}"))
+            [100, 100, 100, 120, 133, 120, 120, 100, 120].map(|n| format!("iterations={n}"))
         );
     }
 
