@@ -17,7 +17,7 @@ use crate::reward::Rewards;
 use crate::tensor::device::Compute;
 
 /// Another value of every setting that some algorithm does not read.
-const OTHERS: [(&str, &str); 58] = [
+const OTHERS: [(&str, &str); 59] = [
     ("sigma", "0.7"),
     ("anchors", "2"),
     ("updates", "1"),
@@ -29,6 +29,7 @@ const OTHERS: [(&str, &str); 58] = [
     ("neighbor.tau", "0.5"),
     ("neighbor.clip", "0.5"),
     ("neighbor.candidates", "'one-step'"),
+    ("neighbor.steps", "'last'"),
     ("sde.noise", "'cps'"),
     ("sde.level", "0.55"),
     ("sde.same_start", "false"),
