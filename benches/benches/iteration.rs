@@ -5,18 +5,11 @@
 //! thread, so that other work on the machine disturbs little.
 
 use anyhow::{Context, Result};
-use benches::align::{Cost, measure};
+use benches::align::{Cost, FOUR_GROUPS, measure};
 use benches::{program, table};
 
 /// Iterations measured after one that warms up.
 const ITERATIONS: usize = 5;
-/// 4 prompts of 12 members an iteration.
-const SHARED: [&str; 4] = [
-    r#"rewards=[{name = "jpeg", kind = "jpeg", prefer = "small", weight = 1.0}]"#,
-    "judges=[]",
-    "prompts_per_iteration=4",
-    "group_size=12",
-];
 const SETTINGS: [(&str, &[&str]); 3] = [
     ("DanceGRPO, 25 steps, B 12, K 14", &["algorithm=dance-grpo", "rollout.steps=25"]),
     (
@@ -33,7 +26,7 @@ fn main() -> Result<()> {
         .iter()
         .enumerate()
         .map(|(index, (name, settings))| {
-            let settings = [&SHARED[..], settings].concat();
+            let settings = [&FOUR_GROUPS[..], settings].concat();
             measure(&model, &settings, ITERATIONS, &folder.path().join(index.to_string()))
                 .with_context(|| format!("cannot measure {name}"))
         })

@@ -4,20 +4,13 @@
 //! More ranks than processors share them.
 
 use anyhow::{Context, Result};
-use benches::align::{Team, measure_of};
+use benches::align::{FOUR_GROUPS, Team, measure_of};
 use benches::{median, program, table, variant};
 use serde_json::json;
 
 /// Iterations measured after one that warms up, and turns.
 const ITERATIONS: usize = 2;
 const TURNS: usize = 3;
-const SHARED: [&str; 5] = [
-    r#"rewards=[{name = "jpeg", kind = "jpeg", prefer = "small", weight = 1.0}]"#,
-    "judges=[]",
-    "group_size=12",
-    "prompts_per_iteration=4",
-    "updates=1",
-];
 const TEAMS: [(&str, Team, &str); 7] = [
     ("1 thread", Team { ranks: 1, threads: 1 }, "states"),
     ("2 threads", Team { ranks: 1, threads: 2 }, "states"),
@@ -50,7 +43,7 @@ fn main() -> Result<()> {
             for (index, (team_name, team, shard)) in TEAMS.into_iter().enumerate() {
                 let folder = home.path().join(format!("{turn}-{index}"));
                 let shard = format!("ranks.shard={shard}");
-                let settings = [&SHARED[..], &[&*shard]].concat();
+                let settings = [&FOUR_GROUPS[..], &["updates=1", &*shard]].concat();
                 let cost = measure_of(team, &model, &settings, ITERATIONS, &folder)
                     .with_context(|| format!("cannot measure {team_name}"))?;
                 std::fs::remove_dir_all(&folder).context("cannot remove a run")?;

@@ -20,7 +20,7 @@ use anyhow::{Result, anyhow, ensure};
 use flow::schedule::Grid;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 pub(crate) use self::copies::Copies;
 use crate::group::GroupConfig;
@@ -460,6 +460,12 @@ pub(crate) fn drawn(
 /// `pick` of each item, stacked.
 pub(crate) fn stack(items: &[Item], pick: impl Fn(&Item) -> Tensor) -> Tensor {
     Tensor::stack(&items.iter().map(pick).collect::<Vec<Tensor>>(), 0)
+}
+
+/// The mean of each transition's numbers `[M, S, C]`, `[M]`, in f32.
+pub(crate) fn mean_of_each(x: &Tensor) -> Tensor {
+    let dims: &[i64] = &[1, 2];
+    x.mean_dim(dims, false, Kind::Float)
 }
 
 /// `number` of each item in f32, `[M]`, where `like` is.

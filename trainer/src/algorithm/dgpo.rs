@@ -22,7 +22,7 @@ use tch::{Kind, Tensor};
 use super::forward::Noised;
 use super::{
     Algorithm, Batch, CLIPPED, Copies, Item, Method, Objective, Published, Setting, copies,
-    numbers, part, published,
+    mean_of_each, numbers, part, published,
 };
 use crate::group::experience::Experience;
 use crate::group::rollout::{Rollout, Start};
@@ -313,8 +313,7 @@ struct Images {
 
 /// The mean squared error of each velocity `[M, S, C]`, `[M]`.
 fn error(v: &Tensor, target: &Tensor) -> Tensor {
-    let dims: &[i64] = &[1, 2];
-    (v - target).square().mean_dim(dims, false, Kind::Float)
+    mean_of_each(&(v - target).square())
 }
 
 impl DgpoConfig {

@@ -24,8 +24,8 @@ use tch::{Kind, Tensor};
 
 use super::forward::Noised;
 use super::{
-    Algorithm, Batch, Bound, Copies, Item, Method, Objective, Published, Setting, copies, numbers,
-    part, published,
+    Algorithm, Batch, Bound, Copies, Item, Method, Objective, Published, Setting, copies,
+    mean_of_each, numbers, part, published,
 };
 use crate::group::experience::Experience;
 use crate::group::rollout::{Rollout, Start};
@@ -296,12 +296,6 @@ struct Images {
     advantages: Tensor,
 }
 
-/// Mean over an image's numbers, `[M]`.
-fn mean(x: &Tensor) -> Tensor {
-    let dims: &[i64] = &[1, 2];
-    x.mean_dim(dims, false, Kind::Float)
-}
-
 impl MatchingConfig {
     /// A'.
     fn squashed(&self, advantage: f64) -> f64 {
@@ -316,14 +310,14 @@ impl MatchingConfig {
     fn loss(&self, images: &Images, v: &Tensor) -> Tensor {
         let e = v - &images.target;
         match self.loss {
-            Loss::Plain => mean(&e.square()),
+            Loss::Plain => mean_of_each(&e.square()),
             Loss::Huber => {
-                let root = (mean(&e.square()) + LEAST_ERROR).pow_tensor_scalar(POWER);
+                let root = (mean_of_each(&e.square()) + LEAST_ERROR).pow_tensor_scalar(POWER);
                 (root - LEAST_ERROR.powf(POWER)) * &images.t / POWER
             }
             Loss::Adaptive => {
                 let of_image = e * images.t.reshape([-1, 1, 1]);
-                mean(&of_image.square()) / mean(&of_image.detach().abs())
+                mean_of_each(&of_image.square()) / mean_of_each(&of_image.detach().abs())
             }
         }
     }
@@ -342,7 +336,7 @@ impl MatchingConfig {
             ("policy/lag_kl", self.lag_kl, &images.v_lag),
         ] {
             let Some(other) = other else { continue };
-            let away = mean(&(&v - other).square());
+            let away = mean_of_each(&(&v - other).square());
             means.push((name, scalar(&away.detach())));
             value -= away * weight;
         }

@@ -19,8 +19,8 @@ use tch::{Kind, Tensor};
 
 use super::forward::Noised;
 use super::{
-    Algorithm, Batch, Copies, Item, Method, Objective, Published, Setting, copies, drawn, numbers,
-    published,
+    Algorithm, Batch, Copies, Item, Method, Objective, Published, Setting, copies, drawn,
+    mean_of_each, numbers, published,
 };
 use crate::group::experience::Experience;
 use crate::group::rollout::{Rollout, Start};
@@ -209,13 +209,11 @@ impl NftConfig {
     fn objective(&self, contrast: &Contrast, v: &Tensor) -> Objective {
         let v = v.detach().set_requires_grad(true);
         let Contrast { x0, x_t, t, v_old, v_reference, advantages } = contrast;
-        let dims: &[i64] = &[1, 2];
-        let mean = |x: Tensor| x.mean_dim(dims, false, Kind::Float);
         let wide = t.reshape([-1, 1, 1]);
         let error = |v: Tensor| {
             let away = x_t - &wide * v - x0;
-            let weight = mean(away.detach().abs()).clamp_min(LEAST_WEIGHT);
-            mean(away.square()) / weight
+            let weight = mean_of_each(&away.detach().abs()).clamp_min(LEAST_WEIGHT);
+            mean_of_each(&away.square()) / weight
         };
         let positive = error(&v * self.mix + v_old * (1.0 - self.mix));
         let negative = error(v_old * (1.0 + self.mix) - &v * self.mix);
@@ -224,7 +222,7 @@ impl NftConfig {
         let scalar = |x: Tensor| x.mean(Kind::Double).double_value(&[]);
         let mut means = vec![("policy/from_old", scalar((v.detach() - v_old).square()))];
         if let Some(v_reference) = v_reference {
-            let divergence = mean((&v - v_reference).square());
+            let divergence = mean_of_each(&(&v - v_reference).square());
             means.push(("policy/kl", scalar(divergence.detach())));
             value -= divergence * self.kl;
         }

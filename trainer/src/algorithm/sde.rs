@@ -25,8 +25,8 @@ use tch::{Kind, Tensor};
 
 use super::window::WindowConfig;
 use super::{
-    Algorithm, Batch, Bound, Copies, Item, Method, Objective, Published, Setting, drawn, numbers,
-    published, stack,
+    Algorithm, Batch, Bound, Copies, Item, Method, Objective, Published, Setting, drawn,
+    mean_of_each, numbers, published, stack,
 };
 use crate::group::experience::Experience;
 use crate::group::rollout::{Rollout, Start};
@@ -305,20 +305,18 @@ impl SdeConfig {
             Tensor::from_slice(&numbers).to_device(v.device())
         };
         let wide = |number: &dyn Fn(&Step) -> f64| column(number).reshape([-1, 1, 1]);
-        let mean = |x: Tensor| {
-            let dims: &[i64] = &[1, 2];
-            x.mean_dim(dims, false, Kind::Float)
-        };
         let of_v = wide(&|step| step.v);
         let moved = (&v - v_old) * &of_v; // D
         let drawn = x_next - (x_in * wide(&|step| step.x) + v_old * &of_v); // e
         let log_ratio = if self.guard {
-            mean(&drawn * &moved) / column(&|step| step.noise)
+            mean_of_each(&(&drawn * &moved)) / column(&|step| step.noise)
         } else {
-            mean((&drawn * 2.0 - &moved) * &moved) * column(&|step| self.noise.precision(step))
+            mean_of_each(&((&drawn * 2.0 - &moved) * &moved))
+                * column(&|step| self.noise.precision(step))
         };
         // The divergence of two Gaussians of one width, a number.
-        let divergence = mean(moved.detach().square()) * column(&|step| self.noise.precision(step));
+        let divergence =
+            mean_of_each(&moved.detach().square()) * column(&|step| self.noise.precision(step));
         let bound = match self.divergence {
             Some(limit) => Bound::Divergence(limit, &divergence),
             None => Bound::Clip(self.clip),
@@ -333,7 +331,7 @@ impl SdeConfig {
                 Sde::Cps => step.noise.powi(2),
                 Sde::Constant | Sde::Flow => step.noise.powi(2) / (step.t - step.t_next),
             };
-            let away = mean(((&v - v_reference) * &of_v).square());
+            let away = mean_of_each(&((&v - v_reference) * &of_v).square());
             let divergence = away / column(&|step| 2.0 * g_square(step));
             means.push(("policy/kl", divergence.mean(Kind::Double).double_value(&[])));
             value -= divergence * self.kl;

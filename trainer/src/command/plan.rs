@@ -29,7 +29,7 @@ pub(super) const UTILISATION: f64 = 0.4;
 const BF16: f64 = 2.0;
 const F32: f64 = 4.0;
 /// Of the machines that ranks are tabulated for.
-const GPUS_A_NODE: usize = 8;
+pub(super) const GPUS_A_NODE: usize = 8;
 
 /// What is planned for.
 pub struct Options<'a> {

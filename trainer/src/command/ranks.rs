@@ -153,10 +153,9 @@ fn describe(
     variables.sort();
     let variables = if variables.is_empty() { "none".to_owned() } else { variables.join(" ") };
     format!(
-        "{world} ranks on {machines}, started by {launcher}; {:?} in {} by {carrier}; shard = {}; {division}; \
+        "{world} ranks on {machines}, started by {launcher}; {:?} in {} by {carrier}; shard = {shard}; {division}; \
          NCCL and Gloo variables: {variables}",
         compute.device,
         precision_name(compute.kind),
-        shard.name(),
     )
 }

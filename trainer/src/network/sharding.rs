@@ -1,5 +1,7 @@
 //! What the ranks of a run hold of a network that trains, and what each sends the others for it, in bytes.
 
+use std::fmt;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -21,14 +23,10 @@ pub enum Shard {
     Node,
 }
 
-impl Shard {
+impl fmt::Display for Shard {
     /// As settings name it.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::States => "states",
-            Self::All => "all",
-            Self::Node => "node",
-        }
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
     }
 }
 

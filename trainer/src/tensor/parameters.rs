@@ -142,6 +142,7 @@ impl Parameters {
             Storage::Trainable(_) | Storage::Divided { trains: true, .. } => Kind::Float,
             _ => compute.kind,
         };
+        let is_compared = matches!(storage, Storage::Divided { trains: true, .. });
         let mut parameters = Self::empty(compute, storage);
         for manifest in manifests {
             let places = places(manifest);
@@ -151,7 +152,7 @@ impl Parameters {
                     .with_context(|| format!("parameter {}", place.name))?;
                 no_grad(|| place.narrow(&master).copy_(&values.reshape([-1])));
             }
-            parameters.hold(Segment { places, master });
+            parameters.hold(Segment { places, master }, is_compared);
         }
         Ok(parameters)
     }
@@ -388,17 +389,18 @@ impl Parameters {
         self.segments.iter().map(|segment| &segment.master)
     }
 
-    /// Takes a segment whose master is whole; keeps this rank's part of it.
-    fn hold(&mut self, mut segment: Segment) {
+    /// Takes a segment whose master is whole; keeps this rank's part of it, and sums of the whole where ranks
+    /// compare what they have read.
+    fn hold(&mut self, mut segment: Segment, is_compared: bool) {
         let is_gathered = self.is_gathered();
-        let sums = is_gathered.then(|| segment.sums());
+        let sums = if is_compared { segment.sums() } else { Vec::new() };
         if !is_gathered {
             self.make_views(&segment);
         }
         if is_gathered || self.mesh.within.world() > 1 {
             segment.master = self.own(&segment.master);
         }
-        if let Some((gathering, sums)) = self.gathering.as_mut().zip(sums) {
+        if let Some(gathering) = &mut self.gathering {
             gathering.hold(&segment.master, self.kind, sums);
         }
         self.segments.push(segment);

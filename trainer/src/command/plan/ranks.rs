@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::cost::{Link, Machine, Seconds};
-use super::{Options, Plan};
+use super::{GPUS_A_NODE, Options, Plan};
 use crate::group::division::enough;
 use crate::network::sharding::{Held, Shard};
 
@@ -26,7 +26,7 @@ const MUCH: f64 = 0.1;
 /// How ranks may hold a network.
 const HOW: [(&str, Shard); 3] = [
     ("masters and moments divided", Shard::States),
-    ("weights too, every node of 8 having all, its own joined by NVLink", Shard::Node),
+    ("weights too, every node having all, its own joined by NVLink", Shard::Node),
     ("weights too", Shard::All),
 ];
 
@@ -41,7 +41,7 @@ impl fmt::Display for Ranks<'_> {
         let config = self.options.config;
         writeln!(
             f,
-            "\non H800s that reach {:.0} % of their peak, all joined by one kind of link, of which {:.0} % are \
+            "\non H800s that reach {:.0} % of their peak, {GPUS_A_NODE} a node, all joined by one kind of link, of which {:.0} % are \
              reached: GB a rank; GB\nthat a rank sends in an optimiser step and in an iteration; seconds of \
              an iteration without decoding and rewards;\nwhat limits them at 400 Gb/s. Where ranks cannot \
              share the images evenly, an iteration has the next number of prompts that they can",
@@ -52,14 +52,14 @@ impl fmt::Display for Ranks<'_> {
         let whole = config.lora.is_none().then_some(("all weights", false));
         for (what, lora) in whole.into_iter().chain([("LoRA", true)]) {
             for (how, shard) in HOW {
-                writeln!(f, "\n{what}, {how} (ranks.shard = {:?})", shard.name())?;
+                writeln!(f, "\n{what}, {how} (ranks.shard = \"{shard}\")")?;
                 self.table(f, lora, shard)?;
             }
             let fewest = HOW.map(|(_, shard)| {
                 let fits = |&world: &usize| self.bytes(world, lora, shard).1 <= H800_BYTES;
                 let fewest = WORLD_SIZES.into_iter().find(fits);
                 let from = fewest.map_or("never".to_owned(), |n| format!("from {n} on"));
-                format!("{:?} {from}", shard.name())
+                format!("\"{shard}\" {from}")
             });
             writeln!(
                 f,
