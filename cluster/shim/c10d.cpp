@@ -24,7 +24,7 @@ using std::chrono::milliseconds;
 
 // Numbers that src/c10d.rs knows.
 enum Outcome : int { DONE = 0, NOT_YET = 1, FAILED = 2 };
-enum Operation : int { ALL_GATHER = 0, ALL_REDUCE = 1, BROADCAST = 2 };
+enum Operation : int { ALL_GATHER = 0, ALL_REDUCE = 1, BROADCAST = 2, ALL_TO_ALL = 3 };
 
 struct Store {
   c10::intrusive_ptr<c10d::Store> store;
@@ -187,6 +187,11 @@ int c10d_gloo_start(Gloo* group, int operation, int argument, at::Tensor* output
         c10d::AllreduceOptions options;
         options.reduceOp = static_cast<c10d::ReduceOp::RedOpType>(argument);
         work = group->group->allreduce(tensors, options);
+        break;
+      }
+      case ALL_TO_ALL: {
+        std::vector<int64_t> equal;
+        work = group->group->alltoall_base(*output, *input, equal, equal);
         break;
       }
       default: {

@@ -22,6 +22,8 @@ pub(crate) enum Operation {
     AllGather = 0,
     AllReduce = 1,
     Broadcast = 2,
+    /// Rank r's part number s becomes part number r on rank s.
+    AllToAll = 3,
 }
 
 /// Client of a `c10d::TCPStore`; the object locks itself.

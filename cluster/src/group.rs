@@ -136,8 +136,16 @@ impl Group {
     /// # Errors
     /// See [`Group`]; [`Error::Refused`] if the ranks cannot share the tensor evenly.
     pub fn reduce_scatter(&self, whole: &Tensor, how: Reduce) -> Result<Tensor, Error> {
+        self.start_reduce_scatter(whole, how)?.wait()
+    }
+
+    /// Starts [`Group::reduce_scatter`] and returns while it is under way.
+    ///
+    /// # Errors
+    /// See [`Group::reduce_scatter`].
+    pub fn start_reduce_scatter(&self, whole: &Tensor, how: Reduce) -> Result<Pending, Error> {
         let call = Call::new(Operation::ReduceScatter(how), whole);
-        let Some(member) = &self.0 else { return Ok(whole.detach().copy()) };
+        let Some(member) = &self.0 else { return Ok(Pending::ended(call, whole.detach().copy())) };
         let size = whole.size();
         let world = self.world() as i64;
         if size.first().is_none_or(|n| n % world != 0) {
@@ -145,15 +153,13 @@ impl Group {
                 member.refuse(&call, format!("a tensor of {size:?} has no {world} equal parts"))
             );
         }
-        let n = size[0] / world;
-        if whole.device() != Device::Cpu {
-            let part = [&[n], &size[1..]].concat();
-            let output = Tensor::empty(part, (whole.kind(), whole.device()));
-            return member.start(call, output, &whole.detach())?.wait();
-        }
-        // Gloo reduces the whole; c10d does the same with this operation.
-        let reduced = member.start(call, whole.detach().copy(), whole)?.wait()?;
-        Ok(reduced.narrow(0, member.rank as i64 * n, n).copy())
+        // Gloo sends every rank its parts, which are reduced there.
+        let is_apart = whole.device() == Device::Cpu;
+        let n = if is_apart { size[0] } else { size[0] / world };
+        let output = Tensor::empty([&[n], &size[1..]].concat(), (whole.kind(), whole.device()));
+        let mut pending = member.start(call, output, &whole.detach())?;
+        pending.reduces = is_apart.then_some(how);
+        Ok(pending)
     }
 
     /// The reduced value of every rank's tensor, in its place.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tch::{Device, Tensor};
 
 use crate::c10d::{self, Failure, Gloo, Store};
-use crate::call::{Call, Operation};
+use crate::call::{Call, Operation, Reduce};
 use crate::error::{Error, ranks};
 use crate::nccl::{Communicator, Id, Nccl, Started};
 use crate::store::Place;
@@ -58,6 +58,8 @@ pub struct Pending {
     output: Tensor,
     _input: Option<Tensor>,
     work: Option<Work>,
+    /// How the ranks' parts, one after the other in `output`, become one.
+    pub(crate) reduces: Option<Reduce>,
 }
 
 enum Work {
@@ -193,9 +195,8 @@ impl Member {
         let work = if input.device() == Device::Cpu {
             let (operation, argument) = match call.operation {
                 Operation::AllGather => (c10d::Operation::AllGather, 0),
-                Operation::ReduceScatter(how) | Operation::AllReduce(how) => {
-                    (c10d::Operation::AllReduce, how.code())
-                }
+                Operation::ReduceScatter(_) => (c10d::Operation::AllToAll, 0),
+                Operation::AllReduce(how) => (c10d::Operation::AllReduce, how.code()),
                 Operation::Broadcast(from) => (c10d::Operation::Broadcast, from as i32),
             };
             self.gloo.start(operation, argument, &output, &input.detach()).map(Work::Gloo)
@@ -205,7 +206,7 @@ impl Member {
         };
         let work = work.map_err(|failure| self.fail(call.name(), &failure))?;
         let (member, input) = (Some(Rc::clone(self)), Some(input.shallow_clone()));
-        Ok(Pending { member, call, output, _input: input, work: Some(work) })
+        Ok(Pending { member, call, output, _input: input, work: Some(work), reduces: None })
     }
 
     /// Compares the call with the other ranks', through the store: a size that differs would end Gloo's
@@ -241,6 +242,7 @@ impl Member {
     }
 
     fn finish(&self, call: &Call, work: &Work) -> Result<(), Error> {
+        let start = Instant::now();
         loop {
             let waited = match (work, self.nccl.get()) {
                 (Work::Nccl(started), Some(nccl)) => nccl.wait(started, SLICE),
@@ -249,7 +251,9 @@ impl Member {
             };
             match waited {
                 Ok(true) => break,
-                Ok(false) if self.watch.fault().is_none() => {}
+                Ok(false) if self.watch.fault().is_none() => {
+                    self.watch.look_ahead(start.elapsed(), self.timeouts.step);
+                }
                 Ok(false) => self.standing(call.name())?,
                 Err(failure) => return Err(self.fail(call.name(), &failure)),
             }
@@ -311,7 +315,7 @@ impl Member {
 
 impl Pending {
     pub(crate) fn ended(call: Call, output: Tensor) -> Self {
-        Self { member: None, call, output, _input: None, work: None }
+        Self { member: None, call, output, _input: None, work: None, reduces: None }
     }
 
     /// What the operation has made.
@@ -322,7 +326,16 @@ impl Pending {
         if let (Some(member), Some(work)) = (&self.member, &self.work) {
             member.finish(&self.call, work)?;
         }
-        Ok(self.output)
+        let (Some(how), Some(member)) = (self.reduces, &self.member) else {
+            return Ok(self.output);
+        };
+        let parts = self.output.unflatten(0, [member.world as i64, -1]);
+        let by_rank: &[i64] = &[0];
+        Ok(match how {
+            Reduce::Sum => parts.sum_dim_intlist(by_rank, false, parts.kind()),
+            Reduce::Min => parts.amin(by_rank, false),
+            Reduce::Max => parts.amax(by_rank, false),
+        })
     }
 }
 
@@ -370,9 +383,11 @@ fn wait_for(
         if let Some(fault) = watch.fault() {
             return Err(fault.what);
         }
-        if start.elapsed() > patience {
+        let waited = start.elapsed();
+        if waited > patience {
             return Ok(false);
         }
+        watch.look_ahead(waited, patience);
         thread::sleep(pause);
         pause = (pause * 2).min(SLICE);
     }

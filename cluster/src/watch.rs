@@ -93,6 +93,8 @@ struct Others {
 
 pub(crate) struct Watch {
     shared: Arc<Shared>,
+    /// Signs of all ranks, seen since then shortly before a patience ends.
+    seen: Mutex<Option<(Instant, Vec<Sign>)>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -140,7 +142,11 @@ impl Watch {
             let shared = Arc::clone(&shared);
             thread::Builder::new().name("signs-of-life".to_owned()).spawn(move || shared.live(&own))
         };
-        Ok(Self { shared, thread: Some(thread.map_err(|error| error.to_string())?) })
+        Ok(Self {
+            shared,
+            seen: Mutex::default(),
+            thread: Some(thread.map_err(|error| error.to_string())?),
+        })
     }
 
     pub(crate) fn store(&self) -> &Store {
@@ -149,6 +155,7 @@ impl Watch {
 
     /// Counts a call of a group.
     pub(crate) fn enter(&self, group: usize, call: &str) {
+        *lock(&self.seen) = None;
         self.shared.calls[group].fetch_add(1, Ordering::Relaxed);
         *lock(&self.shared.at) = format!("in {call} (call {})", self.shared.n_calls());
     }
@@ -175,8 +182,20 @@ impl Watch {
         standing
     }
 
+    /// Looks at the others' signs once a wait of `waited` so far nears its `patience`: whose do not change until it
+    /// ends is silent.
+    pub(crate) fn look_ahead(&self, waited: Duration, patience: Duration) {
+        if waited + self.shared.beat * (SILENCE + 1) < patience {
+            return;
+        }
+        let mut seen = lock(&self.seen);
+        if seen.is_none() {
+            *seen = self.shared.signs().map(|signs| (Instant::now(), signs));
+        }
+    }
+
     /// Who is to blame for an operation of `circle` that failed with `failure`: silent ranks, ranks behind this one,
-    /// or nobody known. Looks for [`SILENCE`] beats.
+    /// or nobody known. Looks for [`SILENCE`] beats, less what [`Watch::look_ahead`] has.
     pub(crate) fn blame(
         &self,
         circle: &Circle,
@@ -216,8 +235,12 @@ impl Watch {
 
     /// `None` where the store does not answer.
     fn look(&self) -> Option<Others> {
-        let before = self.shared.signs()?;
-        thread::sleep(self.shared.beat * SILENCE);
+        let seen = lock(&self.seen).take();
+        let (since, before) = match seen {
+            Some(seen) => seen,
+            None => (Instant::now(), self.shared.signs()?),
+        };
+        thread::sleep((self.shared.beat * SILENCE).saturating_sub(since.elapsed()));
         let after = self.shared.signs()?;
         let mut silent = Vec::new();
         let mut others = Vec::new();

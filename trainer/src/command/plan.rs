@@ -18,7 +18,7 @@ use self::ranks::Ranks;
 use crate::algorithm;
 use crate::network::engine::segments;
 use crate::network::lora::{LoraConfig, RANK};
-use crate::network::sharding::{Carrier, Shard, Sharded};
+use crate::network::sharding::{Shard, Sharded};
 use crate::run::config::AlignConfig;
 use crate::run::ready::Ready;
 use crate::tensor::device::{Compute, precision_name};
@@ -156,7 +156,6 @@ impl Plan {
         Sharded {
             shard,
             node: GPUS_A_NODE,
-            carrier: Carrier::Nccl,
             weights: self.transformer,
             trained: if lora { self.adapters } else { self.transformer },
             largest_segment: self.largest_segment,

@@ -30,21 +30,12 @@ impl fmt::Display for Shard {
     }
 }
 
-/// What carries tensors between ranks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Carrier {
-    Nccl,
-    /// Adds up the whole on every rank where a part is asked for.
-    Gloo,
-}
-
 /// A network on several ranks.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sharded {
     pub(crate) shard: Shard,
     /// Ranks of a node.
     pub(crate) node: usize,
-    pub(crate) carrier: Carrier,
     /// Numbers of the network, of those that train (adapters, or the network's own), and of its largest
     /// segment.
     pub(crate) weights: f64,
@@ -109,10 +100,7 @@ impl Sharded {
             Shard::Node if !self.is_adapted => {
                 [2.0 * F32 * self.trained / n as f64 * others(world / n), 0.0]
             }
-            _ => [
-                F32 * self.sums() * self.trained * others_of_all,
-                self.bytes * self.trained * others_of_all,
-            ],
+            _ => [F32 * self.trained * others_of_all, self.bytes * self.trained * others_of_all],
         }
     }
 
@@ -124,13 +112,8 @@ impl Sharded {
         }
         let uses = if trains { 2.0 } else { 1.0 };
         let is_added_up = trains && !self.is_adapted;
-        let gradients = if is_added_up { F32 * self.sums() * self.trained } else { 0.0 };
+        let gradients = if is_added_up { F32 * self.trained } else { 0.0 };
         (uses * self.bytes * self.weights + gradients) * others(self.among(world))
-    }
-
-    /// How often a tensor's size is sent to add it up.
-    fn sums(&self) -> f64 {
-        if self.carrier == Carrier::Gloo { 2.0 } else { 1.0 }
     }
 }
 
@@ -147,7 +130,6 @@ mod tests {
     const FLUX: Sharded = Sharded {
         shard: Shard::States,
         node: 8,
-        carrier: Carrier::Nccl,
         weights: 11.9,
         trained: 11.9,
         largest_segment: 0.34,
@@ -218,8 +200,6 @@ mod tests {
         let [sum, gather] = lora.step(2);
         assert_near(sum, 0.2);
         assert_near(gather, 0.1);
-        let by_gloo = Sharded { carrier: Carrier::Gloo, ..lora };
-        assert_near(by_gloo.step(2)[0], 0.4);
     }
 
     #[test]

@@ -338,15 +338,9 @@ impl Parameters {
             };
             Gradient { offset: place.offset, values }
         };
-        let mut lists = Vec::with_capacity(self.segments.len());
-        for segment in &self.segments {
-            let mut list: Vec<Gradient> = segment.places.iter().map(&mut take).collect();
-            if self.mesh.within.world() > 1 && !list.is_empty() {
-                list = vec![self.summed(list)?];
-            }
-            lists.push(list);
-        }
-        Ok(lists)
+        let lists =
+            self.segments.iter().map(|segment| segment.places.iter().map(&mut take).collect());
+        if self.mesh.within.world() == 1 { Ok(lists.collect()) } else { self.summed(lists) }
     }
 
     /// The parameter called `name`, if there is one and it is held.

@@ -109,12 +109,10 @@ impl Iteration {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::network::sharding::Carrier;
 
     const SHARDED: Sharded = Sharded {
         shard: Shard::States,
         node: 8,
-        carrier: Carrier::Nccl,
         weights: 10e9,
         trained: 10e9,
         largest_segment: 0.3e9,

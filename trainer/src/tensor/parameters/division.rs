@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use anyhow::Result;
-use cluster::{Group, Reduce};
+use cluster::{Group, Pending, Reduce};
 use tch::{Kind, Tensor, no_grad};
 
 use super::{Gradient, Mesh, Parameters, Segment};
@@ -17,14 +17,32 @@ pub(crate) struct Span {
 }
 
 impl Parameters {
-    /// This rank's part of the sum over ranks of a segment's gradients.
-    pub(super) fn summed(&self, list: Vec<Gradient>) -> Result<Gradient> {
+    /// Of the gradients of each segment, this rank's part of their sum over ranks; the next segment is made ready
+    /// while one is on its way.
+    pub(super) fn summed(
+        &self,
+        lists: impl Iterator<Item = Vec<Gradient>>,
+    ) -> Result<Vec<Vec<Gradient>>> {
         let within = &self.mesh.within;
-        let flat: Vec<Tensor> =
-            list.into_iter().map(|gradient| gradient.values.to_kind(Kind::Float)).collect();
-        let whole = padded(within, &Tensor::cat(&flat, 0));
-        drop(flat);
-        Ok(Gradient { offset: 0, values: within.reduce_scatter(&whole, Reduce::Sum)? })
+        let part = |pending: Pending| {
+            Ok::<_, anyhow::Error>(vec![Gradient { offset: 0, values: pending.wait()? }])
+        };
+        let (mut parts, mut before) = (Vec::with_capacity(self.segments.len()), None);
+        for list in lists {
+            let flat: Vec<Tensor> =
+                list.into_iter().map(|gradient| gradient.values.to_kind(Kind::Float)).collect();
+            let whole = match flat.is_empty() {
+                true => Tensor::zeros([0], (Kind::Float, self.device)),
+                false => padded(within, &Tensor::cat(&flat, 0)),
+            };
+            drop(flat);
+            let pending = within.start_reduce_scatter(&whole, Reduce::Sum)?;
+            if let Some(pending) = before.replace(pending) {
+                parts.push(part(pending)?);
+            }
+        }
+        parts.extend(before.map(part).transpose()?);
+        Ok(parts)
     }
 
     /// The sum of a gradient's parts of all ranks that hold the same one.
@@ -47,14 +65,23 @@ impl Parameters {
         if self.shares_storage() || !self.trainable {
             return Ok(());
         }
-        for (index, segment) in self.segments.iter().enumerate() {
-            let shown = self.shown(&segment.master)?;
-            match &self.gathering {
-                Some(gathering) => {
-                    no_grad(|| gathering.seen(index).shallow_clone().copy_(&shown));
-                }
-                None => self.show(segment, &shown),
+        if let Some(gathering) = &self.gathering {
+            for (index, segment) in self.segments.iter().enumerate() {
+                no_grad(|| gathering.seen(index).shallow_clone().copy_(&segment.master));
             }
+            return Ok(());
+        }
+        // The next segment is on its way while one is shown.
+        let mut before: Option<(&Segment, Pending)> = None;
+        for segment in &self.segments {
+            let part = segment.master.to_kind(self.kind);
+            let pending = self.mesh.within.start_all_gather(&part)?;
+            if let Some((shown, pending)) = before.replace((segment, pending)) {
+                self.show(shown, &pending.wait()?);
+            }
+        }
+        if let Some((shown, pending)) = before {
+            self.show(shown, &pending.wait()?);
         }
         Ok(())
     }
