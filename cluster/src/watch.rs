@@ -205,8 +205,10 @@ impl Watch {
     ) -> Error {
         let rank = self.shared.rank;
         let operation = operation.to_owned();
-        let timed_out =
-            ["timed out", "timeout"].iter().any(|word| failure.to_lowercase().contains(word));
+        // The first whose patience ends closes its connections, on which the others fail.
+        let is_over = lock(&self.seen).is_some();
+        let timed_out = is_over
+            || ["timed out", "timeout"].iter().any(|word| failure.to_lowercase().contains(word));
         let Some(Others { silent, signs }) = self.look() else {
             let fault = self.fault().unwrap_or_else(|| self.shared.store_is_gone());
             return fault.error(&operation, rank);

@@ -3,7 +3,8 @@
     python tests/parity/run.py MODEL... --programs target/release --out out/parity
 
 For each model: `ng-train reference` against diffusers, `ng-export` against onnx, onnxruntime and
-Optimum, every target and precision of the small ones, images from equal noise; on one, LoRA of every kind. Then an iteration of `ng-train align`: its
+Optimum, every target and precision of the small ones, images from equal noise; on one, LoRA of every
+kind and the gradients of a reward. Then an iteration of `ng-train align`: its
 last update recomputed, its checkpoint loaded by diffusers, images of that checkpoint compared like
 those of the model. The embedded model is also scored by the example reward server, and served to the OpenAI
 client. At last, NCCL is asked for an id, and the networks of rewards are held against the packages that
@@ -98,6 +99,7 @@ class Comparisons:
             self.script("targets.py", model, "--programs", self.programs, "--out", out / "targets")
         if name == "tiny-flux":
             self.script("loras.py", model, "--programs", self.programs, "--out", out / "loras")
+            self.script("gradient.py", model, "--programs", self.programs, "--out", out / "gradient")
         self.alignment(model, out / "run", size)
         self.adapters(model, out / "lora", size)
         self.single_file(model, out / "single-file")

@@ -9,6 +9,7 @@ pub mod branch;
 mod cases;
 mod copies;
 pub mod dgpo;
+pub mod direct;
 mod forward;
 pub mod matching;
 pub mod neighbor;
@@ -24,11 +25,10 @@ use tch::{Kind, Tensor};
 
 pub(crate) use self::copies::Copies;
 use crate::group::GroupConfig;
-use crate::group::experience::Experience;
+use crate::group::experience::{Experience, Sources};
 use crate::group::rollout::Rollout;
 use crate::group::seeds::{Use, family};
 use crate::network::condition::Condition;
-use crate::network::model::Model;
 use crate::tensor::parameters::Parameters;
 
 /// Name and published settings of an algorithm.
@@ -78,14 +78,23 @@ methods! {
     matching: matching::MatchingConfig,
     /// The group preferences of DGPO.
     dgpo: dgpo::DgpoConfig,
+    /// The rewards' own gradients, of ReFL and DRaFT-LV.
+    direct: direct::DirectConfig,
 }
 
 /// What learns where no algorithm is named.
 pub(crate) const DEFAULT: &str = "neighbor";
 
-/// Settings that some algorithms read and others do not, beside the tables of the methods.
-pub(crate) const DIFFERING: [&str; 6] =
-    ["sigma", "anchors", "updates", "train_steps", "timestep_fraction", "rollout.solver"];
+/// Settings, and tables of them, that some algorithms read and others do not, beside the tables of the methods.
+pub(crate) const DIFFERING: [&str; 7] = [
+    "advantage",
+    "sigma",
+    "anchors",
+    "updates",
+    "train_steps",
+    "timestep_fraction",
+    "rollout.solver",
+];
 
 /// Name and published settings of every algorithm.
 pub fn all() -> impl Iterator<Item = Published> {
@@ -196,8 +205,8 @@ impl<'a> Setting<'a> {
         let is_at = |place: &str| {
             key.strip_prefix(place).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
         };
-        let mut tables = PUBLISHED.iter().map(|(table, _)| *table);
-        if !DIFFERING.contains(&key) && !tables.any(is_at) {
+        let tables = PUBLISHED.iter().map(|(table, _)| *table);
+        if !DIFFERING.into_iter().chain(tables).any(is_at) {
             return None;
         }
         if !self.method.reads().iter().any(|place| is_at(place)) {
@@ -267,6 +276,8 @@ pub(crate) struct Item {
     /// Network call of the rollout that began it.
     pub(crate) call: usize,
     pub(crate) advantage: f64,
+    /// Number of its noise, where an image is noised several times.
+    pub(crate) draw: u64,
 }
 
 /// M transitions, ready for the network.
@@ -276,7 +287,7 @@ pub(crate) struct Batch<'a> {
     /// Times `[M]`, as the network is told them.
     pub(crate) t_in: Tensor,
     /// The objective at a velocity `[M, S, C]`.
-    pub(crate) objective: Box<dyn FnOnce(&Tensor) -> Objective + 'a>,
+    pub(crate) objective: Box<dyn FnOnce(&Tensor) -> Result<Objective> + 'a>,
     /// What the objective is computed from, by name, for those who want to check it.
     pub(crate) tensors: Vec<(&'static str, Tensor)>,
 }
@@ -356,15 +367,15 @@ pub(crate) trait Algorithm {
     /// What trains, a list an optimiser step; nothing where every group is flat.
     fn updates(&self, experience: &Experience) -> Vec<Vec<Item>>;
 
-    /// `items` ready for the network; `condition` has their rows.
+    /// `items` ready for the network of `sources`; `condition` has their rows.
     ///
     /// # Errors
     /// When other weights' velocities cannot be had.
     fn batch<'a>(
         &'a self,
-        model: &Model,
-        experience: &Experience,
-        items: &[Item],
+        sources: &'a Sources<'_>,
+        experience: &'a Experience,
+        items: &'a [Item],
         condition: &Condition,
     ) -> Result<Batch<'a>>;
 
@@ -444,7 +455,9 @@ pub(crate) fn drawn(
     let items = |group: usize, member: usize| {
         let chosen = steps.choose(experience.stream(group, member), calls.len(), k);
         let advantage = experience.advantages[group].values[member];
-        chosen.into_iter().map(move |index| Item { group, member, call: calls[index], advantage })
+        let item =
+            move |index: usize| Item { group, member, call: calls[index], advantage, draw: 0 };
+        chosen.into_iter().map(item)
     };
     let groups: Vec<(usize, Vec<usize>)> =
         experience.live().into_iter().map(|group| (group, members(group))).collect();

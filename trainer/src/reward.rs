@@ -43,10 +43,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use image::RgbImage;
-use tch::Device;
+use tch::{Device, Tensor};
 
+#[cfg(test)]
+pub(crate) use self::network::tiny;
 use self::{
     aesthetic::Aesthetic,
     chat::Chat,
@@ -78,6 +80,14 @@ pub trait Reward: Send + Sync {
     /// depends on nothing but the image and its prompt. Called from several threads at once, each
     /// with a part of the images.
     fn score(&self, prompts: &[&Prompt], images: &[&RgbImage]) -> Result<Vec<f64>>;
+
+    /// The score of an image `[1, 3, height, width]` in 0 to 1 for its prompt, and its gradient, like the image.
+    ///
+    /// # Errors
+    /// Where there is none: [`RewardKind::is_network`].
+    fn gradient(&self, _prompt: &Prompt, _image: &Tensor) -> Result<(f64, Tensor)> {
+        bail!("scores of this kind have no gradient")
+    }
 
     /// Refuses prompts that this reward can never score from images of `size` (width and height, where all
     /// have one), so that a run learns it at its start.
@@ -260,6 +270,23 @@ impl Rewards {
         );
         let outcomes = self.entries.iter().map(|entry| self.outcome(entry, prompts, images));
         Ok(Scores { outcomes: outcomes.collect::<Result<_>>()? })
+    }
+
+    /// The weighted sum of an image's scores for its prompt, and its gradient; `image` is `[1, 3, height, width]` in
+    /// 0 to 1. What has no weight is not asked.
+    ///
+    /// # Errors
+    /// When a reward has no gradient, or fails.
+    pub(crate) fn gradient(&self, prompt: &Prompt, image: &Tensor) -> Result<(f64, Tensor)> {
+        let mut sum = (0.0, image.zeros_like());
+        for entry in self.entries.iter().filter(|entry| entry.weight != 0.0) {
+            let found = entry.reward.gradient(prompt, image);
+            let (score, gradient) =
+                found.with_context(|| format!("reward {:?} failed", entry.name))?;
+            sum.0 += entry.weight * score;
+            sum.1 += gradient.to_device(image.device()) * entry.weight;
+        }
+        Ok(sum)
     }
 
     fn new(entries: Vec<Entry>, threads: usize) -> Result<Self> {

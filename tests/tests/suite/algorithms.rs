@@ -13,7 +13,7 @@ const CHEAP: [&str; 3] = [
     "judges=[]",
     "optimizer.learning_rate=1e-4",
 ];
-const ALGORITHMS: [&str; 16] = [
+const ALGORITHMS: [&str; 18] = [
     "neighbor",
     "neighbor-paper-literal",
     "neighbor-sde-matched",
@@ -30,7 +30,11 @@ const ALGORITHMS: [&str; 16] = [
     "v-grpo",
     "awm",
     "dgpo",
+    "refl",
+    "draft-lv",
 ];
+/// Those that follow gradients of rewards, which a JPEG's size has none of.
+const DIRECT: [&str; 2] = ["refl", "draft-lv"];
 
 fn with<'a>(more: &[&'a str]) -> Vec<&'a str> {
     [&CHEAP[..], more].concat()
@@ -38,7 +42,7 @@ fn with<'a>(more: &[&'a str]) -> Vec<&'a str> {
 
 #[test]
 fn one_line_changes_the_algorithm() {
-    for name in ALGORITHMS {
+    for name in ALGORITHMS.into_iter().filter(|name| !DIRECT.contains(name)) {
         let run = Run::new();
         let algorithm = format!("algorithm={name}");
         Ended::after(&mut run.command(&with(&["iterations=2", &algorithm]))).succeeded();
@@ -73,6 +77,17 @@ fn one_line_changes_the_algorithm() {
                 assert_eq!(step.contains_key(metric), there, "{name}: {metric} in {step:?}");
             }
         }
+    }
+}
+
+#[test]
+fn a_reward_without_gradient_is_refused_by_name() {
+    for name in DIRECT {
+        let run = Run::new();
+        let algorithm = format!("algorithm={name}");
+        let ended = Ended::after(&mut run.command(&with(&["iterations=2", &algorithm])));
+        assert_eq!(ended.status.code(), Some(2), "{}", ended.stderr);
+        assert!(ended.stderr.contains("\"jpeg\" has no gradient"), "{}", ended.stderr);
     }
 }
 

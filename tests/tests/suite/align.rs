@@ -41,7 +41,7 @@ const PATIENCE: Duration = Duration::from_mins(2);
 fn unread(settings: &[&str]) -> &'static [&'static str] {
     let name = settings.iter().find_map(|setting| setting.strip_prefix("algorithm="));
     match name.unwrap_or_default() {
-        "branch-grpo" => &["anchors", "train_steps"],
+        "branch-grpo" | "refl" | "draft-lv" => &["anchors", "train_steps"],
         "diffusion-nft" | "v-grpo" | "awm" | "dgpo" => &["anchors"],
         name if name.starts_with("mix-") || name == "flow-grpo-fast" => &["train_steps"],
         _ => &[],

@@ -15,11 +15,10 @@ use super::sde::Policy;
 use super::{Algorithm, Batch, Item, Method, Published, Setting, part, published};
 use crate::group::GroupConfig;
 use crate::group::advantage::{Advantages, Scored};
-use crate::group::experience::{Experience, given};
+use crate::group::experience::{Experience, Sources, given};
 use crate::group::rollout::Rollout;
 use crate::group::seeds::{Use, family};
 use crate::network::condition::Condition;
-use crate::network::model::Model;
 use crate::tensor::parameters::Parameters;
 
 /// How a node's reward comes from its children's.
@@ -109,6 +108,7 @@ impl BranchConfig {
 impl Method for BranchConfig {
     fn reads(&self) -> &'static [&'static str] {
         &[
+            "advantage",
             "updates",
             "sde.noise",
             "sde.level",
@@ -336,7 +336,7 @@ impl Algorithm for Branch<'_> {
                 let order = order.choose(stream, edges.len(), edges.len());
                 let item = |Edge { step, child, advantage }| {
                     let member = child * experience.group_size / widths[step + 1];
-                    Item { group, member, call: step, advantage }
+                    Item { group, member, call: step, advantage, draw: 0 }
                 };
                 order.into_iter().map(|index| item(edges[index])).collect()
             })
@@ -348,12 +348,12 @@ impl Algorithm for Branch<'_> {
 
     fn batch<'b>(
         &'b self,
-        model: &Model,
-        experience: &Experience,
-        items: &[Item],
+        sources: &'b Sources<'_>,
+        experience: &'b Experience,
+        items: &'b [Item],
         condition: &Condition,
     ) -> Result<Batch<'b>> {
-        self.policy.batch(model, experience, items, condition)
+        self.policy.batch(sources, experience, items, condition)
     }
 
     fn n_trained(&self, rollout: &Rollout) -> usize {

@@ -24,7 +24,7 @@ use super::{
     Algorithm, Batch, CLIPPED, Copies, Item, Method, Objective, Published, Setting, copies,
     mean_of_each, numbers, part, published,
 };
-use crate::group::experience::Experience;
+use crate::group::experience::{Experience, Sources};
 use crate::group::rollout::{Rollout, Start};
 use crate::group::seeds::{Use, family};
 use crate::network::condition::Condition;
@@ -121,7 +121,7 @@ impl DgpoConfig {
 
 impl Method for DgpoConfig {
     fn reads(&self) -> &'static [&'static str] {
-        &["updates", "train_steps", "timestep_fraction", "rollout.solver", "dgpo"]
+        &["advantage", "updates", "train_steps", "timestep_fraction", "rollout.solver", "dgpo"]
     }
 
     fn validate(&self, _: &Setting<'_>) -> Result<()> {
@@ -182,7 +182,7 @@ impl Dgpo<'_> {
         sets.dedup();
         let member = |&(group, call): &(usize, usize)| {
             let values = &experience.advantages[group].values;
-            let item = move |(member, &advantage)| Item { group, member, call, advantage };
+            let item = move |(member, &advantage)| Item { group, member, call, advantage, draw: 0 };
             values.iter().enumerate().map(item)
         };
         let all: Vec<Item> = sets.iter().flat_map(member).collect();
@@ -230,6 +230,7 @@ impl Algorithm for Dgpo<'_> {
                         member,
                         call,
                         advantage: values[member],
+                        draw: 0,
                     }));
                 }
             }
@@ -240,11 +241,12 @@ impl Algorithm for Dgpo<'_> {
 
     fn batch<'b>(
         &'b self,
-        model: &Model,
-        experience: &Experience,
-        items: &[Item],
+        sources: &'b Sources<'_>,
+        experience: &'b Experience,
+        items: &'b [Item],
         condition: &Condition,
     ) -> Result<Batch<'b>> {
+        let model = sources.model;
         let noised = Noised::new(&self.setting, model, experience, items, true);
         let velocity = |copies: &Copies| copies.velocity(model, &noised.x_t, &noised.t, condition);
         let images = Images {
@@ -270,7 +272,7 @@ impl Algorithm for Dgpo<'_> {
             tensors: tensors.map(|(name, tensor)| (name, tensor.shallow_clone())).into(),
             x_in: noised.x_t,
             t_in: noised.t,
-            objective: Box::new(move |v| self.config.objective(&images, group_size, v)),
+            objective: Box::new(move |v| Ok(self.config.objective(&images, group_size, v))),
         })
     }
 

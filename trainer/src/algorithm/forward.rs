@@ -7,6 +7,9 @@ use crate::group::experience::Experience;
 use crate::group::seeds::{Use, family};
 use crate::network::model::Model;
 
+/// Streams of noise between two draws: more than a run has images.
+const DRAW_BITS: u32 = 48;
+
 /// M final images x0 with noise eps at times t: x_t = (1 − t)·x0 + t·eps, in f32.
 pub(super) struct Noised {
     /// `[M, S, C]`.
@@ -36,7 +39,8 @@ impl Noised {
         let n_calls = trajectory.calls.len() as u64;
         let of_item = |item: &Item| {
             let member = if is_shared { 0 } else { item.member };
-            let stream = experience.stream(item.group, member) * n_calls + item.call as u64;
+            let first = experience.stream(item.group, member) * n_calls + item.call as u64;
+            let stream = first + (item.draw << DRAW_BITS);
             noise.normal(stream, experience.size.len())
         };
         let eps: Vec<Vec<f32>> = items.iter().map(of_item).collect();

@@ -27,11 +27,10 @@ use super::{
     Algorithm, Batch, Bound, Copies, Item, Method, Objective, Published, Setting, copies,
     mean_of_each, numbers, part, published,
 };
-use crate::group::experience::Experience;
+use crate::group::experience::{Experience, Sources};
 use crate::group::rollout::{Rollout, Start};
 use crate::group::seeds::{Use, family};
 use crate::network::condition::Condition;
-use crate::network::model::Model;
 use crate::tensor::parameters::Parameters;
 
 /// How an error of the velocity is measured.
@@ -137,7 +136,7 @@ impl MatchingConfig {
 
 impl Method for MatchingConfig {
     fn reads(&self) -> &'static [&'static str] {
-        &["updates", "train_steps", "timestep_fraction", "rollout.solver", "matching"]
+        &["advantage", "updates", "train_steps", "timestep_fraction", "rollout.solver", "matching"]
     }
 
     fn leaves_unread(&self, key: &str) -> Option<&'static str> {
@@ -195,29 +194,30 @@ impl Algorithm for Matching<'_> {
         };
         let live: Vec<(usize, Vec<usize>)> =
             experience.live().into_iter().map(|group| (group, of_group(group))).collect();
-        let of_update =
-            |update: usize| {
-                let mut items = Vec::new();
-                for (group, calls) in &live {
-                    let values = &experience.advantages[*group].values;
-                    for &call in calls {
-                        items.extend(part(&everybody, n_updates, update).iter().map(|&member| {
-                            Item { group: *group, member, call, advantage: values[member] }
-                        }));
-                    }
+        let of_update = |update: usize| {
+            let mut items = Vec::new();
+            for (group, calls) in &live {
+                let values = &experience.advantages[*group].values;
+                for &call in calls {
+                    items.extend(part(&everybody, n_updates, update).iter().map(|&member| {
+                        let advantage = values[member];
+                        Item { group: *group, member, call, advantage, draw: 0 }
+                    }));
                 }
-                items
-            };
+            }
+            items
+        };
         (0..n_updates).map(of_update).collect()
     }
 
     fn batch<'b>(
         &'b self,
-        model: &Model,
-        experience: &Experience,
-        items: &[Item],
+        sources: &'b Sources<'_>,
+        experience: &'b Experience,
+        items: &'b [Item],
         condition: &Condition,
     ) -> Result<Batch<'b>> {
+        let model = sources.model;
         let is_shared = self.config.shared_noise;
         let noised = Noised::new(&self.setting, model, experience, items, is_shared);
         let velocity = |copies: &Option<Copies>| {
@@ -243,7 +243,7 @@ impl Algorithm for Matching<'_> {
             tensors: tensors.map(|(name, tensor)| (name, tensor.shallow_clone())).into(),
             x_in: noised.x_t,
             t_in: noised.t,
-            objective: Box::new(move |v| self.config.objective(&images, v)),
+            objective: Box::new(move |v| Ok(self.config.objective(&images, v))),
         })
     }
 

@@ -27,11 +27,10 @@ use super::{
     Algorithm, Batch, Bound, Item, Method, Objective, Published, Setting, numbers, part, published,
     stack,
 };
-use crate::group::experience::Experience;
+use crate::group::experience::{Experience, Sources};
 use crate::group::rollout::{Rollout, Start};
 use crate::group::seeds::{Use, family};
 use crate::network::condition::Condition;
-use crate::network::model::Model;
 
 /// How squared distances are scaled before the softmax.
 #[derive(Clone, Copy, Debug, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
@@ -135,6 +134,7 @@ impl Method for NeighborConfig {
 
     fn reads(&self) -> &'static [&'static str] {
         &[
+            "advantage",
             "sigma",
             "anchors",
             "updates",
@@ -244,7 +244,13 @@ impl Algorithm for Neighbor<'_> {
             drawn.iter().flat_map(move |(group, anchors, calls)| {
                 part(anchors, n_updates, index).iter().flat_map(move |&member| {
                     let advantage = experience.advantages[*group].values[member];
-                    calls.iter().map(move |&call| Item { group: *group, member, call, advantage })
+                    calls.iter().map(move |&call| Item {
+                        group: *group,
+                        member,
+                        call,
+                        advantage,
+                        draw: 0,
+                    })
                 })
             })
         };
@@ -253,9 +259,9 @@ impl Algorithm for Neighbor<'_> {
 
     fn batch<'b>(
         &'b self,
-        _: &Model,
-        experience: &Experience,
-        items: &[Item],
+        _: &'b Sources<'_>,
+        experience: &'b Experience,
+        items: &'b [Item],
         _: &Condition,
     ) -> Result<Batch<'b>> {
         let transitions = self.transitions(experience, items);
@@ -272,7 +278,7 @@ impl Algorithm for Neighbor<'_> {
             tensors: tensors.map(|(name, tensor)| (name, tensor.shallow_clone())).into(),
             x_in: x_in.shallow_clone(),
             t_in: t_in.shallow_clone(),
-            objective: Box::new(move |v| self.config.objective(&transitions, v)),
+            objective: Box::new(move |v| Ok(self.config.objective(&transitions, v))),
         })
     }
 

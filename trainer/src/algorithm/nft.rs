@@ -22,10 +22,9 @@ use super::{
     Algorithm, Batch, Copies, Item, Method, Objective, Published, Setting, copies, drawn,
     mean_of_each, numbers, published,
 };
-use crate::group::experience::Experience;
+use crate::group::experience::{Experience, Sources};
 use crate::group::rollout::{Rollout, Start};
 use crate::network::condition::Condition;
-use crate::network::model::Model;
 use crate::tensor::parameters::Parameters;
 
 /// Settings of the contrast.
@@ -90,7 +89,7 @@ impl NftConfig {
 
 impl Method for NftConfig {
     fn reads(&self) -> &'static [&'static str] {
-        &["updates", "train_steps", "timestep_fraction", "rollout.solver", "nft"]
+        &["advantage", "updates", "train_steps", "timestep_fraction", "rollout.solver", "nft"]
     }
 
     fn validate(&self, _: &Setting<'_>) -> Result<()> {
@@ -131,11 +130,12 @@ impl Algorithm for Nft<'_> {
 
     fn batch<'b>(
         &'b self,
-        model: &Model,
-        experience: &Experience,
-        items: &[Item],
+        sources: &'b Sources<'_>,
+        experience: &'b Experience,
+        items: &'b [Item],
         condition: &Condition,
     ) -> Result<Batch<'b>> {
+        let model = sources.model;
         let Noised { x0, x_t, t, .. } = Noised::new(&self.setting, model, experience, items, false);
         let velocity = |copies: &Copies| copies.velocity(model, &x_t, &t, condition);
         let contrast = Contrast {
@@ -157,7 +157,7 @@ impl Algorithm for Nft<'_> {
             tensors: tensors.map(|(name, tensor)| (name, tensor.shallow_clone())).into(),
             x_in: x_t,
             t_in: t,
-            objective: Box::new(move |v| self.config.objective(&contrast, v)),
+            objective: Box::new(move |v| Ok(self.config.objective(&contrast, v))),
         })
     }
 

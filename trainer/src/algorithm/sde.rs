@@ -28,10 +28,9 @@ use super::{
     Algorithm, Batch, Bound, Copies, Item, Method, Objective, Published, Setting, drawn,
     mean_of_each, numbers, published, stack,
 };
-use crate::group::experience::Experience;
+use crate::group::experience::{Experience, Sources};
 use crate::group::rollout::{Rollout, Start};
 use crate::network::condition::Condition;
-use crate::network::model::Model;
 use crate::tensor::parameters::Parameters;
 
 /// Settings of methods that train on an SDE.
@@ -116,7 +115,7 @@ impl SdeConfig {
 
 impl Method for SdeConfig {
     fn reads(&self) -> &'static [&'static str] {
-        &["anchors", "updates", "train_steps", "timestep_fraction", "sde"]
+        &["advantage", "anchors", "updates", "train_steps", "timestep_fraction", "sde"]
     }
 
     fn leaves_unread(&self, key: &str) -> Option<&'static str> {
@@ -227,11 +226,12 @@ impl Algorithm for Policy<'_> {
 
     fn batch<'b>(
         &'b self,
-        model: &Model,
-        experience: &Experience,
-        items: &[Item],
+        sources: &'b Sources<'_>,
+        experience: &'b Experience,
+        items: &'b [Item],
         condition: &Condition,
     ) -> Result<Batch<'b>> {
+        let model = sources.model;
         let calls = &experience.trajectory.calls;
         let row = |all: &Tensor, item: &Item| experience.row(all, item.group, item.member);
         let x_in = stack(items, |item| row(&calls[item.call].x_t, item));
@@ -257,7 +257,7 @@ impl Algorithm for Policy<'_> {
             advantages,
             v_reference,
         };
-        let objective = Box::new(move |v: &Tensor| self.config.objective(&transitions, v));
+        let objective = Box::new(move |v: &Tensor| Ok(self.config.objective(&transitions, v)));
         Ok(Batch { x_in, t_in, objective, tensors })
     }
 

@@ -157,7 +157,7 @@ fn measure(options: &Options<'_>, engine: &Engine, size: &LatentSize) -> Result<
         anyhow::Ok((ms, peak_gb(device).zip(before).map(|(peak, before)| peak - before)))
     };
     let forward = || engine.velocity(&x_t, &t, &condition).map(drop);
-    let training = || engine.forward_backward(&x_t, &t, &condition, Tensor::shallow_clone);
+    let training = || engine.forward_backward(&x_t, &t, &condition, |v| Ok(v.shallow_clone()));
     let (velocity_ms, velocity_gb) = timed(&forward)?;
     let (training_ms, training_gb) = timed(&training)?;
     let shapes = Shapes::new();

@@ -32,6 +32,8 @@ pub(crate) struct Experience {
     pub(crate) division: Division,
     /// Groups that this rank has a part of: of these it has all trajectories.
     held: Range<usize>,
+    /// Of each of the P groups.
+    pub(crate) prompts: Vec<Prompt>,
     /// G.
     pub(crate) group_size: usize,
     /// Shape of a latent.
@@ -66,6 +68,11 @@ impl Experience {
             ))
         };
         config.rewards.iter().enumerate().filter_map(line).collect()
+    }
+
+    /// Groups that this rank has a part of.
+    pub(crate) fn held(&self) -> Range<usize> {
+        self.held.clone()
     }
 
     /// Held groups whose rewards are not all flat.
@@ -162,6 +169,7 @@ pub(crate) fn gather(
         first_group: (iteration * prompts.len()) as u64,
         division,
         held,
+        prompts: prompts.iter().map(|&prompt| prompt.clone()).collect(),
         group_size: config.group_size,
         size: *size,
         condition,

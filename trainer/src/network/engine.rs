@@ -175,19 +175,19 @@ impl Engine {
     /// product with dv/dθ on the parameters.
     ///
     /// # Errors
-    /// As [`Engine::velocity`].
+    /// As [`Engine::velocity`]; those of `gradient`.
     pub(crate) fn forward_backward(
         &self,
         x_t: &Tensor,
         t: &Tensor,
         condition: &Condition,
-        gradient: impl FnOnce(&Tensor) -> Tensor,
+        gradient: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<()> {
         if self.recompute || self.parameters.is_gathered() {
             return self.blockwise(x_t, t, condition, gradient);
         }
         let v = self.forward(x_t, t, condition)?;
-        let of_v = gradient(&v.detach());
+        let of_v = gradient(&v.detach())?;
         (v * of_v).sum(tch::Kind::Float).backward();
         Ok(())
     }
@@ -197,7 +197,7 @@ impl Engine {
         x_t: &Tensor,
         t: &Tensor,
         condition: &Condition,
-        gradient: impl FnOnce(&Tensor) -> Tensor,
+        gradient: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<()> {
         let (config, owned) = (&self.config, self.inputs(x_t, t, condition));
         let (parameters, n_blocks) = (&self.parameters, config.n_blocks());
@@ -215,7 +215,7 @@ impl Engine {
         let last = leaf(&inputs.pop().expect("one state at least"));
         let ops = self.segment(n_blocks + 1)?;
         let v = config.epilogue(&ops, &last);
-        let of_v = gradient(&v.detach().to_kind(tch::Kind::Float));
+        let of_v = gradient(&v.detach().to_kind(tch::Kind::Float))?;
         (&*v * of_v).sum(tch::Kind::Float).backward();
         drop(v);
         parameters.collect(n_blocks + 1, ops)?;
@@ -370,7 +370,7 @@ mod tests {
     fn gradients_of(engine: &mut Engine, recompute: bool) -> Vec<Tensor> {
         engine.recompute = recompute;
         let (x_t, t) = (normal(3, &[3, 6, 8]), Tensor::from_slice(&[0.2f32, 0.5, 0.9]));
-        let gradient = |v: &Tensor| v * 2.0 + normal(4, &[3, 6, 8]);
+        let gradient = |v: &Tensor| Ok(v * 2.0 + normal(4, &[3, 6, 8]));
         engine.forward_backward(&x_t, &t, &condition(), gradient).unwrap();
         taken(engine)
     }
@@ -408,7 +408,7 @@ mod tests {
         let once = gradients_of(&mut divided, false);
         let (x_t, t) = (normal(3, &[3, 6, 8]), Tensor::from_slice(&[0.2f32, 0.5, 0.9]));
         for _ in 0..2 {
-            let gradient = |v: &Tensor| v * 2.0 + normal(4, &[3, 6, 8]);
+            let gradient = |v: &Tensor| Ok(v * 2.0 + normal(4, &[3, 6, 8]));
             divided.forward_backward(&x_t, &t, &condition(), gradient).unwrap();
         }
         let twice: Vec<Tensor> = taken(&divided).into_iter().map(|sum| sum / 2.0).collect();
@@ -455,7 +455,7 @@ mod tests {
             (v.square().sum(Kind::Double) * 0.5).double_value(&[])
         };
         engine.recompute = true;
-        engine.forward_backward(&x_t, &t, &condition, Tensor::shallow_clone).unwrap();
+        engine.forward_backward(&x_t, &t, &condition, |v| Ok(v.shallow_clone())).unwrap();
         let gradients = taken(&engine);
         for (segment, gradient) in gradients.iter().enumerate() {
             let master = engine.trained().segments[segment].master.shallow_clone();

@@ -360,7 +360,7 @@ mod tests {
         model.engine.train();
         model.engine.recompute = true;
         let (x_t, t, condition) = inputs(&model);
-        model.engine.forward_backward(&x_t, &t, &condition, Tensor::ones_like).unwrap();
+        model.engine.forward_backward(&x_t, &t, &condition, |v| Ok(v.ones_like())).unwrap();
         let gradients = model.engine.trained().take_gradients().unwrap();
         let total: f64 = gradients
             .iter()

@@ -344,6 +344,25 @@ impl Model {
         Ok(Tensor::from_slice(&pixels).reshape(shape(3, size, factor)))
     }
 
+    /// The gradient of packed flow latents `[1, S, C]` where `of_pixels` makes that of the pixels `[1, 3, H, W]`,
+    /// around [−1, 1], that they decode to.
+    ///
+    /// # Errors
+    /// Those of `of_pixels`.
+    pub(crate) fn decode_back(
+        &self,
+        packed: &Tensor,
+        size: &LatentSize,
+        of_pixels: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let latents = unpack(packed, size)?.to_device(self.device).set_requires_grad(true);
+        let pixels = self.decode_latents(&latents);
+        let gradient = of_pixels(&pixels.detach())?;
+        (pixels * gradient).sum(Kind::Float).backward();
+        let row = latents.grad().to_device(Device::Cpu).reshape([-1]);
+        Ok(self.pack(&[Vec::<f32>::try_from(&row)?], size))
+    }
+
     /// Pixels `[B, 3, H, W]` around [−1, 1] of flow latents `[B, Z, h, w]`.
     pub(crate) fn decode_latents(&self, latents: &Tensor) -> Tensor {
         let config = &self.pipeline.vae;

@@ -38,9 +38,9 @@ impl Aesthetic {
 }
 
 impl Network for Aesthetic {
-    fn score(&mut self, _prompt: &str, pixels: &Tensor) -> Result<f64> {
+    fn score(&mut self, _prompt: &str, pixels: &Tensor) -> Result<Tensor> {
         let vector = self.clip.image_vector(pixels).into();
         let root = ParamPath::root();
-        Ok(score(&self.head.ops(), &root, &vector, self.clip.width()).double_value(&[0, 0]))
+        Ok(score(&self.head.ops(), &root, &vector, self.clip.width()).reshape([]))
     }
 }

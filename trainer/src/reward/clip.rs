@@ -97,9 +97,9 @@ impl ClipScore {
 }
 
 impl Network for ClipScore {
-    fn score(&mut self, prompt: &str, pixels: &Tensor) -> Result<f64> {
+    fn score(&mut self, prompt: &str, pixels: &Tensor) -> Result<Tensor> {
         let text = self.text_vector(prompt)?;
-        Ok((self.clip.image_vector(pixels) * text).sum(Kind::Float).double_value(&[]))
+        Ok((self.clip.image_vector(pixels) * text).sum(Kind::Float))
     }
 }
 

@@ -189,14 +189,21 @@ impl RewardKind {
     /// Whether opening it reads little: nothing, or a small model.
     pub(crate) fn is_light(&self) -> bool {
         match self {
-            Self::Hpsv2 { .. }
-            | Self::Pickscore { .. }
-            | Self::Clip { .. }
-            | Self::ImageReward { .. }
-            | Self::Aesthetic { .. } => false,
             Self::Pairwise { judge } => judge.is_light(),
-            _ => true,
+            other => !other.is_network(),
         }
+    }
+
+    /// Whether it is a network on libtorch, whose scores have gradients.
+    pub(crate) fn is_network(&self) -> bool {
+        matches!(
+            self,
+            Self::Hpsv2 { .. }
+                | Self::Pickscore { .. }
+                | Self::Clip { .. }
+                | Self::ImageReward { .. }
+                | Self::Aesthetic { .. }
+        )
     }
 }
 

@@ -57,11 +57,11 @@ impl ImageReward {
 }
 
 impl Network for ImageReward {
-    fn score(&mut self, prompt: &str, pixels: &Tensor) -> Result<f64> {
+    fn score(&mut self, prompt: &str, pixels: &Tensor) -> Result<Tensor> {
         let ids = self.tokenizer.encode(prompt);
         let ids = ids.map_err(|error| anyhow!("cannot tokenise {prompt:?}: {error}"))?;
         let ids = Tensor::from_slice(&ids).unsqueeze(0).to_device(self.device).into();
         let pixels = pixels.to_device(self.device).into();
-        Ok(self.config.forward(&self.parameters.ops(), &ids, &pixels).double_value(&[0, 0]))
+        Ok(self.config.forward(&self.parameters.ops(), &ids, &pixels).reshape([]))
     }
 }

@@ -34,40 +34,73 @@ const STD: [f64; 3] = [0.26862954, 0.26130258, 0.27577711];
 impl Preparation {
     /// `[1, 3, side, side]`, f32, normalised.
     pub(super) fn pixels(self, image: &RgbImage) -> Tensor {
+        let side = self.side as u32;
         let square = match self.fit {
-            Fit::Pad => self.padded(image),
-            Fit::Squash => unit(&bicubic::resize(image, self.side as u32, self.side as u32)),
-            Fit::Crop => unit(&self.cropped(image, |rest| (rest / 2.0).round_ties_even())),
-            Fit::CropDown => unit(&self.cropped(image, |rest| (rest / 2.0).floor())),
+            Fit::Pad => self.padded(&unit(image)),
+            Fit::Crop | Fit::CropDown | Fit::Squash => {
+                let ([width, height], [left, top]) = self.cut(image.width(), image.height());
+                let resized = bicubic::resize(image, width, height);
+                unit(&imageops::crop_imm(&resized, left, top, side, side).to_image())
+            }
         };
-        let statistics =
-            |values: &[f64]| Tensor::from_slice(values).to_kind(Kind::Float).reshape([1, 3, 1, 1]);
-        (square - statistics(&MEAN)) / statistics(&STD)
+        normalised(&square)
     }
 
-    fn padded(self, image: &RgbImage) -> Tensor {
-        let side = self.side as f64;
-        let scale = side / f64::from(image.width().max(image.height()));
-        let scaled = |n: u32| ((f64::from(n) * scale).round_ties_even() as i64).max(1);
-        let (width, height) = (scaled(image.width()), scaled(image.height()));
-        let small = unit(image).internal_upsample_bicubic2d_aa([height, width], false, None, None);
+    /// The same of an image `[1, 3, height, width]` in 0 to 1, in floats throughout, so that it has a gradient: where
+    /// packages round to bytes in between, it is up to half of 1/255 away.
+    pub(super) fn smooth_pixels(self, image: &Tensor) -> Tensor {
+        let side = self.side as i64;
+        normalised(&match self.fit {
+            Fit::Pad => self.padded(image),
+            Fit::Crop | Fit::CropDown | Fit::Squash => {
+                let [height, width] = [2, 3].map(|dim| image.size()[dim] as u32);
+                let (size, [left, top]) = self.cut(width, height);
+                let [width, height] = size.map(i64::from);
+                resized(image, width, height).narrow(2, i64::from(top), side).narrow(
+                    3,
+                    i64::from(left),
+                    side,
+                )
+            }
+        })
+    }
+
+    fn padded(self, image: &Tensor) -> Tensor {
+        let [height, width] = [2, 3].map(|dim| image.size()[dim]);
+        let scale = self.side as f64 / width.max(height) as f64;
+        let scaled = |n: i64| ((n as f64 * scale).round_ties_even() as i64).max(1);
+        let (width, height) = (scaled(width), scaled(height));
         let (right, bottom) = (self.side as i64 - width, self.side as i64 - height);
         let (left, top) = (right / 2, bottom / 2);
-        small.constant_pad_nd([left, right - left, top, bottom - top])
+        resized(image, width, height).constant_pad_nd([left, right - left, top, bottom - top])
     }
 
-    fn cropped(self, image: &RgbImage, half: impl Fn(f64) -> f64) -> RgbImage {
-        let (width, height) = image.dimensions();
+    /// To what size an image is brought, and where the square begins in it.
+    fn cut(self, width: u32, height: u32) -> ([u32; 2], [u32; 2]) {
         let (side, short) = (self.side as u32, width.min(height));
         let scaled = |n: u32| {
             let long = f64::from(side) * f64::from(n) / f64::from(short);
-            if n == short { side } else { long as u32 }
+            if n == short || self.fit == Fit::Squash { side } else { long as u32 }
         };
-        let (width, height) = (scaled(width), scaled(height));
-        let resized = bicubic::resize(image, width, height);
-        let offset = |n: u32| half(f64::from(n - side)) as u32;
-        imageops::crop_imm(&resized, offset(width), offset(height), side, side).to_image()
+        let size = [width, height].map(scaled);
+        let half = |rest: f64| match self.fit {
+            Fit::CropDown => (rest / 2.0).floor(),
+            _ => (rest / 2.0).round_ties_even(),
+        };
+        (size, size.map(|n| half(f64::from(n - side)) as u32))
     }
+}
+
+fn resized(image: &Tensor, width: i64, height: i64) -> Tensor {
+    image.internal_upsample_bicubic2d_aa([height, width], false, None, None)
+}
+
+fn normalised(square: &Tensor) -> Tensor {
+    let statistics = |values: &[f64]| {
+        let values = Tensor::from_slice(values).to_kind(Kind::Float);
+        values.reshape([1, 3, 1, 1]).to_device(square.device())
+    };
+    (square - statistics(&MEAN)) / statistics(&STD)
 }
 
 /// `[1, 3, height, width]` in 0 to 1.

@@ -377,11 +377,14 @@ impl Run<'_> {
             .as_deref()
             .filter(|_| is_first && self.report.is_some())
             .map(|path| Recorder::new(path, self.config));
+        let Self { config, model, rewards, size, .. } = self;
+        let group = &config.group;
+        let sources = Sources { config: group, model, rewards, size: *size, watch: &watch };
         let outcome = caught(|| {
             update::run(
-                self.config,
+                config,
                 &*self.algorithm,
-                &self.model,
+                &sources,
                 &mut self.optimizer,
                 &experience,
                 recorder.as_mut(),

@@ -160,10 +160,11 @@ impl AlignConfig {
     }
 
     /// The setting that leaves `key` unread where [`AlignConfig::ignores`] says so.
-    pub(crate) fn leaves_unread(key: &str) -> &'static str {
+    pub(crate) fn leaves_unread(&self, key: &str) -> &'static str {
+        let by_algorithm = self.setting().is_ok_and(|setting| setting.ignores(key).is_some());
         match key.split('.').next() {
             Some("validation") => "validate_every",
-            Some("advantage") => "advantage.rescale",
+            Some("advantage") if !by_algorithm => "advantage.rescale",
             _ => "algorithm",
         }
     }

@@ -9,7 +9,6 @@ use flow::usage::Usage;
 use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
-use super::config::AlignConfig;
 use super::schema::Fault;
 
 /// A place where settings are said.
@@ -179,10 +178,10 @@ impl Layers {
         self.0[index + 1..].iter().all(|layer| layer.get(key).is_none())
     }
 
-    /// Whether whoever says `key` at `index` could know that it is not read: what leaves it unread is the algorithm,
+    /// Whether whoever says a setting at `index` could know that it is not read: its `cause` is the algorithm,
     /// which stands at `place`, or another setting, said no later by someone else.
-    pub(crate) fn is_asked(&self, index: usize, key: &str, place: usize) -> bool {
-        match AlignConfig::leaves_unread(key) {
+    pub(crate) fn is_asked(&self, index: usize, cause: &str, place: usize) -> bool {
+        match cause {
             "algorithm" => index > place,
             cause => {
                 let by = self.0.iter().rposition(|layer| layer.get(cause).is_some());

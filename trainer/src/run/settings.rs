@@ -24,7 +24,7 @@ macro_rules! presets {
 }
 
 /// Presets of `ng-train align`.
-pub const ALIGN_PRESETS: [(&str, &str); 33] = presets![
+pub const ALIGN_PRESETS: [(&str, &str); 35] = presets![
     "neighbor",
     "neighbor-paper-literal",
     "neighbor-sde-matched",
@@ -41,6 +41,8 @@ pub const ALIGN_PRESETS: [(&str, &str); 33] = presets![
     "v-grpo",
     "awm",
     "dgpo",
+    "refl",
+    "draft-lv",
     "signs",
     "signs-paper-literal",
     "signs-sde-matched",
@@ -123,8 +125,9 @@ pub(crate) fn align(source: &Source<'_>, settings: &[String]) -> Result<Run> {
     for (index, layer) in layers.all().enumerate() {
         for (key, value) in layer.leaves() {
             let why = if index == place { None } else { config.ignores(&key)? };
-            if let Some(why) = why.as_ref().filter(|_| layers.is_asked(index, &key, place)) {
-                let what = match AlignConfig::leaves_unread(&key) {
+            let cause = config.leaves_unread(&key);
+            if let Some(why) = why.as_ref().filter(|_| layers.is_asked(index, cause, place)) {
+                let what = match cause {
                     "algorithm" => format!("changes nothing under {name}: {why}"),
                     _ => format!("changes nothing: {why}"),
                 };
@@ -134,7 +137,7 @@ pub(crate) fn align(source: &Source<'_>, settings: &[String]) -> Result<Run> {
                 layers[place].get(&key).filter(|brought| index < place && **brought != value);
             if why.is_some() && layers.is_last(index, &key) {
                 remove(&mut table, &key);
-                if AlignConfig::leaves_unread(&key) == "algorithm" {
+                if cause == "algorithm" {
                     notes.push(format!("{key} = {value} of {} is left out", layer.origin));
                 }
             } else if let Some(brought) = brought {

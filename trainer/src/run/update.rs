@@ -11,9 +11,8 @@ use flow::checkpoint::{Entry, write_tensors};
 use tch::{Kind, Tensor};
 
 use crate::algorithm::{Algorithm, CLIPPED, Item, Objective, Ratio};
-use crate::group::experience::Experience;
+use crate::group::experience::{Experience, Sources};
 use crate::group::ranks::{self, Exact};
-use crate::network::model::Model;
 use crate::network::optimizer::{AdamW, StepReport};
 use crate::run::config::AlignConfig;
 use crate::tensor::stored::entry;
@@ -53,7 +52,7 @@ impl Outcome {
 pub(crate) fn run(
     config: &AlignConfig,
     algorithm: &dyn Algorithm,
-    model: &Model,
+    sources: &Sources<'_>,
     optimizer: &mut AdamW,
     experience: &Experience,
     mut recorder: Option<&mut Recorder>,
@@ -61,6 +60,7 @@ pub(crate) fn run(
 ) -> Result<Outcome> {
     let started = Instant::now();
     let mut outcome = Outcome::default();
+    let model = sources.model;
     let ranks = model.engine.trained().group();
     let updates: Vec<Vec<Item>> =
         algorithm.updates(experience).iter().map(|items| own(experience, items)).collect();
@@ -72,17 +72,17 @@ pub(crate) fn run(
         for chunk in items.chunks(config.group.rollout.batch) {
             ensure!(update > 0 || !is_stopped(), "stopped before the first step of the optimiser");
             let condition = experience.conditions(chunk.iter().map(|item| item.group));
-            let batch = algorithm.batch(model, experience, chunk, &condition)?;
+            let batch = algorithm.batch(sources, experience, chunk, &condition)?;
             let share = chunk.len() as f64 / total as f64;
             let (objective, tensors) = (batch.objective, batch.tensors);
             model.engine.forward_backward(&batch.x_in, &batch.t_in, &condition, |v| {
-                let objective = objective(v);
+                let objective = objective(v)?;
                 statistics.add(&objective, share);
                 if let Some(recorder) = recorder.as_deref_mut() {
                     recorder.keep(experience, chunk, tensors, v, &objective);
                 }
                 // The optimiser minimises.
-                objective.gradient * -share
+                Ok(objective.gradient * -share)
             })?;
         }
         model.engine.attend()?;
@@ -269,7 +269,7 @@ mod tests {
     use super::*;
     use crate::algorithm;
     use crate::group::experience::{Sources, Stage, Watch, gather};
-    use crate::reward::Rewards;
+    use crate::reward::{Rewards, tiny};
     use crate::run::settings::{ALIGN_PRESETS, Source, read};
     use crate::tensor::device::Compute;
 
@@ -299,21 +299,25 @@ mod tests {
     /// are no ratios.
     fn progress(
         algorithm: &dyn Algorithm,
-        model: &Model,
+        sources: &Sources<'_>,
         experience: &Experience,
         items: &[Item],
     ) -> f64 {
         let condition = experience.conditions(items.iter().map(|item| item.group));
-        let batch = algorithm.batch(model, experience, items, &condition).unwrap();
-        let v = model.engine.velocity(&batch.x_in, &batch.t_in, &condition).unwrap();
+        let batch = algorithm.batch(sources, experience, items, &condition).unwrap();
+        let v = sources.model.engine.velocity(&batch.x_in, &batch.t_in, &condition).unwrap();
         let is_advantages = |(name, _): &&(&str, Tensor)| *name == "advantages";
         let advantages = batch.tensors.iter().find(is_advantages).map(|(_, values)| values);
-        let objective = (batch.objective)(&v);
+        let objective = (batch.objective)(&v).unwrap();
         let wanted = match objective.ratio {
             Some(Ratio { log, .. }) => log * advantages.unwrap(),
             None => objective.value,
         };
         wanted.sum(Kind::Double).double_value(&[])
+    }
+
+    fn is_direct(algorithm: &str) -> bool {
+        algorithm.ends_with("refl") || algorithm.ends_with("draft-lv")
     }
 
     /// Holds scores back until the second group rolls out.
@@ -380,8 +384,13 @@ mod tests {
             .filter(|(name, _)| !["v-grpo", "awm"].contains(name))
             .map(|(name, _)| format!("algorithm={name}"))
             .collect();
-        let named: Vec<[&str; 1]> = named.iter().map(|name| [&**name]).collect();
-        for settings in named.iter().map(|name| &name[..]).chain(others) {
+        let (_weights, clip) = tiny::clip();
+        // What follows a reward's gradient needs one that has it.
+        let named: Vec<Vec<&str>> = named
+            .iter()
+            .map(|name| if is_direct(name) { vec![&**name, &*clip] } else { vec![&**name] })
+            .collect();
+        for settings in named.iter().map(|settings| &settings[..]).chain(others) {
             let config = config(settings);
             let model = config.load(Compute::CPU, &Group::alone()).unwrap();
             let size = model.latent_size(config.group.rollout.size).unwrap();
@@ -398,15 +407,16 @@ mod tests {
             let items = algorithm.updates(&experience).concat();
             assert_eq!(items.len(), n_trained, "{settings:?}");
             let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
-            let before = progress(&*algorithm, model, &experience, &items);
+            let before = progress(&*algorithm, &sources, &experience, &items);
             let outcome =
-                run(&config, &*algorithm, model, &mut optimizer, &experience, None, &|| false)
+                run(&config, &*algorithm, &sources, &mut optimizer, &experience, None, &|| false)
                     .unwrap();
-            let after = progress(&*algorithm, model, &experience, &items);
+            let after = progress(&*algorithm, &sources, &experience, &items);
             let made = (outcome.n_updates, outcome.n_passes);
             assert_eq!(made, (config.training.updates.unwrap(), items.len()), "{settings:?}");
             assert!(after > before, "{settings:?}: {before:e} {after:e}");
-            let has_ratio = !["diffusion-nft", "dgpo"].contains(&&*config.training.algorithm);
+            let name = &*config.training.algorithm;
+            let has_ratio = !["diffusion-nft", "dgpo"].contains(&name) && !is_direct(name);
             assert_eq!(outcome.log_ratio_first.is_some(), has_ratio, "{settings:?}");
             if has_ratio {
                 assert!(before.abs() < 1e-3 * after, "{settings:?}: {before:e} {after:e}");

@@ -123,7 +123,7 @@ fn once(
     let rollout = algorithm.rollout(index)?;
     let forward = rollout.nfe(group.group_size);
     let experience = gather(sources, rollout, &prompts, index).with_context(numbered)?;
-    let outcome = update::run(config, algorithm, model, optimizer, &experience, None, &|| false)
+    let outcome = update::run(config, algorithm, sources, optimizer, &experience, None, &|| false)
         .with_context(numbered)?;
     ensure!(outcome.n_updates > 0, "{}: the rewards of every group are alike", numbered());
     algorithm.finish(model.engine.trained(), optimizer.n_steps())?;

@@ -3,22 +3,18 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use flow::checkpoint::{Entry, Weights, write_tensors};
-use flow::models::aesthetic;
 use flow::models::blip::BlipVisionConfig;
-use flow::models::clip::naming::{Naming, OpenClipConfig};
-use flow::models::clip::vision::ClipConfig;
+use flow::models::clip::naming::Naming;
 use flow::models::image_reward::ImageRewardConfig;
-use flow::ops::ParamPath;
-use flow::ops::shapes::{Manifest, Shapes};
 use flow::pipeline::read_json;
 use serde::Deserialize;
 use tch::Device;
 
+use super::tiny::{draw, fixtures, folder, uniform};
 use super::*;
-use crate::data::splitmix::SplitMix64;
 use crate::reward::preparation::Fit;
 use crate::reward::{RewardConfig, Rewards};
 
@@ -38,10 +34,6 @@ struct Results {
     pixels: BTreeMap<String, Vec<Vec<f64>>>,
 }
 
-fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("src/reward/fixtures/networks")
-}
-
 fn case() -> Case {
     let mut case: Case = read_json(&fixtures().join("clip.json")).unwrap();
     let other: Results = read_json(&fixtures().join("image-reward.json")).unwrap();
@@ -54,56 +46,6 @@ fn case() -> Case {
 fn images(case: &Case) -> Vec<RgbImage> {
     let open = |name: &String| image::open(fixtures().join(format!("{name}.png"))).unwrap();
     case.images.iter().map(|name| open(name).to_rgb8()).collect()
-}
-
-/// n numbers in −1 to 1, as `uniform` in `make.py` draws them.
-fn uniform(name: &str, n: usize) -> Vec<f64> {
-    let hash = |seed: u64, byte| (seed ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
-    let mut source = SplitMix64::new(name.bytes().fold(0xcbf2_9ce4_8422_2325, hash));
-    (0..n).map(|_| 2.0 * source.unit() - 1.0).collect()
-}
-
-/// Writes the parameters that `drawn` in `make.py` draws.
-fn draw(path: &Path, manifests: &[Manifest]) {
-    let entries: Vec<Entry<'_>> = manifests
-        .iter()
-        .flat_map(Manifest::entries)
-        .map(|(name, shape)| {
-            let values = uniform(name, shape.iter().product());
-            let values: Vec<f32> = if shape.len() >= 2 {
-                let gain = (3.0 / shape[1..].iter().product::<usize>() as f64).sqrt();
-                values.iter().map(|u| (gain * u) as f32).collect()
-            } else {
-                let base = f64::from(name.ends_with("weight"));
-                values.iter().map(|u| (0.25 * u + base) as f32).collect()
-            };
-            Entry::f32(name, shape, &values)
-        })
-        .collect();
-    write_tensors(path, &entries, &[]).unwrap();
-}
-
-/// A folder of each package's weights with their configs beside them.
-fn folder(naming: Naming, quick_gelu: bool) -> tempfile::TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    let config: ClipConfig = if naming == Naming::Transformers {
-        let file = "config.json";
-        fs::copy(fixtures().join(file), dir.path().join(file)).unwrap();
-        read_json(&fixtures().join(file)).unwrap()
-    } else {
-        let text = fs::read_to_string(fixtures().join("open_clip_config.json")).unwrap();
-        let flag = format!("\"quick_gelu\": {quick_gelu}, \"embed_dim\"");
-        let text = text.replace("\"embed_dim\"", &flag);
-        fs::write(dir.path().join("open_clip_config.json"), &text).unwrap();
-        serde_json::from_str::<OpenClipConfig>(&text).unwrap().clip()
-    };
-    let towers = [config.image_manifest(), config.text_manifest()];
-    draw(&dir.path().join("clip.safetensors"), &towers.map(|tower| naming.manifest(&tower)));
-    let shapes = Shapes::new();
-    let width = config.projection_dim;
-    aesthetic::score(&shapes, &ParamPath::root(), &vec![1, width], width);
-    draw(&dir.path().join("head.safetensors"), &[shapes.manifest()]);
-    dir
 }
 
 /// A tiny ImageReward.
@@ -248,6 +190,44 @@ fn squashed_images_give_up_their_ratio() {
     let pixels = Preparation { fit: Fit::Squash, side: 32 }.pixels(&image);
     assert_eq!(pixels.size(), [1, 3, 32, 32]);
     assert!(pixels.double_value(&[0, 0, 5, 3]) > 1.9 && pixels.double_value(&[0, 0, 5, 28]) < -1.7);
+}
+
+/// The slope along the gradient, and the score itself, which is that of the image in bytes up to rounding.
+#[test]
+fn gradients_are_those_of_the_scores() {
+    let (dir, blip) = (folder(Naming::OpenClip, true), image_reward());
+    let weights = || ("weights", dir.path().join("clip.safetensors"));
+    let of_blip = ("weights", blip.path().join("reward.safetensors"));
+    let head = ("weights", dir.path().join("head.safetensors"));
+    let bert = ("tokenizer", fixtures().join("bert"));
+    let clip = ("clip", dir.path().join("clip.safetensors"));
+    let (case, prompt) = (case(), Prompt::new("a red cat"));
+    for (kind, settings) in [
+        ("hpsv2", [weights(), tokenizer()]),
+        ("clip", [weights(), tokenizer()]),
+        ("image-reward", [of_blip, bert]),
+        ("aesthetic", [head, clip]),
+    ] {
+        let rewards = open(kind, &settings).unwrap();
+        for (bytes, name) in images(&case).iter().zip(&case.images) {
+            let image = Tensor::from_slice(bytes.as_raw()).to_kind(Kind::Float) / 255.0;
+            let shape = [1, i64::from(bytes.height()), i64::from(bytes.width()), 3];
+            let image = image.reshape(shape).permute([0, 3, 1, 2]).contiguous();
+            let (score, gradient) = rewards.gradient(&prompt, &image).unwrap();
+            let scored = rewards.score(&[&prompt], &[bytes]).unwrap();
+            let expected = scored.outcomes[0].scores.as_ref().unwrap()[0];
+            assert!((score - expected).abs() < 1e-2, "{kind}, {name}: {score}, not {expected}");
+            let slope = gradient.norm().double_value(&[]);
+            assert!(slope > 1e-4, "{kind}, {name}: {slope}");
+            let step = 3e-3 / slope;
+            let at = |by: f64| {
+                let moved = &image + &gradient * (by / slope);
+                rewards.gradient(&prompt, &moved).unwrap().0
+            };
+            let quotient = (at(step) - at(-step)) / (2.0 * step);
+            assert!((quotient / slope - 1.0).abs() < 0.02, "{kind}, {name}: {quotient}, {slope}");
+        }
+    }
 }
 
 fn error(kind: &str, settings: &[(&str, PathBuf)]) -> String {
