@@ -33,9 +33,11 @@ mod report;
 const PERIOD: usize = 100;
 
 /// Presets of `ng-train compare`.
-pub const COMPARE_PRESETS: [(&str, &str); 2] = [
+pub const COMPARE_PRESETS: [(&str, &str); 4] = [
     ("signs", include_str!("../../presets/compare-signs.toml")),
     ("neighbor", include_str!("../../presets/compare-neighbor.toml")),
+    ("rivals", include_str!("../../presets/compare-rivals.toml")),
+    ("compressibility", include_str!("../../presets/compare-compressibility.toml")),
 ];
 
 /// A comparison.
