@@ -13,8 +13,9 @@ const CHEAP: [&str; 3] = [
     "judges=[]",
     "optimizer.learning_rate=1e-4",
 ];
-const ALGORITHMS: [&str; 18] = [
+const ALGORITHMS: [&str; 19] = [
     "neighbor",
+    "neighbor-plus",
     "neighbor-paper-literal",
     "neighbor-sde-matched",
     "neighbor-ar-copo",

@@ -121,6 +121,7 @@ const ANCHORS: usize = 4;
 impl NeighborConfig {
     pub(super) const PUBLISHED: &[Published] = published![
         "neighbor",
+        "neighbor-plus",
         "neighbor-paper-literal",
         "neighbor-sde-matched",
         "neighbor-ar-copo"

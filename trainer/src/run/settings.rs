@@ -24,8 +24,9 @@ macro_rules! presets {
 }
 
 /// Presets of `ng-train align`.
-pub const ALIGN_PRESETS: [(&str, &str); 35] = presets![
+pub const ALIGN_PRESETS: [(&str, &str); 37] = presets![
     "neighbor",
+    "neighbor-plus",
     "neighbor-paper-literal",
     "neighbor-sde-matched",
     "neighbor-ar-copo",
@@ -44,6 +45,7 @@ pub const ALIGN_PRESETS: [(&str, &str); 35] = presets![
     "refl",
     "draft-lv",
     "signs",
+    "signs-plus",
     "signs-paper-literal",
     "signs-sde-matched",
     "signs-ar-copo",
