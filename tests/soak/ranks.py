@@ -10,7 +10,8 @@
   resumed  20 iterations against 10 and 10 on 1 and 2 ranks: the same bytes of weights, moments and average; what
            2 ranks saved, 1, 3 and 4 take up and end with the same bytes
   restarted  torchrun --max-restarts 3, a rank killed three times: the same bytes as undisturbed
-  memory   a rank of 2 while it saves, above what it holds before: no more than a block
+  memory   a rank of 2 while it saves and while it loads, above what it holds before and after: no more than a block (which
+           Gloo has a second time)
 
 Prints a line a trial and n of n at the end; ends with 1 if any failed.
 """
@@ -269,6 +270,7 @@ def memory(home, _):
     out = home / "run"
     sizes = {"prompts_per_iteration": 2, "updates": 1}
     line = command(out, 2, model=model, iterations=4, save_every=1, keep=1, **sizes)
+    # What is let go is seen at once.
     env = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0", MALLOC_TOP_PAD_="0")
     launcher = subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     held, before, above = {}, {}, {0: 0.0, 1: 0.0}
@@ -276,8 +278,7 @@ def memory(home, _):
         saving = any((out / "checkpoints").glob(".iteration-*")) if out.exists() else False
         try:
             for rank, pid in enumerate(ranks_of(launcher)):
-                status = dict(l.split(":", 1) for l in Path(f"/proc/{pid}/status").read_text().splitlines())
-                now = int(status["RssAnon"].split()[0]) / 1024
+                now = anonymous(pid)
                 if saving:
                     above[rank] = max(above[rank], now - before.setdefault(rank, held[rank]))
                 else:
@@ -288,7 +289,38 @@ def memory(home, _):
         time.sleep(0.001)
     weights_mib = sum(p.stat().st_size for p in (out / "aligned/transformer").glob("*.safetensors")) / 2**20
     for rank, more in above.items():
-        yield more < weights_mib / 8, f"rank {rank}: {more:.1f} MiB above; all weights are {weights_mib:.0f}"
+        yield more < weights_mib / 8, f"saving, rank {rank}: {more:.1f} MiB above; all weights are {weights_mib:.0f}"
+    for shard in ("states", "all"):
+        yield loading(out, line, env, shard, weights_mib)
+
+
+def anonymous(pid):
+    """MiB of anonymous memory."""
+    status = dict(l.split(":", 1) for l in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) / 1024
+
+
+def loading(out, line, env, shard, weights_mib):
+    """The most that a rank holds until its run begins, above what it holds then."""
+    said = out / f"said-{shard}"
+    shutil.rmtree(out / "aligned", ignore_errors=True)
+    line = [*line, "--resume", "--set", f"ranks.shard={shard}", "--set", f"iterations={5 + (shard == 'all')}"]
+    with said.open("w") as log:
+        launcher = subprocess.Popen(line, cwd=ROOT, env=env, stdout=log, stderr=log)
+    most, held = 0.0, 0.0
+    while launcher.poll() is None:
+        try:
+            held = anonymous(next(iter(ranks_of(launcher))))
+        except (OSError, KeyError, StopIteration):
+            continue
+        most = max(most, held)
+        if "neighbor learns" in said.read_text():
+            break
+        time.sleep(0.001)
+    launcher.wait()
+    # A block is put together, of which Gloo has a copy.
+    well = launcher.returncode == 0 and held > 0 and most - held < weights_mib / 5
+    return well, f"loading, shard = {shard}: {most - held:.1f} MiB above the {held:.0f} held; all weights are {weights_mib:.0f}"
 
 
 PARTS = {

@@ -439,11 +439,14 @@ mod tests {
     #[test]
     fn every_run_of_the_presets_is_one() {
         assert_eq!(ends("signs", &["seeds=[0]"]), vec!["minutes=2.5"; 19]);
-        let ends = ends("neighbor", &["seeds=[0]"]);
         assert_eq!(
-            ends,
+            ends("neighbor", &["seeds=[0]"]),
             [100, 100, 100, 120, 133, 120, 120, 100, 120].map(|n| format!("iterations={n}"))
         );
+        let rivals = ends("rivals", &["seeds=[0]"]);
+        let of_first = [100, 120, 22, 63].map(|n| format!("iterations={n}"));
+        assert_eq!((&rivals[..4], rivals.len()), (&of_first[..], 12));
+        assert_eq!(ends("compressibility", &["seeds=[0]"]), rivals);
     }
 
     #[test]

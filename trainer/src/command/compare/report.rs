@@ -14,8 +14,8 @@ use crate::picture::plot::{self, Series};
 
 /// Points of a curve over several seeds.
 const CURVE_POINTS: usize = 120;
-/// A level is told for when half of the way from start to the best end is reached.
-const HALF: f64 = 0.5;
+/// Shares of the way from the start to the best end for whose levels it is told when they are reached.
+const LEVELS: [f64; 2] = [0.5, 0.9];
 
 /// A run over its seeds.
 struct Measured<'a> {
@@ -141,7 +141,7 @@ fn section(
     Ok(text)
 }
 
-/// Rewards where every run has spent as much, and what half of the way costs each.
+/// Rewards where every run has spent as much, and what half of the way and nearly all of it cost each.
 fn at_equal_cost(runs: &[Measured<'_>], reward: &str, clock: Cost) -> String {
     let growths = || runs.iter().flat_map(|run| &run.growths);
     let limit = |cost: Cost| growths().map(|g| g.total(cost)).fold(f64::INFINITY, f64::min);
@@ -153,13 +153,17 @@ fn at_equal_cost(runs: &[Measured<'_>], reward: &str, clock: Cost) -> String {
         });
         ends.fold(f64::NEG_INFINITY, f64::max)
     };
-    let level = mean_of(0) + HALF * (mean_of(1) - mean_of(0));
+    let level = |share: f64| mean_of(0) + share * (mean_of(1) - mean_of(0));
+    let levels = LEVELS.map(level).into_iter();
+    let levels: Vec<(f64, Cost)> =
+        levels.flat_map(|level| [Cost::Passes, clock].map(|cost| (level, cost))).collect();
     let mut text = String::from("\n");
     let after = costs.map(|(cost, limit)| format!("{limit:.0} {}", cost.unit()));
     let until = [&after[1], &after[2]].map(|after| format!("mean until {after}"));
-    let to = [Cost::Passes, clock].map(|cost| format!("{} to {level:.2}", cost.unit()));
-    text += &row(&format!("{reward} after"), &[&after[..], &until, &to].concat());
-    text += &rule(7);
+    let to = levels.iter().map(|(level, cost)| format!("{} to {level:.2}", cost.unit()));
+    let head = [&after[..], &until, &to.collect::<Vec<String>>()].concat();
+    text += &row(&format!("{reward} after"), &head);
+    text += &rule(head.len());
     for run in runs {
         let mut cells: Vec<String> = costs
             .iter()
@@ -174,7 +178,7 @@ fn at_equal_cost(runs: &[Measured<'_>], reward: &str, clock: Cost) -> String {
                 run.growths.iter().map(|g| g.mean_until(cost, limit)).collect();
             cells.push(means.map_or("–".to_owned(), |means| spread(&means, 2)));
         }
-        for cost in [Cost::Passes, clock] {
+        for &(level, cost) in &levels {
             let reached: Vec<f64> =
                 run.growths.iter().filter_map(|growth| growth.reaches(cost, level)).collect();
             let n = run.growths.len();

@@ -71,17 +71,9 @@ impl Parameters {
             }
             return Ok(());
         }
-        // The next segment is on its way while one is shown.
-        let mut before: Option<(&Segment, Pending)> = None;
+        // One after the other: loading holds a segment above what a rank keeps, and no more.
         for segment in &self.segments {
-            let part = segment.master.to_kind(self.kind);
-            let pending = self.mesh.within.start_all_gather(&part)?;
-            if let Some((shown, pending)) = before.replace((segment, pending)) {
-                self.show(shown, &pending.wait()?);
-            }
-        }
-        if let Some((shown, pending)) = before {
-            self.show(shown, &pending.wait()?);
+            self.show(segment, &self.shown(&segment.master)?);
         }
         Ok(())
     }
