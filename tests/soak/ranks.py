@@ -7,6 +7,9 @@
   killed   a random rank killed at a random time, states or weights divided: the launcher ends with an error that
            names it
   frozen   a random rank stopped: the others end when their time is over, naming it
+  saves    all ranks killed at once at random times around saves, and taken up again: whatever shows is whole
+  disk     a full disk and a folder that takes nothing any more: all ranks end with the reason, what was saved is whole and goes on
+  rotten   a bit turned in each file of a checkpoint: it is passed over, and the run ends with the same bytes
   resumed  20 iterations against 10 and 10 on 1 and 2 ranks: the same bytes of weights, moments and average; what
            2 ranks saved, 1, 3 and 4 take up and end with the same bytes
   restarted  torchrun --max-restarts 3, a rank killed three times: the same bytes as undisturbed
@@ -323,8 +326,98 @@ def loading(out, line, env, shard, weights_mib):
     return well, f"loading, shard = {shard}: {most - held:.1f} MiB above the {held:.0f} held; all weights are {weights_mib:.0f}"
 
 
+def broken(out):
+    """Checkpoints that show and are not what their sums say, and the number of those that show."""
+    folders = sorted((out / "checkpoints").glob("iteration-*"))
+    whole = lambda folder: subprocess.run(
+        ["sha256sum", "--check", "--quiet", "--strict", "SHA256SUMS"], cwd=folder, capture_output=True).returncode == 0
+    return [folder.name for folder in folders if not whole(folder)], len(folders)
+
+
+def end(launcher):
+    """Every process of a run at once, as when a machine loses its power supply."""
+    for pid in [launcher.pid, *ranks_of(launcher)]:
+        os.kill(pid, signal.SIGKILL)
+    launcher.communicate()
+
+
+def saves(home, n):
+    out = home / "run"
+    line = command(out, 2, more=["--resume"], iterations=10**6, save_every=1, prompts_per_iteration=2, updates=1,
+                   stop_after_idle=0)
+    seen = 0
+    for _ in range(n):
+        before = len(metrics(out)) if (out / "metrics.jsonl").exists() else 0
+        launcher = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while launcher.poll() is None and not (has_begun(out) and len(metrics(out)) > before):
+            time.sleep(0.01)
+        time.sleep(random.random() * 0.3)
+        if launcher.poll() is not None:
+            yield False, launcher.stderr.read()
+            return
+        saving = any((out / "checkpoints").glob(".iteration-*"))
+        end(launcher)
+        seen += saving
+        bad, visible = broken(out)
+        yield not bad and visible > 0, f"{'in a save' if saving else 'between'}, {visible} whole, {seen} in saves so far {bad}"
+
+
+def disk(home, _):
+    """A file system that is full, and a folder in which nothing can be made any more."""
+    place = home / "full"
+    place.mkdir()
+    sized = lambda size, *more: subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", ",".join([*more, f"size={size}"]), "tmpfs", place], check=True)
+    sized("14m")
+    try:
+        yield failed(place / "run", "No space left", lambda _: None, lambda _: sized("400m", "remount"))
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+    turn = lambda how: lambda out: subprocess.run(["chattr", how, out / "checkpoints"], check=True)
+    yield failed(home / "closed", "not permitted", turn("+i"), turn("-i"))
+
+
+def failed(out, error, harm, mend):
+    """All ranks end with the reason; what shows is whole, and the run goes on once it can."""
+    line = command(out, 2, iterations=10**6, save_every=1, prompts_per_iteration=2, updates=1, keep=4)
+    launcher = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while launcher.poll() is None and not any((out / "checkpoints").glob("iteration-*")):
+        time.sleep(0.01)
+    harm(out)
+    _, said = launcher.communicate(timeout=120)
+    bad, visible = broken(out)
+    well = launcher.returncode != 0 and error in said and not bad
+    mend(out)
+    newest = max(int(path.name[10:]) for path in (out / "checkpoints").glob("iteration-*"))
+    again = [*line, "--resume", "--set", f"iterations={newest + 1}"]
+    well &= subprocess.run(again, cwd=ROOT, capture_output=True).returncode == 0
+    return well, f"{error}, after iteration {newest}, {visible} whole" + ("" if well else f"\n{said} {bad}")
+
+
+def rotten(home, _):
+    whole = home / "whole"
+    settings = {"save_every": 1, "prompts_per_iteration": 2, "updates": 1, "keep": 2}
+    run(whole, 2, iterations=3, **settings)
+    last = whole / "checkpoints/iteration-000003"
+    for name in sorted(str(path.relative_to(last)) for path in last.rglob("*") if path.is_file()):
+        out = home / "rotten"
+        shutil.copytree(whole, out)
+        shutil.rmtree(out / "aligned")
+        path = out / "checkpoints/iteration-000003" / name
+        data = bytearray(path.read_bytes())
+        bit = random.randrange(8 * len(data))
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        line = command(out, 2, more=["--resume"], iterations=3, **settings)
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+        well = done.returncode == 0 and "iteration-000003" in done.stderr and weights(out) == weights(whole)
+        shutil.rmtree(out)
+        yield well, name + ("" if well else f"\n{done.stderr}")
+
+
 PARTS = {
-    "equal": equal, "narrow": narrow, "killed": killed, "frozen": frozen, "resumed": resumed, "restarted": restarted, "memory": memory,
+    "equal": equal, "narrow": narrow, "killed": killed, "frozen": frozen, "saves": saves, "disk": disk, "rotten": rotten,
+    "resumed": resumed, "restarted": restarted, "memory": memory,
 }
 
 
@@ -332,7 +425,7 @@ def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     options.add_argument("--program", default=ROOT / "target/release/ng-train", help="ng-train")
-    options.add_argument("-n", type=int, default=100, help="trials of killed and frozen [100]")
+    options.add_argument("-n", type=int, default=100, help="trials of killed, frozen and saves [100]")
     options.add_argument("--seed", type=int, default=1)
     chosen = options.parse_args()
     global PROGRAM

@@ -24,7 +24,7 @@ macro_rules! presets {
 }
 
 /// Presets of `ng-train align`.
-pub const ALIGN_PRESETS: [(&str, &str); 37] = presets![
+pub const ALIGN_PRESETS: [(&str, &str); 38] = presets![
     "neighbor",
     "neighbor-plus",
     "neighbor-paper-literal",
@@ -62,6 +62,7 @@ pub const ALIGN_PRESETS: [(&str, &str); 37] = presets![
     "signs-awm",
     "signs-dgpo",
     "emoji",
+    "table-1",
 ];
 
 /// Where a configuration comes from.
