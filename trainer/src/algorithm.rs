@@ -232,6 +232,11 @@ impl<'a> Setting<'a> {
     pub(crate) fn warning(&self) -> Option<&'static str> {
         self.method.warning()
     }
+
+    /// [`Method::follows_rewards`].
+    pub(crate) fn follows_rewards(&self) -> bool {
+        self.method.follows_rewards()
+    }
 }
 
 /// The settings that distinguish algorithms of one kind. Their constant `PUBLISHED` names those algorithms.
@@ -258,6 +263,11 @@ pub(crate) trait Method {
 
     /// Whether ratios feel the last bits of a velocity, so that rollouts must round as updates do.
     fn feels_rounding(&self) -> bool {
+        false
+    }
+
+    /// Whether gradients go back from the rewards, one image at a time, through the decoder.
+    fn follows_rewards(&self) -> bool {
         false
     }
 

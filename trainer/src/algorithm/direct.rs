@@ -110,6 +110,10 @@ impl Method for DirectConfig {
         Ok(())
     }
 
+    fn follows_rewards(&self) -> bool {
+        true
+    }
+
     fn open<'a>(&'a self, setting: Setting<'a>, grid: Grid) -> Box<dyn Algorithm + 'a> {
         Box::new(Direct { setting, config: self, grid })
     }
