@@ -24,7 +24,7 @@ using std::chrono::milliseconds;
 
 // Numbers that src/c10d.rs knows.
 enum Outcome : int { DONE = 0, NOT_YET = 1, FAILED = 2 };
-enum Operation : int { ALL_GATHER = 0, ALL_REDUCE = 1, BROADCAST = 2, ALL_TO_ALL = 3 };
+enum Operation : int { ALL_REDUCE = 0, BROADCAST = 1, ALL_TO_ALL = 2 };
 
 struct Store {
   c10::intrusive_ptr<c10d::Store> store;
@@ -180,9 +180,6 @@ int c10d_gloo_start(Gloo* group, int operation, int argument, at::Tensor* output
     Tensors tensors{*output};
     c10::intrusive_ptr<c10d::Work> work;
     switch (operation) {
-      case ALL_GATHER:
-        work = group->group->_allgather_base(*output, *input);
-        break;
       case ALL_REDUCE: {
         c10d::AllreduceOptions options;
         options.reduceOp = static_cast<c10d::ReduceOp::RedOpType>(argument);

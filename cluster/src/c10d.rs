@@ -19,11 +19,10 @@ pub(crate) type Failure = String;
 #[derive(Clone, Copy)]
 #[repr(i32)]
 pub(crate) enum Operation {
-    AllGather = 0,
-    AllReduce = 1,
-    Broadcast = 2,
+    AllReduce = 0,
+    Broadcast = 1,
     /// Rank r's part number s becomes part number r on rank s.
-    AllToAll = 3,
+    AllToAll = 2,
 }
 
 /// Client of a `c10d::TCPStore`; the object locks itself.

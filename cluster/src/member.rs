@@ -192,20 +192,25 @@ impl Member {
             self.compare(&call, number)?;
             self.compared.borrow_mut().insert(call.clone());
         }
+        let mut input = input.detach();
         let work = if input.device() == Device::Cpu {
             let (operation, argument) = match call.operation {
-                Operation::AllGather => (c10d::Operation::AllGather, 0),
+                // Two to three times as fast as Gloo's own, which puts the whole together twice.
+                Operation::AllGather => {
+                    input = input.reshape([-1]).repeat([self.world as i64]);
+                    (c10d::Operation::AllToAll, 0)
+                }
                 Operation::ReduceScatter(_) => (c10d::Operation::AllToAll, 0),
                 Operation::AllReduce(how) => (c10d::Operation::AllReduce, how.code()),
                 Operation::Broadcast(from) => (c10d::Operation::Broadcast, from as i32),
             };
-            self.gloo.start(operation, argument, &output, &input.detach()).map(Work::Gloo)
+            self.gloo.start(operation, argument, &output, &input).map(Work::Gloo)
         } else {
             let nccl = self.nccl.get().ok_or("open_device comes first".to_owned());
-            nccl.and_then(|nccl| nccl.start(call.operation, &output, input)).map(Work::Nccl)
+            nccl.and_then(|nccl| nccl.start(call.operation, &output, &input)).map(Work::Nccl)
         };
         let work = work.map_err(|failure| self.fail(call.name(), &failure))?;
-        let (member, input) = (Some(Rc::clone(self)), Some(input.shallow_clone()));
+        let (member, input) = (Some(Rc::clone(self)), Some(input));
         Ok(Pending { member, call, output, _input: input, work: Some(work), reduces: None })
     }
 

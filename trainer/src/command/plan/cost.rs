@@ -191,6 +191,26 @@ mod tests {
         assert_near(node.seconds(&slow, 16).waiting, waits);
     }
 
+    /// Seconds of rollout and update of docs/cluster.md, by ranks of one thread on two processors over Gloo, which
+    /// exchanges 1.5 GB a second each way between two of them, and a number in 0.12 ms.
+    #[test]
+    fn measured_ranks_are_explained() {
+        const GLOO: Link = Link { name: "", bytes: 3e9, latency: 1.2e-4, is_shared: true };
+        for (weights, measured) in [(2.31e6, [0.480, 0.278, 0.322]), (36.0e6, [5.35, 3.15, 3.36])] {
+            let sharded = Sharded { weights, trained: weights, bytes: 4.0, ..SHARDED };
+            let passes = [32.0, 4.0];
+            let iteration =
+                Iteration { sharded, segments: 8.0, steps: 1.0, flops: 1.0, passes, ..ITERATION };
+            let flops = 1.0 / measured[0];
+            let machine = Machine { flops, processors: 2, link: GLOO, inside: GLOO };
+            for (world, measured) in [(2, measured[1]), (4, measured[2])] {
+                let foreseen = iteration.seconds(&machine, world).total();
+                let away = foreseen / measured - 1.0;
+                assert!(away.abs() < 0.2, "{world} ranks, {weights}: {foreseen}, not {measured}");
+            }
+        }
+    }
+
     #[test]
     fn ranks_that_share_processors_are_no_faster() {
         let two = Machine { processors: 2, link: Link { is_shared: true, ..LINK }, ..MACHINE };
