@@ -290,14 +290,16 @@ pub(crate) struct Item {
     pub(crate) draw: u64,
 }
 
+/// The objective as a function of velocities `[M, S, C]`.
+type Aim<'a> = Box<dyn FnOnce(&Tensor) -> Result<Objective> + 'a>;
+
 /// M transitions, ready for the network.
 pub(crate) struct Batch<'a> {
     /// States `[M, S, C]`.
     pub(crate) x_in: Tensor,
     /// Times `[M]`, as the network is told them.
     pub(crate) t_in: Tensor,
-    /// The objective at a velocity `[M, S, C]`.
-    pub(crate) objective: Box<dyn FnOnce(&Tensor) -> Result<Objective> + 'a>,
+    pub(crate) objective: Aim<'a>,
     /// What the objective is computed from, by name, for those who want to check it.
     pub(crate) tensors: Vec<(&'static str, Tensor)>,
 }

@@ -31,9 +31,10 @@ impl Parameters {
         for list in lists {
             let flat: Vec<Tensor> =
                 list.into_iter().map(|gradient| gradient.values.to_kind(Kind::Float)).collect();
-            let whole = match flat.is_empty() {
-                true => Tensor::zeros([0], (Kind::Float, self.device)),
-                false => padded(within, &Tensor::cat(&flat, 0)),
+            let whole = if flat.is_empty() {
+                Tensor::zeros([0], (Kind::Float, self.device))
+            } else {
+                padded(within, &Tensor::cat(&flat, 0))
             };
             drop(flat);
             let pending = within.start_reduce_scatter(&whole, Reduce::Sum)?;
