@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Long trials of runs shared by several processes: `make soak`.
 
-  equal    every algorithm, whole and LoRA, on 2, 3 and 4 ranks against one process, states divided and weights, too,
-           groups whole on each rank and one group spread over all: gradient and loss of the first update
+  equal    every algorithm that compares images, whole and LoRA, on 2, 3 and 4 ranks against one process, states
+           divided and weights, too, groups whole on each rank and one group spread over all: gradient and loss of the
+           first update
   narrow   the same of all weights in bf16
   killed   a random rank killed at a random time, states or weights divided: the launcher ends with an error that
            names it
@@ -35,7 +36,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ALGORITHMS = sorted(path.stem for path in (ROOT / "trainer/algorithms").glob("*.toml"))
+# Those of [direct] follow the gradients of networks, which JPEG's size has none of.
+ALGORITHMS = sorted(path.stem for path in (ROOT / "trainer/algorithms").glob("*.toml") if "[direct]" not in path.read_text())
 SETTINGS = {
     "model": "tests/fixtures/tiny-flux/pipeline",
     "rewards": "[{name = 'jpeg', kind = 'jpeg', prefer = 'small', weight = 1.0}]",
