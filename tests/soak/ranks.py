@@ -14,8 +14,8 @@
   resumed  20 iterations against 10 and 10 on 1 and 2 ranks: the same bytes of weights, moments and average; what
            2 ranks saved, 1, 3 and 4 take up and end with the same bytes
   restarted  torchrun --max-restarts 3, a rank killed three times: the same bytes as undisturbed
-  memory   a rank of 2 while it saves and while it loads, above what it holds before and after: no more than a block (which
-           Gloo has a second time)
+  memory   a rank of 2 while it saves and while it loads, above what it holds before and after: no more than a block, and
+           what is sent for it
 
 Prints a line a trial and n of n at the end; ends with 1 if any failed.
 """
@@ -323,7 +323,7 @@ def loading(out, line, env, shard, weights_mib):
             break
         time.sleep(0.001)
     launcher.wait()
-    # A block is put together, of which Gloo has a copy.
+    # A block is put together from as much that is sent.
     well = launcher.returncode == 0 and held > 0 and most - held < weights_mib / 5
     return well, f"loading, shard = {shard}: {most - held:.1f} MiB above the {held:.0f} held; all weights are {weights_mib:.0f}"
 

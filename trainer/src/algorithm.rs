@@ -6,7 +6,7 @@
 
 pub mod branch;
 #[cfg(test)]
-mod cases;
+pub(crate) mod cases;
 mod copies;
 pub mod dgpo;
 pub mod direct;

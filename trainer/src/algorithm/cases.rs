@@ -5,6 +5,7 @@ use tch::{Kind, Tensor};
 
 use super::Objective;
 use super::dgpo::DgpoConfig;
+use super::direct::DirectConfig;
 use super::matching::MatchingConfig;
 use super::nft::NftConfig;
 use super::sde::SdeConfig;
@@ -128,4 +129,9 @@ pub(crate) fn check(found: &Objective, value: &[f64], gradient: &[f64], what: &s
     println!("{what}: value {of_value:.1e}, gradient {of_gradient:.1e} (relative)");
     assert!(of_value < 1e-5, "{what}: the value differs by {of_value:.1e}");
     assert!(of_gradient < 1e-4, "{what}: the gradient differs by {of_gradient:.1e}");
+}
+
+/// Whether the algorithm of that name needs rewards that have gradients.
+pub(crate) fn follows_rewards(name: &str) -> bool {
+    DirectConfig::PUBLISHED.iter().any(|(known, _)| *known == name)
 }

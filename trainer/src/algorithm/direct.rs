@@ -171,23 +171,21 @@ impl Algorithm for Direct<'_> {
         let possible = self.possible(experience.trajectory.calls.len());
         let steps = family(config.seed, Use::Steps);
         let everybody: Vec<usize> = (0..experience.group_size).collect();
-        let draws = 0..self.config.draws as u64;
+        let n_draws = self.config.draws as u64;
         let item = |group: usize, member: usize, draw: u64| {
-            let stream = experience.stream(group, member) * draws.end + draw;
+            let stream = experience.stream(group, member) * n_draws + draw;
             let call = possible[steps.choose(stream, possible.len(), 1)[0]];
             let advantage = experience.advantages[group].values[member];
             Item { group, member, call, advantage, draw }
         };
-        let of_update = |update: usize| -> Vec<Item> {
-            let members = part(&everybody, n_updates, update);
-            let of_group = |group: usize| {
-                let draws = draws.clone();
-                members
-                    .iter()
-                    .flat_map(move |&member| draws.clone().map(move |draw| (group, member, draw)))
-            };
-            let drawn = experience.held().flat_map(of_group);
-            drawn.map(|(group, member, draw)| item(group, member, draw)).collect()
+        let of_update = |update: usize| {
+            let mut items = Vec::new();
+            for group in experience.held() {
+                for &member in part(&everybody, n_updates, update) {
+                    items.extend((0..n_draws).map(|draw| item(group, member, draw)));
+                }
+            }
+            items
         };
         (0..n_updates).map(of_update).collect()
     }

@@ -11,6 +11,7 @@ use super::schema::Schema;
 use super::settings::{ALIGN_PRESETS, Source, read};
 use super::update;
 use crate::algorithm;
+use crate::algorithm::cases::follows_rewards;
 use crate::group::experience::{Sources, gather};
 use crate::network::optimizer::AdamW;
 use crate::reward::{Rewards, tiny};
@@ -121,9 +122,6 @@ const RUNS: [&[&str]; 13] = [
     &["algorithm=refl", "updates=2"],
 ];
 
-/// Of algorithms that follow gradients.
-const DIRECT: [&str; 2] = ["algorithm=refl", "algorithm=draft-lv"];
-
 const JPEG: &str = "rewards=[{name = 'jpeg', kind = 'jpeg', prefer = 'small', weight = 1.0}]";
 
 /// Iterations before the one that is computed: windows have moved, depths are pruned elsewhere.
@@ -132,8 +130,8 @@ const ITERATION: usize = 69;
 /// `networks` are rewards that have gradients, which some algorithms follow.
 fn config(settings: &[String], networks: &str) -> anyhow::Result<AlignConfig> {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/tiny-flux/pipeline");
-    let is_direct = |setting: &String| DIRECT.contains(&&**setting);
-    let rewards = if settings.iter().any(is_direct) { networks } else { JPEG };
+    let mut named = settings.iter().filter_map(|setting| setting.strip_prefix("algorithm="));
+    let rewards = if named.any(follows_rewards) { networks } else { JPEG };
     let common = [
         rewards,
         "group_size=4",
@@ -194,11 +192,11 @@ fn every_setting_is_read_or_is_said_not_to_be() {
         let expected = computed(&config(&base).unwrap());
         assert_eq!(expected, computed(&config(&base).unwrap()), "{run:?} can be repeated");
         let mut unread = base.clone();
+        let same = toml::to_string(&config(&base).unwrap()).unwrap();
         for (key, value) in OTHERS {
             let changed = [&base[..], &[format!("{key}={value}")]].concat();
             // A window that is not there has no settings.
             let Ok(other) = config(&changed) else { continue };
-            let same = toml::to_string(&config(&base).unwrap()).unwrap();
             if toml::to_string(&other).unwrap() == same {
                 continue;
             }

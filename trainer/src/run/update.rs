@@ -268,6 +268,7 @@ mod tests {
 
     use super::*;
     use crate::algorithm;
+    use crate::algorithm::cases::follows_rewards;
     use crate::group::experience::{Sources, Stage, Watch, gather};
     use crate::reward::{Rewards, tiny};
     use crate::run::settings::{ALIGN_PRESETS, Source, read};
@@ -314,10 +315,6 @@ mod tests {
             None => objective.value,
         };
         wanted.sum(Kind::Double).double_value(&[])
-    }
-
-    fn is_direct(algorithm: &str) -> bool {
-        algorithm.ends_with("refl") || algorithm.ends_with("draft-lv")
     }
 
     /// Holds scores back until the second group rolls out.
@@ -380,16 +377,17 @@ mod tests {
             &["algorithm=flow-grpo", "sde.guard=true", "sde.kl=0.01"],
             &["algorithm=branch-grpo", "branch.fusion=probability", "branch.prune_width=extremes"],
         ];
-        let named: Vec<String> = algorithm::all()
-            .filter(|(name, _)| !["v-grpo", "awm"].contains(name))
-            .map(|(name, _)| format!("algorithm={name}"))
-            .collect();
         let (_weights, clip) = tiny::clip();
         // What follows a reward's gradient needs one that has it.
-        let named: Vec<Vec<&str>> = named
-            .iter()
-            .map(|name| if is_direct(name) { vec![&**name, &*clip] } else { vec![&**name] })
+        let rewards = |name: &str| follows_rewards(name).then(|| clip.clone());
+        let named: Vec<Vec<String>> = algorithm::all()
+            .filter(|(name, _)| !["v-grpo", "awm"].contains(name))
+            .map(|(name, _)| {
+                [format!("algorithm={name}")].into_iter().chain(rewards(name)).collect()
+            })
             .collect();
+        let named: Vec<Vec<&str>> =
+            named.iter().map(|settings| settings.iter().map(String::as_str).collect()).collect();
         for settings in named.iter().map(|settings| &settings[..]).chain(others) {
             let config = config(settings);
             let model = config.load(Compute::CPU, &Group::alone()).unwrap();
@@ -416,7 +414,7 @@ mod tests {
             assert_eq!(made, (config.training.updates.unwrap(), items.len()), "{settings:?}");
             assert!(after > before, "{settings:?}: {before:e} {after:e}");
             let name = &*config.training.algorithm;
-            let has_ratio = !["diffusion-nft", "dgpo"].contains(&name) && !is_direct(name);
+            let has_ratio = !["diffusion-nft", "dgpo"].contains(&name) && !follows_rewards(name);
             assert_eq!(outcome.log_ratio_first.is_some(), has_ratio, "{settings:?}");
             if has_ratio {
                 assert!(before.abs() < 1e-3 * after, "{settings:?}: {before:e} {after:e}");

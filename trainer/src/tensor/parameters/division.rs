@@ -66,15 +66,15 @@ impl Parameters {
         if self.shares_storage() || !self.trainable {
             return Ok(());
         }
-        if let Some(gathering) = &self.gathering {
-            for (index, segment) in self.segments.iter().enumerate() {
-                no_grad(|| gathering.seen(index).shallow_clone().copy_(&segment.master));
-            }
-            return Ok(());
-        }
         // One after the other: loading holds a segment above what a rank keeps, and no more.
-        for segment in &self.segments {
-            self.show(segment, &self.shown(&segment.master)?);
+        for (index, segment) in self.segments.iter().enumerate() {
+            let shown = self.shown(&segment.master)?;
+            match &self.gathering {
+                Some(gathering) => {
+                    no_grad(|| gathering.seen(index).shallow_clone().copy_(&shown));
+                }
+                None => self.show(segment, &shown),
+            }
         }
         Ok(())
     }
