@@ -87,10 +87,10 @@ fn carry_out(
             ConfigCommand::Show { source } => config::show(&of(source), &source.settings),
             ConfigCommand::Explain { key } => config::explain(key.as_deref()),
         },
-        Command::Pretrain { source } => {
+        Command::Pretrain { source, resume } => {
             let config =
                 settings::read(&of(source), &pretrain::PRETRAIN_PRESETS, &source.settings)?;
-            pretrain::run(&config, compute.device)
+            pretrain::run(&config, *resume, compute.device)
         }
         Command::Eval { .. } => evaluate(&cli.command, place, threads, compute),
         Command::Score { images, prompt, prompts, source } => {

@@ -13,7 +13,7 @@ mod reads;
 pub(crate) mod ready;
 pub(crate) mod record;
 pub(crate) mod report;
-mod resume;
+pub(crate) mod resume;
 pub(crate) mod schema;
 pub mod settings;
 mod starvation;

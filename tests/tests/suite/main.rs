@@ -12,6 +12,7 @@ mod eval;
 mod exporting;
 mod found;
 mod parity;
+mod pretrain;
 mod ranks;
 mod record;
 mod score;

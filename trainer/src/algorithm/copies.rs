@@ -104,7 +104,7 @@ impl Copies {
 
     /// Takes back what [`Copies::entries`] gave, of whatever number of ranks.
     pub(crate) fn restore(&self, state: &Shards, trained: &Parameters) -> Result<()> {
-        state.restore(KIND, &self.parts, trained)?;
+        state.restore(KIND, &self.parts, &[trained])?;
         self.renew(trained)
     }
 }

@@ -69,9 +69,15 @@ pub enum Command {
         command: ConfigCommand,
     },
     /// Train a small model from captioned images: autoencoder, then flow
+    ///
+    /// Ctrl-C saves and stops; what is needed to go on is saved every ten minutes, too, into a folder beside the
+    /// output.
     Pretrain {
         #[command(flatten)]
         source: SourceArgs,
+        /// Continue an unfinished run
+        #[arg(long)]
+        resume: bool,
     },
     /// Compare checkpoints on a prompt file; writes eval.md, eval.json and side-by-side.png
     ///

@@ -1,6 +1,8 @@
 //! Making a small model from captioned images: first the autoencoder, then the flow with its text
 //! encoders. Alignment starts from the result.
 
+mod course;
+
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
@@ -16,13 +18,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, no_grad};
 
+use self::course::{Course, Stage, Training};
 use crate::data::captioned::read_captioned;
 use crate::group::seeds::{Use, family};
 use crate::network::model::{Loading, Missing, Model, pixels_of};
 use crate::network::optimizer::{AdamW, OptimizerConfig};
 use crate::network::save::{self, Saved, Target};
-use crate::run::interrupt;
-use crate::run::progress::Progress;
 use crate::tensor::device::Compute;
 use crate::tensor::parameters::{Parameters, Storage};
 
@@ -84,15 +85,18 @@ pub struct FlowConfig {
 /// Images encoded at a time.
 const ENCODE_BATCH: usize = 64;
 
-/// Runs the stages that `config` names and writes the pipeline.
+/// Runs the stages that `config` names and writes the pipeline; goes on where an earlier run was stopped if it is
+/// to `resume`.
 ///
 /// # Errors
-/// When data or model cannot be read, training diverges, or the output cannot be written.
-pub fn run(config: &PretrainConfig, device: Device) -> Result<()> {
+/// When data or model cannot be read, training diverges, or the output cannot be written;
+/// [`Stopped`](crate::run::align::Stopped) when somebody asked for it.
+pub fn run(config: &PretrainConfig, resume: bool, device: Device) -> Result<()> {
     ensure!(
         config.autoencoder.is_some() || config.flow.is_some(),
         "nothing to train: give [autoencoder], [flow] or both"
     );
+    let course = Course::open(config, resume)?;
     let data = read_captioned(&config.data)?;
     let weights = family(config.seed, Use::Weights);
     let compute = Compute { device, kind: Kind::Float };
@@ -101,23 +105,25 @@ pub fn run(config: &PretrainConfig, device: Device) -> Result<()> {
     let mut model = Model::open(&config.model, loading, Missing::Draw(weights))?;
     let images: Vec<&RgbImage> = data.iter().map(|(image, _)| image).collect();
     if let Some(stage) = &config.autoencoder {
-        let mse = train_autoencoder(&mut model, stage, config.seed, &images)?;
+        if !course.is_beyond(Stage::Autoencoder, &model.vae)? {
+            let mse = train_autoencoder(&mut model, stage, config.seed, &images, &course)?;
+            log::note(&format!("autoencoder: PSNR {:.1} dB", 10.0 * (4.0 / mse).log10()));
+        }
         let (shift, scaling) = latent_scale(&model, &images)?;
         model.pipeline.vae.shift_factor = Some(shift);
         model.pipeline.vae.scaling_factor = scaling;
-        let psnr = 10.0 * (4.0 / mse).log10();
-        log::note(&format!(
-            "autoencoder: PSNR {psnr:.1} dB, latents shifted by {shift:.4}, scaled by {scaling:.4}"
-        ));
+        log::note(&format!("latents shifted by {shift:.4}, scaled by {scaling:.4}"));
     }
     let mut averaged = None;
     if let Some(stage) = &config.flow {
         let size = latent_size(&model, &images)?;
         let latents = encode_all(&model, &images, &size)?;
         let captions: Vec<&str> = data.iter().map(|(_, caption)| caption.as_str()).collect();
-        averaged = train_flow(&mut model, stage, config.seed, &latents, &captions, &size)?;
+        let data = Encoded { latents, captions, size };
+        averaged = train_flow(&mut model, stage, config.seed, &data, &course)?;
     }
-    write(&model, config, averaged.as_deref())
+    write(&model, config, averaged.as_deref())?;
+    course.finish()
 }
 
 fn latent_size(model: &Model, images: &[&RgbImage]) -> Result<LatentSize> {
@@ -145,15 +151,16 @@ fn train_autoencoder(
     config: &AutoencoderConfig,
     seed: u64,
     images: &[&RgbImage],
+    course: &Course<'_>,
 ) -> Result<f64> {
     model.vae.train();
+    let model = &*model;
     let mut optimizer = AdamW::new(config.optimizer.clone(), &[&model.vae]);
     let n_steps = config.image_passes / config.batch;
     let (rows, posterior) = (family(seed, Use::Batches), family(seed, Use::Posterior));
-    let progress = Progress::new("autoencoder", n_steps, 0);
-    let mut recent = 0.0;
-    for step in 0..n_steps {
-        interrupt::check()?;
+    let trained = vec![&model.vae];
+    let training = Training { stage: Stage::Autoencoder, trained, made: None, n_steps };
+    course.train(&training, &mut optimizer, |step, optimizer| {
         let picked = batch_rows(rows, step, images.len(), config.batch);
         let batch: Vec<&RgbImage> = picked.iter().map(|&row| images[row]).collect();
         let pixels = pixels_of(&batch).to_device(model.device());
@@ -168,11 +175,8 @@ fn train_autoencoder(
         let kl = (mean.square() + log_var.exp() - 1.0 - &log_var).mean(Kind::Float) * 0.5;
         (&mse + kl * config.kl_weight).backward();
         optimizer.step(&[&model.vae], cosine(step, n_steps))?;
-        let error = mse.double_value(&[]);
-        recent = if step == 0 { error } else { 0.98 * recent + 0.02 * error };
-        progress.advance(&format!("mse {recent:.5}"));
-    }
-    Ok(recent)
+        Ok(mse.double_value(&[]))
+    })
 }
 
 /// Shift and scaling that give the data's latents mean 0 and standard deviation 1.
@@ -206,27 +210,36 @@ fn encode_all(model: &Model, images: &[&RgbImage], size: &LatentSize) -> Result<
     Ok(model.pack(&rows, size))
 }
 
+/// What the flow learns.
+struct Encoded<'a> {
+    /// `[N, S, C]`.
+    latents: Tensor,
+    /// N of them.
+    captions: Vec<&'a str>,
+    size: LatentSize,
+}
+
 /// Minimises the velocity error at logit-normal times; returns the moving averages where kept.
 fn train_flow(
     model: &mut Model,
     config: &FlowConfig,
     seed: u64,
-    latents: &Tensor,
-    captions: &[&str],
-    size: &LatentSize,
+    data: &Encoded<'_>,
+    course: &Course<'_>,
 ) -> Result<Option<Vec<Tensor>>> {
+    let Encoded { latents, captions, size } = data;
     model.engine.train();
     model.text_encoder.train();
     model.text_encoder_2.train();
+    let model = &*model;
     let ids = model.tokenise(captions)?;
     let mut optimizer = AdamW::new(config.optimizer.clone(), &trained(model));
     let n_steps = config.image_passes / config.batch;
     let (rows, times) = (family(seed, Use::Data), family(seed, Use::Times));
     let noise = family(seed, Use::Neighbourhood);
-    let progress = Progress::new("flow", n_steps, 0);
-    let mut recent = 0.0;
-    for step in 0..n_steps {
-        interrupt::check()?;
+    let (made, trained_here) = (Some(&model.vae), trained(model).to_vec());
+    let training = Training { stage: Stage::Flow, trained: trained_here, made, n_steps };
+    course.train(&training, &mut optimizer, |step, optimizer| {
         let picked: Vec<i64> = batch_rows(rows, step, captions.len(), config.batch)
             .into_iter()
             .map(|row| row as i64)
@@ -244,10 +257,8 @@ fn train_flow(
         let loss = (v - (eps - x0)).square().mean(Kind::Float);
         loss.backward();
         optimizer.step(&trained(model), cosine(step, n_steps))?;
-        let error = loss.double_value(&[]);
-        recent = if step == 0 { error } else { 0.98 * recent + 0.02 * error };
-        progress.advance(&format!("loss {recent:.4}"));
-    }
+        Ok(loss.double_value(&[]))
+    })?;
     Ok(optimizer.averaged().map(|flats| flats.iter().map(Tensor::shallow_clone).collect()))
 }
 

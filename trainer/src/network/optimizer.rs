@@ -236,7 +236,7 @@ impl AdamW {
     /// When it does not fit `parameters`.
     pub(crate) fn restore(
         &mut self,
-        parameters: &Parameters,
+        parameters: &[&Parameters],
         state: &Shards,
         step: i64,
     ) -> Result<()> {
@@ -409,7 +409,7 @@ mod tests {
         flow::checkpoint::write_tensors(&file, &of_a.entries(), &[]).unwrap();
         let mut of_b = AdamW::new(config(), &[&b]);
         let state = Shards::open(dir.path()).unwrap();
-        of_b.restore(&b, &state, of_a.n_steps()).unwrap();
+        of_b.restore(&[&b], &state, of_a.n_steps()).unwrap();
         no_grad(|| {
             let (from, to) = (a.masters().next().unwrap(), b.masters().next().unwrap());
             to.shallow_clone().copy_(from);

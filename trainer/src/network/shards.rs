@@ -160,9 +160,10 @@ impl Shards {
         &self,
         kind: &str,
         parts: impl IntoIterator<Item = &'a Tensor>,
-        parameters: &Parameters,
+        parameters: &[&Parameters],
     ) -> Result<()> {
-        for (index, (part, span)) in parts.into_iter().zip(parameters.spans()).enumerate() {
+        let spans = parameters.iter().flat_map(|network| network.spans());
+        for (index, (part, span)) in parts.into_iter().zip(spans).enumerate() {
             self.read(&format!("{kind}.{index}"), span.whole, span.own, part)?;
         }
         Ok(())

@@ -95,19 +95,15 @@ impl Held {
                 said.push(format!("{name} was {old} and is {new}: the last bits may differ"));
             }
         }
-        let keys: BTreeSet<&String> = before.settings.keys().chain(self.settings.keys()).collect();
-        for key in keys {
-            let (old, new) = (before.settings.get(key), self.settings.get(key));
+        for (key, line) in differences(&before.settings, &self.settings) {
             let is_same_content = || {
                 let [old, new] = [before, self].map(|held| held.content.get(key));
                 is_file(key) && old.is_some() && old == new
             };
-            if old == new || is_free(key) || is_same_content() {
+            if is_free(key) || is_same_content() {
                 continue;
             }
-            let shown = |value: Option<&Value>| value.map_or("absent".to_owned(), Value::to_string);
-            let line = format!("{key} was {} and is {}", shown(old), shown(new));
-            if SAID.contains(&key.as_str()) { said.push(line) } else { refused.push(line) }
+            if SAID.contains(&key) { said.push(line) } else { refused.push(line) }
         }
         if refused.is_empty() {
             return Ok(said);
@@ -140,6 +136,30 @@ fn is_file(key: &str) -> bool {
 /// The last part of a reward's key.
 fn of_reward(key: &str) -> Option<&str> {
     key.strip_prefix("rewards.")?.rsplit('.').next()
+}
+
+/// Keys whose values differ between two tables of settings, by their dotted names, each with what to say of it.
+pub(crate) fn changed(before: &Value, now: &Value) -> Vec<(String, String)> {
+    let [before, now] = [before, now].map(|table| {
+        let mut settings = BTreeMap::new();
+        flatten(table, "", &mut settings);
+        settings
+    });
+    let all = differences(&before, &now).into_iter();
+    all.map(|(key, line)| (key.to_owned(), line)).collect()
+}
+
+fn differences<'a>(
+    before: &'a BTreeMap<String, Value>,
+    now: &'a BTreeMap<String, Value>,
+) -> Vec<(&'a str, String)> {
+    let keys: BTreeSet<&String> = before.keys().chain(now.keys()).collect();
+    let shown = |value: Option<&Value>| value.map_or("absent".to_owned(), Value::to_string);
+    let line = |key: &'a String| {
+        let (old, new) = (before.get(key), now.get(key));
+        (old != new).then(|| (&**key, format!("{key} was {} and is {}", shown(old), shown(new))))
+    };
+    keys.into_iter().filter_map(line).collect()
 }
 
 /// Every value below `value` by its dotted key, list items by number.

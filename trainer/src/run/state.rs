@@ -325,11 +325,11 @@ pub(crate) fn restore(
         model.pipeline.dir.display()
     );
     let trained = model.engine.trained();
-    state.restore(MASTER, trained.masters(), trained)?;
+    state.restore(MASTER, trained.masters(), &[trained])?;
     trained.refresh()?;
     if let Some(copies) = kept {
         copies.restore(&state, trained)?;
     }
-    optimizer.restore(trained, &state, step)?;
+    optimizer.restore(&[trained], &state, step)?;
     Ok(Restored { course, changed })
 }

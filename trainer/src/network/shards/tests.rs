@@ -95,9 +95,9 @@ fn a_state_is_the_same_on_any_number_of_ranks() {
         let read = on_ranks(world, |group| {
             let (parameters, mut optimizer) = trained(group, 2);
             let state = Shards::open(folder.path()).unwrap();
-            state.restore(MASTER, parameters.masters(), &parameters).unwrap();
+            state.restore(MASTER, parameters.masters(), &[&parameters]).unwrap();
             parameters.refresh().unwrap();
-            optimizer.restore(&parameters, &state, 3).unwrap();
+            optimizer.restore(&[&parameters], &state, 3).unwrap();
             let seen: Vec<Vec<f32>> =
                 parameters.seen().map(|flat| Vec::try_from(&flat).unwrap()).collect();
             (gathered(&parameters, &optimizer), seen)
