@@ -71,6 +71,10 @@ pub struct CompareConfig {
     /// The report counts the seeds that tell a difference of this size.
     #[serde(default = "difference")]
     pub difference: f64,
+    /// A held-out metric by the reward's own model and the same by one that nothing trains on: what a run gains by the
+    /// first and not by the second is told as hacked. None where it is empty.
+    #[serde(default)]
+    pub hacked: Vec<String>,
     /// Settings of all runs, KEY=VALUE.
     #[serde(default)]
     pub settings: Vec<String>,

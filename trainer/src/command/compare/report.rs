@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use flow::checkpoint::{read_bounded, write_atomically};
 use serde::Deserialize;
 
@@ -59,13 +59,18 @@ pub(super) fn write(config: &CompareConfig, tasks: &[Task<'_>], reward: &str) ->
     text += &row("held out", &metrics.iter().map(|&name| name.to_owned()).collect::<Vec<String>>());
     text += &rule(metrics.len());
     text += &row("before", &before);
+    let hacking = Hacking::of(config, &base)?;
+    if let Some(Hacking { of: [own, unseen], .. }) = &hacking {
+        let [own, unseen] = [own, unseen].map(|&index| metrics[index]);
+        let _ = write!(text, "\nHacked is what a run gains of {own} and not of {unseen}.\n");
+    }
     for table in &config.tables {
         let runs = table
             .runs
             .iter()
             .map(|run| measured(run, tasks, reward))
             .collect::<Result<Vec<Measured<'_>>>>()?;
-        text += &section(config, table, &runs, reward, &metrics)?;
+        text += &section(config, table, &runs, reward, &metrics, hacking.as_ref())?;
     }
     write_atomically(&config.output.join("report.md"), text.as_bytes())?;
     print!("{text}");
@@ -92,16 +97,53 @@ fn evaluated(path: &Path) -> Result<Vec<(String, f64)>> {
     Ok(column.means)
 }
 
+/// What runs gain by the reward's own model and not by one that nothing trains on.
+struct Hacking {
+    /// Places among the metrics: the reward's own, and the other.
+    of: [usize; 2],
+    /// Both before any training.
+    before: [f64; 2],
+}
+
+impl Hacking {
+    /// That of `config`, where it names metrics.
+    ///
+    /// # Errors
+    /// When it names one or many, or what is none.
+    fn of(config: &CompareConfig, base: &[(String, f64)]) -> Result<Option<Self>> {
+        let names = match &config.hacked[..] {
+            [] => return Ok(None),
+            [own, unseen] => [own, unseen],
+            others => bail!("hacked = {others:?}: two metrics, or none"),
+        };
+        let known = || base.iter().map(|(name, _)| name.as_str()).collect::<Vec<&str>>().join(", ");
+        let place = |name: &String| {
+            let found = base.iter().position(|(metric, _)| metric == name);
+            found.with_context(|| format!("hacked: no metric {name:?}: there are {}", known()))
+        };
+        let of = [place(names[0])?, place(names[1])?];
+        Ok(Some(Self { of, before: of.map(|index| base[index].1) }))
+    }
+
+    /// One number a row of held-out metrics.
+    fn of_runs(&self, held_out: &[Vec<f64>]) -> Vec<f64> {
+        let gain = |row: &[f64], which: usize| row[self.of[which]] - self.before[which];
+        held_out.iter().map(|row| gain(row, 0) - gain(row, 1)).collect()
+    }
+}
+
 fn section(
     config: &CompareConfig,
     table: &TableConfig,
     runs: &[Measured<'_>],
     reward: &str,
     metrics: &[&str],
+    hacking: Option<&Hacking>,
 ) -> Result<String> {
     let mut text = format!("\n## {}\n\n", table.title);
     let mut head = vec!["iterations", "NFE old", "NFE θ", "s an iteration", reward];
     head.extend(metrics);
+    head.extend(hacking.map(|_| "hacked"));
     text += &row("run", &head.iter().map(|&name| name.to_owned()).collect::<Vec<String>>());
     text += &rule(head.len());
     for run in runs {
@@ -119,6 +161,7 @@ fn section(
             let values: Vec<f64> = run.held_out.iter().map(|row| row[metric]).collect();
             cells.push(spread(&values, 3));
         }
+        cells.extend(hacking.map(|hacking| spread(&hacking.of_runs(&run.held_out), 3)));
         text += &row(run.name, &cells);
     }
     text += &differences(config, runs, reward, metrics);
