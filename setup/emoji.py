@@ -6,8 +6,8 @@ OUT/pictures: 32x32 PNGs STYLE/NAME.png on white; metadata.jsonl with captions f
     train.txt and held-out.txt, prompts whose pictures are and are not in metadata.jsonl
 OUT/blank: a FLUX folder without weights, its tokenizers trained on the captions
 
-The concepts are those of Unicode but for people, skin tones and flags. Every tenth concept is held out in
-one style: concept and style are known, together they were never seen.
+The concepts are Unicode's animals, plants, food and drink. Every tenth is held out in one style: concept and
+style are known, together they were never seen.
 """
 
 import json
@@ -23,8 +23,8 @@ import resvg_py
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 STYLES = {"noto": "noto", "twemoji": "twemoji", "fluent": "fluent-emoji-flat"}
-# Smileys, animals, food, travel, activities, objects, symbols: Emojibase's numbers.
-GROUPS = {0, 3, 4, 5, 6, 7, 8}
+# Animals and nature, food and drink: Emojibase's numbers.
+GROUPS = {3, 4}
 SIZE = 32
 TAGS = 3  # of a caption
 HELD_OUT = 10
