@@ -36,7 +36,7 @@ demo: build ## Align the embedded model, export it, sample it (out/demo)
 signs: build ## Make the embedded model again, from the font to the weights (out/signs)
 	OUT=$(OUT)/signs ./setup/signs.sh
 
-emoji: build ## Make a second model: 1,256 emoji in three styles, by name (needs npm, hours; out/emoji)
+emoji: build $(PARITY) ## Make the emoji model again, from pictures to weights (needs npm, an hour or more; out/emoji)
 	OUT=$(OUT)/emoji ./setup/emoji.sh
 
 test: build ## Run every test, and those that compute once more as on lesser processors

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Makes a second model, open vocabulary in three art styles: pictures and captions of 1,256 emoji, a blank
-# with tokenizers of its own, autoencoder and flow trained on them, reference tensors, a sheet of held-out
-# prompts. OUT is the folder to fill; arguments go to `ng-train pretrain`, as in --set flow.image_passes=9600.
+# Makes assets/emoji and what belongs to it again: pictures and captions of 290 emoji in three art styles, a blank
+# with tokenizers of its own, autoencoder and flow trained on them, reference tensors, two CLIPs that say whether a
+# picture shows its caption, a sheet of held-out prompts. OUT is the folder to fill; arguments go to
+# `ng-train pretrain`, as in --set flow.image_passes=9600, or --resume after it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/emoji}
@@ -20,6 +21,8 @@ fail() {
   exit 1
 }
 [ -x "$NG_TRAIN" ] || fail "$NG_TRAIN is missing: run \`make build\`"
+python=.runtime/venv/bin/python
+"$python" -c 'import transformers' 2> /dev/null || fail "no transformers: run \`make parity-runtime\`"
 [ ! -e "$model" ] || fail "$model exists: remove it or set OUT to another folder"
 mkdir -p "$OUT" "$home/sources"
 
@@ -47,13 +50,15 @@ echo "== autoencoder and flow into $model"
 "$NG_TRAIN" pretrain --preset emoji --set output="$model" "$@"
 echo "== reference tensors"
 "$NG_TRAIN" reference "$model"
+for kind in reward judge; do
+  echo "== CLIP, the $kind, into $OUT/clip-$kind"
+  "$python" -B setup/emoji_clip.py "$home/pictures" "$home/blank/tokenizer" "$OUT/clip-$kind" "$kind" \
+    --threads "$(nproc)"
+done
 echo "== held-out prompts: $OUT/eval/side-by-side.png"
 "$NG_TRAIN" eval --model "$model" --prompts "$home/pictures/held-out.txt" --preset emoji \
-  --set rewards=[] --set 'judges=[{ name = "kB", kind = "jpeg", prefer = "large", weight = 0 }]' \
+  --set "rewards.0.weights=$OUT/clip-reward/model.safetensors" --set "rewards.0.tokenizer=$OUT/clip-reward" \
+  --set "judges.0.weights=$OUT/clip-judge/model.safetensors" --set "judges.0.tokenizer=$OUT/clip-judge" \
   --out "$OUT/eval"
 
-cat << END
-
-$model has $(du -sb "$model" | cut -f 1) bytes; NOTICE.md in it goes wherever it goes.
-To align it with a CLIP score: ng-train align --preset emoji --set rewards.0.weights=…
-END
+echo "$model has $(du -sb "$model" | cut -f 1) bytes; NOTICE.md in it goes wherever it goes."

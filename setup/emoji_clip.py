@@ -1,6 +1,6 @@
 """Trains a small CLIP on the captioned emoji, as a reward or its judge.
 
-    emoji_clip.py PICTURES TOKENIZER OUT reward|judge [--passes 300000] [--threads 1]
+    emoji_clip.py PICTURES TOKENIZER OUT reward|judge [--passes 200000] [--threads 1]
 
 PICTURES: the folder that setup/emoji.py makes; TOKENIZER: its blank's `tokenizer`. OUT becomes a CLIPModel folder
 of transformers with the tokenizer beside the weights, which `kind = "clip"` reads.
@@ -84,7 +84,7 @@ def main():
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--passes", type=int, default=300_000)
+    parser.add_argument("--passes", type=int, default=200_000)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

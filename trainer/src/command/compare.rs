@@ -33,11 +33,12 @@ mod report;
 const PERIOD: usize = 100;
 
 /// Presets of `ng-train compare`.
-pub const COMPARE_PRESETS: [(&str, &str); 4] = [
+pub const COMPARE_PRESETS: [(&str, &str); 5] = [
     ("signs", include_str!("../../presets/compare-signs.toml")),
     ("neighbor", include_str!("../../presets/compare-neighbor.toml")),
     ("rivals", include_str!("../../presets/compare-rivals.toml")),
     ("compressibility", include_str!("../../presets/compare-compressibility.toml")),
+    ("parts", include_str!("../../presets/compare-parts.toml")),
 ];
 
 /// A comparison.

@@ -93,19 +93,25 @@ pub fn side_by_side(headers: &[&str], rows: &[Row<'_>], scale: u32, panels: usiz
     let panel_width = GAP + label_width + GAP + headers.len() as u32 * step;
     let per_panel = rows.len().div_ceil(panels);
     let panels = rows.len().div_ceil(per_panel) as u32;
-    let top = GAP + TEXT_HEIGHT + GAP / 2;
+    let heads: Vec<Vec<String>> = headers
+        .iter()
+        .map(|header| wrapped(&font::bold(), header, layout.width as f32))
+        .collect();
+    let head_height = TEXT_HEIGHT * heads.iter().map(Vec::len).max().unwrap_or(1) as u32;
+    let top = GAP + head_height + GAP / 2;
     let width = panels * panel_width + (panels - 1) * 2 * GAP;
     let height = top + per_panel as u32 * (layout.height + GAP);
     let mut sheet = RgbImage::from_pixel(width, height, PAPER);
     for panel in 0..panels {
         let left = panel * (panel_width + 2 * GAP);
         let pictures = left + GAP + label_width + GAP;
-        for (column, header) in headers.iter().enumerate() {
-            let header = fitted(&font::bold(), header, layout.width as f32);
-            let text_width = font::text_width(&font::bold(), &header, TEXT_SIZE);
-            let x =
-                (pictures + column as u32 * step) as f32 + (layout.width as f32 - text_width) / 2.0;
-            font::draw_text(&mut sheet, &font::bold(), &header, (x, GAP as f32), TEXT_SIZE, TEXT);
+        for (column, lines) in heads.iter().enumerate() {
+            let middle = (pictures + column as u32 * step) as f32 + layout.width as f32 / 2.0;
+            for (line, text) in lines.iter().rev().enumerate() {
+                let x = middle - font::text_width(&font::bold(), text, TEXT_SIZE) / 2.0;
+                let y = GAP + head_height - (line as u32 + 1) * TEXT_HEIGHT;
+                font::draw_text(&mut sheet, &font::bold(), text, (x, y as f32), TEXT_SIZE, TEXT);
+            }
         }
         for (slot, row) in rows.iter().skip(panel as usize * per_panel).take(per_panel).enumerate()
         {
@@ -190,6 +196,30 @@ fn fitted<F: ab_glyph::Font>(font: &F, text: &str, width: f32) -> String {
     kept
 }
 
+/// The text in lines that fit, broken after what is neither a letter nor a digit where there is such, and else
+/// anywhere.
+fn wrapped<F: ab_glyph::Font>(font: &F, text: &str, width: f32) -> Vec<String> {
+    let fits = |line: &str| font::text_width(font, line.trim_end(), TEXT_SIZE) <= width;
+    let mut lines = vec![String::new()];
+    for part in text.split_inclusive(|c: char| !c.is_alphanumeric()) {
+        let last = lines.last_mut().expect("one at least");
+        if fits(&format!("{last}{part}")) {
+            last.push_str(part);
+            continue;
+        }
+        let mut line = String::new();
+        for c in part.chars() {
+            if !line.is_empty() && !fits(&format!("{line}{c}")) {
+                lines.push(std::mem::take(&mut line));
+            }
+            line.push(c);
+        }
+        lines.push(line);
+    }
+    lines.retain(|line| !line.is_empty());
+    lines
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -237,6 +267,18 @@ mod tests {
         assert_eq!(count(&tall, PINK), 10 * 32 * 32);
         assert_eq!(count(&wide, PINK), 10 * 32 * 32);
         assert!(wide.width() > 2 * tall.width() && wide.height() < tall.height());
+    }
+
+    #[test]
+    fn long_heads_are_told_whole() {
+        let bold = font::bold();
+        for head in ["neighbor-grpo-seed4", "unbreakableunbreakable"] {
+            let lines = wrapped(&bold, head, 80.0);
+            assert!(lines.len() > 1 && lines.concat() == head, "{lines:?}");
+            assert!(lines.iter().all(|line| font::text_width(&bold, line, TEXT_SIZE) <= 80.0));
+        }
+        assert_eq!(wrapped(&bold, "neighbor-grpo-seed4", 80.0)[0], "neighbor-");
+        assert_eq!(wrapped(&bold, "before", 75.0), ["before"]);
     }
 
     #[test]
