@@ -42,8 +42,8 @@ pub mod score;
 /// Whatever is wrong, in one line.
 pub fn run(cli: &Cli) -> Result<()> {
     let place = match &cli.command {
-        Command::Align { processes, .. } | Command::Eval { processes, .. } => {
-            match ranks::place(*processes)? {
+        Command::Align { ranks, .. } | Command::Eval { ranks, .. } => {
+            match ranks::place(ranks.processes)? {
                 ranks::Place::Started => return Ok(()),
                 ranks::Place::Here(topology) => topology,
             }

@@ -6,6 +6,7 @@ mod align;
 mod compare;
 mod determinism;
 mod documents;
+mod emoji;
 mod ends;
 mod errors;
 mod eval;

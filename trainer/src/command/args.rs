@@ -39,6 +39,15 @@ pub struct Cli {
     pub says: Says,
 }
 
+/// Who shares the work.
+#[derive(Args)]
+pub struct RankArgs {
+    /// Share the work among so many processes of this machine, which all see the same folders [default: one a GPU
+    /// where torchrun's, Slurm's or a machine's variables ask for several, else one]
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=512))]
+    pub processes: Option<usize>,
+}
+
 #[derive(Subcommand)]
 pub enum Command {
     /// Align a model: roll out, reward, update
@@ -58,10 +67,8 @@ pub enum Command {
         /// Store the tensors of the first iteration's last update as safetensors
         #[arg(long, value_name = "FILE")]
         record_update: Option<PathBuf>,
-        /// Share the work among so many processes of this machine [default: one a GPU where torchrun's, Slurm's
-        /// or a machine's variables ask for several, else one]
-        #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=512))]
-        processes: Option<usize>,
+        #[command(flatten)]
+        ranks: RankArgs,
     },
     /// List the runs that ship, show a run's settings with where each is from, or explain what settings there are
     Config {
@@ -105,10 +112,8 @@ pub enum Command {
         /// Folder for the results
         #[arg(short, long, alias = "output", value_name = "DIR", default_value = "out/eval")]
         out: PathBuf,
-        /// Share the work among so many processes of this machine, or of several where torchrun's or Slurm's
-        /// variables say so; all see the same folders
-        #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=512))]
-        processes: Option<usize>,
+        #[command(flatten)]
+        ranks: RankArgs,
         /// Rewards, judges, rollout, embeddings and stream come from it
         #[command(flatten)]
         source: SourceArgs,

@@ -93,10 +93,8 @@ pub fn side_by_side(headers: &[&str], rows: &[Row<'_>], scale: u32, panels: usiz
     let panel_width = GAP + label_width + GAP + headers.len() as u32 * step;
     let per_panel = rows.len().div_ceil(panels);
     let panels = rows.len().div_ceil(per_panel) as u32;
-    let heads: Vec<Vec<String>> = headers
-        .iter()
-        .map(|header| wrapped(&font::bold(), header, layout.width as f32))
-        .collect();
+    let heads: Vec<Vec<String>> =
+        headers.iter().map(|header| wrapped(&font::bold(), header, layout.width as f32)).collect();
     let head_height = TEXT_HEIGHT * heads.iter().map(Vec::len).max().unwrap_or(1) as u32;
     let top = GAP + head_height + GAP / 2;
     let width = panels * panel_width + (panels - 1) * 2 * GAP;
