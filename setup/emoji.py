@@ -3,10 +3,11 @@
     emoji.py SOURCES SIGNS_BLANK NOTICE OUT
 
 OUT/pictures: 32x32 PNGs STYLE/NAME.png on white; metadata.jsonl with captions for `ng-train pretrain`;
-    train.txt and held-out.txt, prompts whose pictures are and are not in metadata.jsonl
+    train.txt and held-out.txt, prompts whose pictures are in metadata.jsonl, to align on and to evaluate on;
+    unseen.txt, prompts whose pictures are not
 OUT/blank: a FLUX folder without weights, its tokenizers trained on the captions
 
-The concepts are Unicode's animals, plants, food and drink. Every tenth is held out in one style: concept and
+The concepts are Unicode's animals, plants, food and drink. Every tenth is left out in one style: concept and
 style are known, together they were never seen.
 """
 
@@ -27,7 +28,8 @@ STYLES = {"noto": "noto", "twemoji": "twemoji", "fluent": "fluent-emoji-flat"}
 GROUPS = {3, 4}
 SIZE = 32
 TAGS = 3  # of a caption
-HELD_OUT = 10
+UNSEEN = 10
+HELD_OUT = 13  # no multiple of the styles
 
 VOCABULARY = 3072
 CLIP_LENGTH, T5_LENGTH = 24, 20
@@ -69,7 +71,7 @@ def make_pictures(sources, folder):
     sets = {s: package(sources, name, "icons.json", "chars.json") for s, name in STYLES.items()}
     for style in sets:
         (folder / style).mkdir(parents=True)
-    rows, prompts, held_out = [], [], []
+    rows, prompts, unseen = [], [], []
     for index, concept in enumerate(concepts):
         code = concept["hexcode"].lower()
         label = concept["label"].replace("’", "'").replace("“", '"').replace("”", '"')
@@ -80,17 +82,22 @@ def make_pictures(sources, folder):
                 continue
             file = f"{style}/{name}.png"
             (folder / file).write_bytes(png(icons, name))
-            if index % HELD_OUT == 0 and index // HELD_OUT % len(sets) == which:
-                held_out.append(f"{label}, {style} style")
+            if index % UNSEEN == 0 and index // UNSEEN % len(sets) == which:
+                unseen.append(f"{label}, {style} style")
                 continue
             prompts.append(f"{label}, {style} style")
             drawn = random.Random(f"{style} {code}").sample(tags, min(TAGS, len(tags)))
             rows += [{"file_name": file, "text": text} for text in captions(label, drawn, style)]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
-    (folder / "train.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    (folder / "held-out.txt").write_text("\n".join(held_out) + "\n", encoding="utf-8")
-    print(f"{len(prompts)} pictures with {len(rows)} captions, {len(held_out)} held out")
+    held_out = prompts[::HELD_OUT]
+    train = [prompt for prompt in prompts if prompt not in held_out]
+    for name, lines in {"train": train, "held-out": held_out, "unseen": unseen}.items():
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(
+        f"{len(prompts)} pictures with {len(rows)} captions, of which {len(held_out)} are not aligned on; "
+        f"{len(unseen)} left out"
+    )
     return [row["text"] for row in rows]
 
 

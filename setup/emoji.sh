@@ -2,7 +2,8 @@
 # Makes assets/emoji and what belongs to it again: pictures and captions of 290 emoji in three art styles, a blank
 # with tokenizers of its own, autoencoder and flow trained on them, reference tensors, two CLIPs that say whether a
 # picture shows its caption, a sheet of held-out prompts. OUT is the folder to fill; arguments go to
-# `ng-train pretrain`, as in --set flow.image_passes=9600, or --resume after it was stopped.
+# `ng-train pretrain`, as in --set flow.image_passes=9600, or --resume after it was stopped. CLIP_PASSES says how many
+# pictures each CLIP sees.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/emoji}
@@ -53,7 +54,7 @@ echo "== reference tensors"
 for kind in reward judge; do
   echo "== CLIP, the $kind, into $OUT/clip-$kind"
   "$python" -B setup/emoji_clip.py "$home/pictures" "$home/blank/tokenizer" "$OUT/clip-$kind" "$kind" \
-    --threads "$(nproc)"
+    --threads "$(nproc)" ${CLIP_PASSES:+--passes "$CLIP_PASSES"}
 done
 echo "== held-out prompts: $OUT/eval/side-by-side.png"
 "$NG_TRAIN" eval --model "$model" --prompts "$home/pictures/held-out.txt" --preset emoji \

@@ -5,8 +5,8 @@
 PICTURES: the folder that setup/emoji.py makes; TOKENIZER: its blank's `tokenizer`. OUT becomes a CLIPModel folder
 of transformers with the tokenizer beside the weights, which `kind = "clip"` reads.
 
-Reward and judge see the same pictures, those held out as well, but differ in architecture, seed and in what
-disturbs a picture, so that what deceives one need not deceive the other. Every caption of a batch that is a
+Reward and judge see the same pictures, but differ in architecture, seed and in what disturbs a picture, so that
+what deceives one need not deceive the other. Every caption of a batch that is a
 picture's own counts as right, whatever row it came with.
 """
 
