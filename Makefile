@@ -45,7 +45,7 @@ test: build ## Run every test, and those that compute once more as on lesser pro
 
 parity: build $(PARITY) ## Compare our programs live with diffusers and onnxruntime (out/parity)
 	HF_HUB_OFFLINE=1 $(PYTHON) -B tests/parity/run.py --programs $(NG) --out $(OUT)/parity \
-	  tests/fixtures/tiny-flux/pipeline tests/fixtures/tiny-schnell/pipeline assets/signs
+	  tests/fixtures/tiny-flux/pipeline tests/fixtures/tiny-schnell/pipeline assets/signs assets/emoji
 
 soak: build ## Load the server, kill ranks, kill runs, cut the power, damage and crowd folders, for long (out/soak)
 	rm -rf $(OUT)/soak && mkdir -p $(OUT)/soak

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Makes assets/emoji and what belongs to it again: pictures and captions of 290 emoji in three art styles, a blank
-# with tokenizers of its own, autoencoder and flow trained on them, reference tensors, two CLIPs that say whether a
-# picture shows its caption, a sheet of held-out prompts. OUT is the folder to fill; arguments go to
-# `ng-train pretrain`, as in --set flow.image_passes=9600, or --resume after it was stopped. CLIP_PASSES says how many
-# pictures each CLIP sees.
+# with tokenizers of its own, autoencoder and flow trained on them, another flow that was stopped early, reference
+# tensors, two CLIPs that say whether a picture shows its caption, a sheet of held-out prompts. OUT is the folder to
+# fill; what is there already is not made again. Arguments go to `ng-train pretrain`, as in --set
+# autoencoder.image_passes=9600, or --resume after it was stopped. CLIP_PASSES says how many pictures each CLIP sees.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/emoji}
 NG_TRAIN=${NG:-target/release}/ng-train
 home=.runtime/emoji
-model=$OUT/model
+clip=$OUT/clip
 packages=(
   @iconify-json/noto@1.2.9
   @iconify-json/twemoji@1.2.5
@@ -24,7 +24,6 @@ fail() {
 [ -x "$NG_TRAIN" ] || fail "$NG_TRAIN is missing: run \`make build\`"
 python=.runtime/venv/bin/python
 "$python" -c 'import transformers' 2> /dev/null || fail "no transformers: run \`make parity-runtime\`"
-[ ! -e "$model" ] || fail "$model exists: remove it or set OUT to another folder"
 mkdir -p "$OUT" "$home/sources"
 
 fetch() { # fetch NAME@VERSION: its archive, complete, into $home/sources
@@ -47,19 +46,27 @@ done
 "$home/venv/bin/python" -m pip install --disable-pip-version-check --quiet --no-deps \
   --only-binary :all: --requirement setup/requirements-emoji.txt
 "$home/venv/bin/python" -B setup/emoji.py "$home/sources" assets/signs-blank setup/emoji-notice.md "$home"
-echo "== autoencoder and flow into $model"
-"$NG_TRAIN" pretrain --preset emoji --set output="$model" "$@"
-echo "== reference tensors"
-"$NG_TRAIN" reference "$model"
+pretrain() { # pretrain FOLDER ARGUMENT...
+  local model=$1
+  shift
+  [ ! -e "$model" ] || return 0
+  echo "== autoencoder and flow into $model"
+  "$NG_TRAIN" pretrain --preset emoji --set output="$model" "$@"
+  "$NG_TRAIN" reference "$model"
+}
+pretrain "$OUT/model" "$@"
+pretrain "$OUT/early" --set flow.image_passes=128000 "$@"
 for kind in reward judge; do
-  echo "== CLIP, the $kind, into $OUT/clip-$kind"
-  "$python" -B setup/emoji_clip.py "$home/pictures" "$home/blank/tokenizer" "$OUT/clip-$kind" "$kind" \
+  [ ! -e "$clip/$kind" ] || continue
+  echo "== CLIP, the $kind, into $clip/$kind"
+  mkdir -p "$clip"
+  "$python" -B setup/emoji_clip.py "$home/pictures" "$home/blank/tokenizer" "$clip/$kind" "$kind" \
     --threads "$(nproc)" ${CLIP_PASSES:+--passes "$CLIP_PASSES"}
 done
 echo "== held-out prompts: $OUT/eval/side-by-side.png"
-"$NG_TRAIN" eval --model "$model" --prompts "$home/pictures/held-out.txt" --preset emoji \
-  --set "rewards.0.weights=$OUT/clip-reward/model.safetensors" --set "rewards.0.tokenizer=$OUT/clip-reward" \
-  --set "judges.0.weights=$OUT/clip-judge/model.safetensors" --set "judges.0.tokenizer=$OUT/clip-judge" \
+"$NG_TRAIN" eval --model "$OUT/early" --model "$OUT/model" --prompts "$home/pictures/held-out.txt" --preset emoji \
+  --set "rewards.0.weights=$clip/reward/model.safetensors" --set "rewards.0.tokenizer=$clip/reward" \
+  --set "judges.0.weights=$clip/judge/model.safetensors" --set "judges.0.tokenizer=$clip/judge" \
   --out "$OUT/eval"
 
-echo "$model has $(du -sb "$model" | cut -f 1) bytes; NOTICE.md in it goes wherever it goes."
+echo "NOTICE.md in $OUT/model and $OUT/early goes wherever they go."
