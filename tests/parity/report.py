@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file
+import torch
+from safetensors.torch import load_file
 
 
 def tensors(path):
-    """The tensors of a safetensors file as a dict of arrays."""
+    """The tensors of a safetensors file as a dict of arrays; bf16, which NumPy does not have, as f32."""
     if not Path(path).is_file():
         sys.exit(f"error: {path} is missing")
-    return load_file(path)
+    found = load_file(path)
+    return {name: (x.float() if x.dtype == torch.bfloat16 else x).numpy() for name, x in found.items()}
 
 
 def begun(about):
