@@ -78,6 +78,11 @@ def disturbed(pixels, noise, blur):
     return (moved.clamp(0, 1) - MEAN) / STD
 
 
+def surprise(logits, right):
+    """Cross entropy of rows of `logits` with all that is `right` there, in equal shares."""
+    return -(logits.log_softmax(1) * right / right.sum(1, keepdim=True)).sum(1).mean()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pictures", type=Path)
@@ -118,11 +123,7 @@ def main():
         seen = disturbed(pixels[picked], kind["noise"], kind["blur"])
         answer = model(input_ids=ids[texts_of], pixel_values=seen)
         right = (table[picked][:, None, :] == texts_of[None, :, None]).any(2).float()
-        by_image, by_text = answer.logits_per_image, answer.logits_per_text
-        of_image = -(by_image.log_softmax(1) * right / right.sum(1, keepdim=True)).sum(1).mean()
-        right = right.T
-        of_text = -(by_text.log_softmax(1) * right / right.sum(1, keepdim=True)).sum(1).mean()
-        loss = (of_image + of_text) / 2
+        loss = (surprise(answer.logits_per_image, right) + surprise(answer.logits_per_text, right.T)) / 2
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -105,7 +105,7 @@ pub fn run(config: &PretrainConfig, resume: bool, device: Device) -> Result<()> 
     let mut model = Model::open(&config.model, loading, Missing::Draw(weights))?;
     let images: Vec<&RgbImage> = data.iter().map(|(image, _)| image).collect();
     if let Some(stage) = &config.autoencoder {
-        if !course.is_beyond(Stage::Autoencoder, &model.vae)? {
+        if !course.restore_made(Stage::Autoencoder, &model.vae)? {
             let mse = train_autoencoder(&mut model, stage, config.seed, &images, &course)?;
             log::note(&format!("autoencoder: PSNR {:.1} dB", 10.0 * (4.0 / mse).log10()));
         }

@@ -104,11 +104,11 @@ impl<'a> Course<'a> {
         Ok(Self { config, folder, saved: Some((position, shards)) })
     }
 
-    /// Puts what `stage` made into `made` if the run was beyond it when it was saved.
+    /// Puts what `stage` made into `made` if the run was beyond it when it was saved, and says whether it was.
     ///
     /// # Errors
     /// When it cannot be read.
-    pub(super) fn is_beyond(&self, stage: Stage, made: &Parameters) -> Result<bool> {
+    pub(super) fn restore_made(&self, stage: Stage, made: &Parameters) -> Result<bool> {
         let Some((_, shards)) = self.saved.as_ref().filter(|(at, _)| at.stage > stage) else {
             return Ok(false);
         };
