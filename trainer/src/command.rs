@@ -2,7 +2,7 @@
 
 use std::num::NonZero;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use cluster::Topology;
 use flow::checksums::Checksums;
 use flow::log;
@@ -90,7 +90,7 @@ fn carry_out(
         Command::Pretrain { source, resume } => {
             let config =
                 settings::read(&of(source), &pretrain::PRETRAIN_PRESETS, &source.settings)?;
-            pretrain::run(&config, *resume, compute.device)
+            pretrain::run(&config, *resume, f32_device("pretrain", &cli.precision, compute)?)
         }
         Command::Eval { .. } => evaluate(&cli.command, place, threads, compute),
         Command::Score { images, prompt, prompts, source } => {
@@ -100,13 +100,15 @@ fn carry_out(
                 (None, Some(file)) => score::Shown::Each(file),
                 (None, None) => bail!("--prompt or --prompts is missing"),
             };
-            let device = compute.device;
+            let device = f32_device("score", &cli.precision, compute)?;
             score::run(&config, &score::Options { images, shown, threads, device })
         }
         Command::Compare { jobs, source } => {
             let config = settings::read(&of(source), &compare::COMPARE_PRESETS, &source.settings)?;
-            let jobs = jobs.unwrap_or(threads);
-            compare::run(&config, &compare::Options { jobs, device: &cli.device })
+            let on_gpus = if compute.device.is_cuda() { device::n_gpus() } else { None };
+            let jobs = jobs.or(on_gpus).unwrap_or(threads);
+            let (device, precision) = (&cli.device, &cli.precision);
+            compare::run(&config, &compare::Options { jobs, device, precision })
         }
         Command::Sample(args) => sample::run(&sample_options(args, compute)),
         Command::Reference { model } => {
@@ -253,6 +255,18 @@ fn make(command: &Command) -> Result<()> {
         }
         _ => unreachable!("called for these"),
     }
+}
+
+/// The device of `command`, which computes in f32.
+///
+/// # Errors
+/// When another precision is asked for.
+fn f32_device(command: &str, precision: &str, compute: device::Compute) -> Result<tch::Device> {
+    ensure!(
+        precision != "bf16",
+        Usage(format!("--precision bf16: {command} computes in f32, leave it out"))
+    );
+    Ok(compute.device)
 }
 
 fn of(args: &SourceArgs) -> Source<'_> {

@@ -145,6 +145,22 @@ fn files_are_opened_by_one_function() {
     assert!(others.is_empty(), "not by flow::checkpoint:\n{}", others.join("\n"));
 }
 
+/// libtorch keeps its first answer to how many GPUs there are, which is none until its libraries for them are open.
+#[test]
+fn gpus_are_counted_where_their_libraries_are_opened() {
+    let owners = ["trainer/src/tensor/device.rs", "cluster/src/bin/cluster-rank.rs"];
+    let calls = ["Cuda::", "has_cuda(", "cuda_if_available("];
+    let asks = |file: &PathBuf| {
+        let text = fs::read_to_string(root().join(file)).unwrap();
+        let code = text.replace("Device::Cuda", "");
+        calls.iter().any(|call| code.contains(call))
+    };
+    let sources = sources().into_iter().filter(|file| !file.starts_with("tests"));
+    let found: BTreeSet<String> =
+        sources.filter(asks).map(|file| file.display().to_string()).collect();
+    assert_eq!(found, owners.map(str::to_owned).into());
+}
+
 /// Name and number of lines of each function, by the indentation that rustfmt gives.
 fn functions(text: &str) -> Vec<(String, usize)> {
     let lines: Vec<&str> = text.lines().collect();

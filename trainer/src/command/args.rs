@@ -144,7 +144,7 @@ pub enum Command {
     /// The output folder gets report.md with tables at equal iterations, network passes and seconds,
     /// curves as PNG, side-by-side/ and runs/. What is finished is not run again.
     Compare {
-        /// Runs at a time, one thread each [default: all cores]
+        /// Runs at a time, one thread each [default: all cores, or as many as there are GPUs]
         #[arg(long, value_name = "N",
               value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
         jobs: Option<usize>,

@@ -24,6 +24,7 @@ use crate::run::config::AlignConfig;
 use crate::run::interrupt;
 use crate::run::progress::Progress;
 use crate::run::settings::{self, ALIGN_PRESETS, Source};
+use crate::tensor::device;
 
 mod growth;
 mod interval;
@@ -124,8 +125,16 @@ pub struct RunConfig {
 pub struct Options<'a> {
     /// Runs at a time, one thread each.
     pub jobs: usize,
-    /// `--device` of every run.
+    /// `--device` of every run; where it leaves the choice, runs share the machine's GPUs.
     pub device: &'a str,
+    /// `--precision` of every run.
+    pub precision: &'a str,
+}
+
+impl Options<'_> {
+    fn own_device(&self, number: usize) -> String {
+        device::of_process(self.device, number % device::n_gpus().unwrap_or(0).max(1))
+    }
 }
 
 /// Makes what is missing of the runs, then the report.
@@ -145,13 +154,14 @@ pub fn run(config: &CompareConfig, options: &Options<'_>) -> Result<()> {
     let left: VecDeque<&Task<'_>> = tasks.iter().filter(|task| !task.is_done()).collect();
     let progress = Mutex::new(Progress::new("compare", tasks.len(), tasks.len() - left.len()));
     let queue = Mutex::new(left);
-    let worker = || -> Result<()> {
+    let worker = &|number: usize| -> Result<()> {
+        let own = Options { device: &options.own_device(number), ..*options };
         loop {
             let Some(task) = queue.lock().expect("no worker panics").pop_front() else {
                 return Ok(());
             };
             interrupt::check()?;
-            if let Err(error) = task.make(config, &start.model, options.device) {
+            if let Err(error) = task.make(config, &start.model, &own) {
                 // Others stop after what they are at.
                 queue.lock().expect("no worker panics").clear();
                 return Err(error);
@@ -160,12 +170,13 @@ pub fn run(config: &CompareConfig, options: &Options<'_>) -> Result<()> {
         }
     };
     thread::scope(|scope| {
-        let workers: Vec<_> = (0..options.jobs).map(|_| scope.spawn(worker)).collect();
+        let workers: Vec<_> =
+            (0..options.jobs).map(|number| scope.spawn(move || worker(number))).collect();
         let ended = workers.into_iter().map(|worker| worker.join().expect("no worker panics"));
         // All are waited for before the first error is told.
         ended.collect::<Vec<Result<()>>>().into_iter().collect::<Result<()>>()
     })?;
-    side_by_side(config, &tasks, &start.model, options.device)?;
+    side_by_side(config, &tasks, &start.model, options)?;
     report::write(config, &tasks, &start.group.rewards[0].name)
 }
 
@@ -174,7 +185,7 @@ fn side_by_side(
     config: &CompareConfig,
     tasks: &[Task<'_>],
     start: &Path,
-    device: &str,
+    options: &Options<'_>,
 ) -> Result<()> {
     let out = config.output.join("side-by-side");
     if out.join("side-by-side.png").is_file() {
@@ -185,7 +196,7 @@ fn side_by_side(
             .is_none_or(|run| config.tables[0].runs.contains(run) && task.seed == config.seeds[0])
     };
     let models: Vec<PathBuf> = tasks.iter().filter(shown).map(|task| task.model(start)).collect();
-    evaluate(config, &tasks[0], &models, &out, device)
+    evaluate(config, &tasks[0], &models, &out, options)
 }
 
 impl CompareConfig {
@@ -333,15 +344,15 @@ impl<'a> Task<'a> {
     }
 
     /// Trains, where there is a run, and scores.
-    fn make(&self, config: &CompareConfig, start: &Path, device: &str) -> Result<()> {
+    fn make(&self, config: &CompareConfig, start: &Path, options: &Options<'_>) -> Result<()> {
         if self.run.is_some() && !self.model(start).is_dir() {
             let (preset, mut settings) = self.settings(config);
             settings.push(format!("output={}", self.folder.display()));
             let resumed = self.folder.join("checkpoints").is_dir();
             let flags: &[&str] = if resumed { &["--resume"] } else { &[] };
-            self.call("align", preset, &settings, device, flags)?;
+            self.call("align", preset, &settings, options, flags)?;
         }
-        evaluate(config, self, &[self.model(start)], &self.folder.join("eval"), device)
+        evaluate(config, self, &[self.model(start)], &self.folder.join("eval"), options)
     }
 
     /// What is scored: the finished model, or that at the start.
@@ -354,13 +365,14 @@ impl<'a> Task<'a> {
         command: &str,
         preset: &str,
         settings: &[String],
-        device: &str,
+        options: &Options<'_>,
         flags: &[&str],
     ) -> Result<()> {
         let log = self.folder.join(format!("{command}.log"));
         let file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
         let mut process = Command::new(std::env::current_exe()?);
-        process.args([command, "--threads", "1", "--device", device, "--preset", preset]);
+        process.args([command, "--threads", "1", "--preset", preset]);
+        process.args(["--device", options.device, "--precision", options.precision]);
         process.args(settings.iter().flat_map(|setting| ["--set", setting])).args(flags);
         process.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
         let ended = process.status().context("cannot start another ng-train")?;
@@ -390,7 +402,7 @@ fn evaluate(
     task: &Task<'_>,
     models: &[PathBuf],
     out: &Path,
-    device: &str,
+    options: &Options<'_>,
 ) -> Result<()> {
     let text = |path: &Path| path.to_string_lossy().into_owned();
     let mut flags =
@@ -398,7 +410,7 @@ fn evaluate(
     flags.extend(["--images".to_owned(), config.images.to_string()]);
     flags.extend(models.iter().flat_map(|model| ["--model".to_owned(), text(model)]));
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
-    task.call("eval", &config.preset, &config.settings, device, &flags)
+    task.call("eval", &config.preset, &config.settings, options, &flags)
 }
 
 /// A name as a file's.
@@ -450,7 +462,7 @@ mod tests {
         );
         let rivals = ends("rivals", &["seeds=[0]"]);
         let of_first = [100, 120, 22, 63].map(|n| format!("iterations={n}"));
-        assert_eq!((&rivals[..4], rivals.len()), (&of_first[..], 12));
+        assert_eq!((&rivals[..4], rivals.len()), (&of_first[..], 16));
         assert_eq!(ends("compressibility", &["seeds=[0]"]), rivals);
     }
 

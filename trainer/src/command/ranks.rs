@@ -8,13 +8,12 @@ use anyhow::{Result, anyhow, bail};
 use cluster::{Ended, Group, Launch, Node, Ranks, Timeouts, Topology};
 use flow::log;
 use flow::usage::Usage;
-use tch::Cuda;
 
 use crate::group::division::Division;
 use crate::network::sharding::Shard;
 use crate::run::config::{AlignConfig, RanksConfig};
 use crate::run::interrupt;
-use crate::tensor::device::{Compute, precision_name};
+use crate::tensor::device::{self, Compute, n_gpus, precision_name};
 
 /// The flag that asks for processes on this machine.
 const FLAG: &str = "--processes";
@@ -60,8 +59,8 @@ pub(super) fn place(processes: Option<usize>) -> Result<Place> {
         (Launch::Alone, None | Some(1)) => return Ok(Place::Here(None)),
         (Launch::Alone, Some(n)) => (alone(), n),
         (Launch::Node(node), processes) => {
-            let devices = (Cuda::device_count() as usize).max(1);
-            let n = processes.or(node.processes).unwrap_or(devices);
+            let n = processes.or(node.processes);
+            let n = n.unwrap_or_else(|| n_gpus().unwrap_or(0).max(1));
             (node, n)
         }
     };
@@ -94,12 +93,7 @@ fn arguments() -> Vec<OsString> {
 /// The device of a rank, where `name` leaves the choice.
 pub(super) fn device(name: &str, place: Option<&Topology>) -> String {
     match place {
-        Some(topology) if topology.local_world > 1 && name == "cuda" => {
-            format!("cuda:{}", topology.local_rank)
-        }
-        Some(topology) if topology.local_world > 1 && name == "auto" && Cuda::is_available() => {
-            format!("cuda:{}", topology.local_rank)
-        }
+        Some(topology) if topology.local_world > 1 => device::of_process(name, topology.local_rank),
         _ => name.to_owned(),
     }
 }

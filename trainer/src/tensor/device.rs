@@ -67,17 +67,40 @@ fn open(name: &str) -> Result<Device> {
     let Some(ordinal) = ordinal else {
         bail!(Usage(format!("unknown device {name:?}: auto, cpu, cuda or cuda:N are possible")));
     };
-    let opened = CUDA_LIBRARIES.iter().all(|library| open_library(library));
-    let n_devices = if opened { Cuda::device_count() } else { 0 };
-    if (ordinal as i64) < n_devices {
-        return Ok(Device::Cuda(ordinal));
-    }
-    match name {
-        "auto" => Ok(Device::Cpu),
-        _ if !opened => {
+    match (name, n_gpus()) {
+        (_, Some(n)) if ordinal < n => Ok(Device::Cuda(ordinal)),
+        ("auto", _) => Ok(Device::Cpu),
+        (_, None) => {
             bail!("no {name}: libtorch_cuda.so cannot be opened (is the full torch installed?)")
         }
-        _ => bail!("no {name}: {n_devices} GPUs are visible"),
+        (_, Some(n)) => bail!("no {name}: {n} GPUs are visible"),
+    }
+}
+
+/// GPUs that this process sees; none where libtorch's CUDA libraries cannot be opened.
+///
+/// libtorch keeps what it is first told for the rest of the process, which before they are open is that there are none:
+/// nothing else may ask it.
+pub(crate) fn n_gpus() -> Option<usize> {
+    let opened = CUDA_LIBRARIES.iter().all(|library| open_library(library));
+    opened.then(|| Cuda::device_count().max(0) as usize)
+}
+
+/// The device of process `number` of several on this machine, where `name` leaves the choice.
+pub(crate) fn of_process(name: &str, number: usize) -> String {
+    if ["auto", "cuda"].contains(&name) {
+        own_gpu(name, number, n_gpus().unwrap_or(0))
+    } else {
+        name.to_owned()
+    }
+}
+
+/// Of `n` GPUs that are seen; a launcher may have left each process one of its own.
+fn own_gpu(name: &str, number: usize, n: usize) -> String {
+    match n {
+        0 => name.to_owned(),
+        1 => "cuda:0".to_owned(),
+        _ => format!("cuda:{number}"),
     }
 }
 
@@ -102,9 +125,9 @@ pub(crate) fn synchronise(device: Device) {
 
 /// Most bytes in use since [`forget_peak`]: of the GPU's memory as a whole, else of this process.
 pub(crate) fn peak_bytes(device: Device) -> Option<f64> {
-    if device.is_cuda() {
+    if let Device::Cuda(index) = device {
         // libtorch keeps what it once took.
-        let [free, total] = cuda_memory()?;
+        let [free, total] = cuda_memory(index)?;
         return Some((total - free) as f64);
     }
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
@@ -119,17 +142,33 @@ pub(crate) fn forget_peak() {
     drop(std::fs::write("/proc/self/clear_refs", "5"));
 }
 
-/// Free and total bytes of the current GPU.
-fn cuda_memory() -> Option<[usize; 2]> {
+/// Free and total bytes of GPU `index`.
+fn cuda_memory(index: usize) -> Option<[usize; 2]> {
     use libloading::os::unix::Library;
+    type SetDevice = unsafe extern "C" fn(i32) -> i32;
     type MemGetInfo = unsafe extern "C" fn(*mut usize, *mut usize) -> i32;
     let (mut free, mut total) = (0, 0);
     #[expect(unsafe_code, reason = "libtorch's bindings do not tell")]
-    // SAFETY: the symbol is the CUDA runtime's, opened above with this signature; both places outlive
+    // SAFETY: the symbols are the CUDA runtime's, opened above with these signatures; both places outlive
     // the call.
-    let code = unsafe {
+    let codes = unsafe {
+        let choose = Library::this().get::<SetDevice>(b"cudaSetDevice\0").ok()?;
         let call = Library::this().get::<MemGetInfo>(b"cudaMemGetInfo\0").ok()?;
-        call(&raw mut free, &raw mut total)
+        [choose(index as i32), call(&raw mut free, &raw mut total)]
     };
-    (code == 0).then_some([free, total])
+    (codes == [0, 0]).then_some([free, total])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_takes_the_gpu_of_its_number_or_the_one_it_was_left() {
+        assert_eq!(own_gpu("auto", 3, 8), "cuda:3");
+        assert_eq!(own_gpu("cuda", 3, 1), "cuda:0");
+        assert_eq!(own_gpu("auto", 3, 0), "auto");
+        assert_eq!(of_process("cpu", 3), "cpu");
+        assert_eq!(of_process("cuda:1", 3), "cuda:1");
+    }
 }
