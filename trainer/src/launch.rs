@@ -19,6 +19,8 @@ const HEAP: [(&str, &str); 3] = [
 /// How long libtorch's threads spin for their next work, in libgomp's turns: some ten microseconds. Its default of a
 /// millisecond takes processors from what computes without libtorch between its operations.
 const SPIN: (&str, &str) = ("GOMP_SPINCOUNT", "10000");
+/// NVIDIA's libraries: with 0, what is called f32 is not rounded to TF32, as libtorch has convolutions do.
+const NO_TF32: (&str, &str) = ("NVIDIA_TF32_OVERRIDE", "0");
 /// Where it is set, it says how threads wait.
 const WAIT: &str = "OMP_WAIT_POLICY";
 
@@ -42,8 +44,16 @@ fn start() -> Result<Infallible, String> {
         ));
     }
     let spin = env::var_os(WAIT).is_none().then_some(SPIN);
-    let unset = HEAP.into_iter().chain(spin).filter(|(name, _)| env::var_os(name).is_none());
+    let no_tf32 = asks_for_f32().then_some(NO_TF32);
+    let unset =
+        HEAP.into_iter().chain(spin).chain(no_tf32).filter(|(name, _)| env::var_os(name).is_none());
     Err(failed(Command::new(&program).args(env::args_os().skip(1)).envs(unset).exec()))
+}
+
+fn asks_for_f32() -> bool {
+    let arguments: Vec<_> = env::args_os().collect();
+    arguments.windows(2).any(|pair| pair[0] == "--precision" && pair[1] == "f32")
+        || arguments.iter().any(|argument| argument == "--precision=f32")
 }
 
 /// Libraries that the loader looks for in vain, or why it cannot look; it does not start the program.

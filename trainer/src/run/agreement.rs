@@ -56,9 +56,6 @@ fn hash(bytes: &[u8]) -> String {
     format!("{:x}", Sha256::digest(bytes))
 }
 
-/// Sums over what networks see, in f64, which differ where any number differs by more than a rounding.
 fn weights(model: &Model) -> String {
-    let text = |sums: [f64; 2]| sums.map(|sum| format!("{:x}", sum.to_bits())).concat();
-    let sums: Vec<String> = model.engine.trained().sums().into_iter().map(text).collect();
-    hash(sums.join(",").as_bytes())
+    hash(format!("{:x?}", model.engine.trained().fingerprints()).as_bytes())
 }

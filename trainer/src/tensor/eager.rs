@@ -187,7 +187,8 @@ impl Ops for Eager<'_> {
         let (bias, causal) = match mask {
             Mask::None => (None, false),
             Mask::Causal => (None, true),
-            Mask::Bias(bias) => (Some(&**bias), false),
+            // cuDNN's kernels take the bias's last axis for dense, and T5's, put together from heads, is not.
+            Mask::Bias(bias) => (Some(bias.contiguous()), false),
         };
         Rc::new(Tensor::scaled_dot_product_attention(q, k, v, bias, 0.0, causal, scale, false))
     }

@@ -19,7 +19,7 @@ use flow::checkpoint::{Dtype, Entry, Weights};
 use flow::ops::shapes::Manifest;
 use tch::{Device, Kind, Tensor, no_grad};
 
-use self::division::sums;
+use self::division::fingerprint;
 use self::gathering::Gathering;
 pub(crate) use self::gathering::{Others, Pass};
 use super::device::Compute;
@@ -383,11 +383,11 @@ impl Parameters {
         self.segments.iter().map(|segment| &segment.master)
     }
 
-    /// Takes a segment whose master is whole; keeps this rank's part of it, and sums of the whole where ranks
+    /// Takes a segment whose master is whole; keeps this rank's part of it, and fingerprints of the whole where ranks
     /// compare what they have read.
     fn hold(&mut self, mut segment: Segment, is_compared: bool) {
         let is_gathered = self.is_gathered();
-        let sums = if is_compared { segment.sums() } else { Vec::new() };
+        let fingerprints = if is_compared { segment.fingerprints() } else { Vec::new() };
         if !is_gathered {
             self.make_views(&segment);
         }
@@ -395,7 +395,7 @@ impl Parameters {
             segment.master = self.own(&segment.master);
         }
         if let Some(gathering) = &mut self.gathering {
-            gathering.hold(&segment.master, self.kind, sums);
+            gathering.hold(&segment.master, self.kind, fingerprints);
         }
         self.segments.push(segment);
     }
@@ -421,8 +421,8 @@ impl Segment {
     }
 
     /// Of each parameter, while the master is whole.
-    fn sums(&self) -> Vec<[f64; 2]> {
-        self.places.iter().map(|place| sums(&place.narrow(&self.master))).collect()
+    fn fingerprints(&self) -> Vec<[i64; 2]> {
+        self.places.iter().map(|place| fingerprint(&place.narrow(&self.master))).collect()
     }
 }
 

@@ -9,6 +9,9 @@ use tch::{Kind, Tensor, no_grad};
 use super::{Gradient, Mesh, Parameters, Segment};
 use crate::tensor::eager::dims;
 
+/// As many numbers are made whole ones at a time.
+const NUMBERS_AT_ONCE: i64 = 1 << 22;
+
 /// A rank's part of a segment, without the padding.
 pub(crate) struct Span {
     pub(crate) own: Range<usize>,
@@ -105,14 +108,14 @@ impl Parameters {
         (0..self.segments.len()).map(|index| self.seen_of(index).copy())
     }
 
-    /// The sum of each parameter as networks see it, and that of its absolute values, in order; where ranks hold
-    /// parts, as it was read.
-    pub(crate) fn sums(&self) -> Vec<[f64; 2]> {
+    /// Of each parameter as networks see it, in order, what tells it from another; where ranks hold parts, as it was
+    /// read.
+    pub(crate) fn fingerprints(&self) -> Vec<[i64; 2]> {
         if let Some(gathering) = &self.gathering {
-            return gathering.sums();
+            return gathering.fingerprints();
         }
         let places = self.segments.iter().flat_map(|segment| &segment.places);
-        places.map(|place| sums(&self.views.borrow()[&place.name].detach())).collect()
+        places.map(|place| fingerprint(&self.views.borrow()[&place.name].detach())).collect()
     }
 
     fn seen_of(&self, index: usize) -> Tensor {
@@ -163,9 +166,17 @@ impl Parameters {
     }
 }
 
-/// The sum of `values`, and that of their absolute values.
-pub(super) fn sums(values: &Tensor) -> [f64; 2] {
-    [values.sum(Kind::Double), values.abs().sum(Kind::Double)].map(|sum| sum.double_value(&[]))
+/// The sum of `values`' bits as whole numbers, and that of their squares, both modulo 2^64: unlike a sum of the values
+/// themselves, the same on every device and in every order.
+pub(super) fn fingerprint(values: &Tensor) -> [i64; 2] {
+    let as_bits = if values.kind().elt_size_in_bytes() == 2 { Kind::Int16 } else { Kind::Int };
+    let sums = values.reshape([-1]).split(NUMBERS_AT_ONCE, 0).into_iter().map(|part| {
+        let bits = part.view_dtype(as_bits).to_kind(Kind::Int64);
+        Tensor::stack(&[bits.sum(Kind::Int64), bits.square().sum(Kind::Int64)], 0)
+    });
+    let zero = Tensor::zeros([2], (Kind::Int64, values.device()));
+    let total = sums.fold(zero, |total, sum| total + sum);
+    [0, 1].map(|index| total.int64_value(&[index]))
 }
 
 /// `whole` `[n]` with zeros behind it, up to a multiple of the ranks.

@@ -45,7 +45,7 @@ pub(super) struct Gathering {
     /// Sums over ranks and passes, of this rank's parts.
     gradients: RefCell<Vec<Option<Tensor>>>,
     /// Sums of each parameter as it was read.
-    sums: Vec<[f64; 2]>,
+    fingerprints: Vec<[i64; 2]>,
 }
 
 /// What a rank tells the others before a pass: that it attends, or the pass and whose values it is of.
@@ -71,14 +71,14 @@ fn agreed(group: &Group, own: i64) -> Result<i64> {
 
 impl Gathering {
     /// Keeps this rank's part of a segment `whole`, as networks see it.
-    pub(super) fn hold(&mut self, part: &Tensor, kind: Kind, sums: Vec<[f64; 2]>) {
+    pub(super) fn hold(&mut self, part: &Tensor, kind: Kind, fingerprints: Vec<[i64; 2]>) {
         self.seen.push(part.to_kind(kind));
         self.gradients.get_mut().push(None);
-        self.sums.extend(sums);
+        self.fingerprints.extend(fingerprints);
     }
 
-    pub(super) fn sums(&self) -> Vec<[f64; 2]> {
-        self.sums.clone()
+    pub(super) fn fingerprints(&self) -> Vec<[i64; 2]> {
+        self.fingerprints.clone()
     }
 
     pub(super) fn seen(&self, index: usize) -> &Tensor {
