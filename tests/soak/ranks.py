@@ -51,6 +51,8 @@ SETTINGS = {
 }
 # Seconds after which a rank that is frozen is given up.
 PATIENCE = 5
+# Seconds within which a save here is over.
+SAVE_SECONDS = 0.1
 
 
 def command(out, ranks, more=(), **settings):
@@ -127,25 +129,29 @@ def divisions(algorithm):
             yield f"{shard} divided, one group", shard, (2, 3, 4), {**one, "group_size": 12}
 
 
-def equal(home, _):
+def cases():
+    """Every algorithm, all weights and a LoRA, as every division of the work: a title, how to divide, settings."""
     for algorithm in ALGORITHMS:
         for what, lora in (("all weights", {}), ("LoRA", {"lora__rank": 4})):
             for how, shard, worlds, division in divisions(algorithm):
-                settings = {"algorithm": algorithm, **lora, **division}
-                off, text = compared(home, f"{algorithm}, {what}, {how}", (), shard, worlds, settings)
-                yield off is not None and off <= 1e-6, text
+                yield f"{algorithm}, {what}, {how}", shard, worlds, {"algorithm": algorithm, **lora, **division}
+
+
+def equal(home, _):
+    for title, *case in cases():
+        off, text = compared(home, title, (), *case)
+        yield off is not None and off <= 1e-6, text
 
 
 def narrow(home, _):
     """Where rollout and update batches are rounded apart, a run is refused, as one process would refuse it."""
-    for algorithm in ALGORITHMS:
-        for how, shard, worlds, division in divisions(algorithm):
-            title, settings = f"{algorithm}, bf16, {how}", {"algorithm": algorithm, **division}
-            try:
-                off, text = compared(home, title, ("--precision", "bf16"), shard, worlds, settings)
-                yield off is not None and off <= 2e-2, text
-            except RuntimeError as error:
-                yield "|log ratio| is" in str(error), f"{title}: {str(error).splitlines()[-1]}"
+    for title, *case in cases():
+        title = f"bf16, {title}"
+        try:
+            off, text = compared(home, title, ("--precision", "bf16"), *case)
+            yield off is not None and off <= 2e-2, text
+        except RuntimeError as error:
+            yield "|log ratio| is" in str(error), f"{title}: {str(error).splitlines()[-1]}"
 
 
 def ranks_of(launcher):
@@ -343,27 +349,34 @@ def end(launcher):
     launcher.communicate()
 
 
+def is_saving(out):
+    return any((out / "checkpoints").glob(".iteration-*"))
+
+
 def saves(home, n):
     out = home / "run"
     line = command(out, 2, more=["--resume"], iterations=10**6, save_every=1, prompts_per_iteration=2, updates=1,
                    stop_after_idle=0)
-    seen, visible = 0, 0
-    for _ in range(n):
+    seen, visible, trials = 0, 0, 0
+    while seen < n and trials < 3 * n:
+        trials += 1
         had = visible
         before = len(metrics(out)) if (out / "metrics.jsonl").exists() else 0
         launcher = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while launcher.poll() is None and not (has_begun(out) and len(metrics(out)) > before):
             time.sleep(0.01)
-        time.sleep(random.random() * 0.3)
+        while launcher.poll() is None and not is_saving(out):
+            time.sleep(0.001)
+        time.sleep(random.random() * SAVE_SECONDS)
         if launcher.poll() is not None:
             yield False, launcher.stderr.read()
             return
-        saving = any((out / "checkpoints").glob(".iteration-*"))
+        saving = is_saving(out)
         end(launcher)
         seen += saving
         bad, visible = broken(out)
         # The first save of all may be the one that is killed.
-        yield not bad and visible >= min(had, 1), f"{'in a save' if saving else 'between'}, {visible} whole, {seen} in saves so far {bad}"
+        yield not bad and visible >= min(had, 1), f"{'in a save' if saving else 'after one'}, {visible} whole, {seen} in saves so far {bad}"
 
 
 def disk(home, _):
@@ -429,7 +442,7 @@ def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     options.add_argument("--program", default=ROOT / "target/release/ng-train", help="ng-train")
-    options.add_argument("-n", type=int, default=100, help="trials of killed, frozen and saves [100]")
+    options.add_argument("-n", type=int, default=100, help="trials of killed and frozen, kills in a save of saves [100]")
     options.add_argument("--seed", type=int, default=1)
     chosen = options.parse_args()
     global PROGRAM
