@@ -42,6 +42,17 @@ pub(crate) fn begin_file(home: &Path, name: &OsStr) -> io::Result<NamedTempFile>
     }
 }
 
+/// Refuses `path` where something lies that no file may take the place of: a folder, a device, a pipe.
+pub(crate) fn check_replaceable(path: &Path) -> io::Result<()> {
+    match fs::metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Ok(found) if found.is_file() => Ok(()),
+        Ok(found) if found.is_dir() => Err(ErrorKind::IsADirectory.into()),
+        Ok(_) => Err(io::Error::other("it is a device or a pipe, and only files are written")),
+        Err(error) => Err(error),
+    }
+}
+
 /// What the hidden names of something that will be called `name` begin with.
 pub(crate) fn hidden(name: &OsStr) -> String {
     let name: String = name.to_string_lossy().chars().take(NAME_CHARS).collect();
@@ -191,6 +202,19 @@ mod tests {
         assert!(!folder.exists());
         assert_eq!(entries(home.path()), 4);
         assert_eq!(remove_leftovers(&home.path().join("absent"), "").unwrap(), 0);
+    }
+
+    #[test]
+    fn only_files_are_replaced() {
+        let home = tempfile::tempdir().unwrap();
+        let (file, link) = (home.path().join("file"), home.path().join("link"));
+        fs::write(&file, "before").unwrap();
+        check_replaceable(&file).unwrap();
+        check_replaceable(&home.path().join("absent")).unwrap();
+        std::os::unix::fs::symlink("/dev/null", &link).unwrap();
+        for other in [home.path(), &link, Path::new("/dev/null")] {
+            check_replaceable(other).unwrap_err();
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use tokenizers::models::bpe::BPE;
 use tokenizers::normalizers::{Lowercase, NormalizerWrapper};
-use tokenizers::{NormalizedString, Normalizer, Tokenizer, TruncationParams};
+use tokenizers::{NormalizedString, Normalizer, PostProcessor, Tokenizer, TruncationDirection};
 
 use crate::checkpoint::{CheckpointError, read_bounded};
 use crate::panics::caught;
@@ -29,7 +29,11 @@ pub struct PromptIds {
 }
 
 /// One tokenizer: the ids of a text with its special tokens, cut to a length and not padded.
-pub struct Truncated(Tokenizer);
+pub struct Truncated {
+    tokenizer: Tokenizer,
+    /// Tokens of a text that are kept beside the special ones.
+    most: usize,
+}
 
 struct Padded {
     tokenizer: Truncated,
@@ -157,12 +161,13 @@ impl Truncated {
     }
 
     fn new(mut tokenizer: Tokenizer, length: usize, dir: &Path) -> Result<Self, CheckpointError> {
-        let truncation = TruncationParams { max_length: length, ..TruncationParams::default() };
-        tokenizer
-            .with_truncation(Some(truncation))
-            .map_err(|error| CheckpointError::malformed(dir, error))?;
+        let n_special = tokenizer.get_post_processor().map_or(0, |ends| ends.added_tokens(false));
+        let most = length.checked_sub(n_special).ok_or_else(|| {
+            CheckpointError::malformed(dir, format!("{length} tokens have no room for text"))
+        })?;
+        tokenizer.with_truncation(None).map_err(|error| CheckpointError::malformed(dir, error))?;
         tokenizer.with_padding(None);
-        Ok(Self(tokenizer))
+        Ok(Self { tokenizer, most })
     }
 
     /// Ids of `text`.
@@ -175,24 +180,25 @@ impl Truncated {
 
     /// Ids of `text`, and how many more it has.
     fn encode_and_count(&self, text: &str) -> Result<(Vec<i64>, usize), tokenizers::Error> {
-        let encode = || {
-            if let Some(normalizer) = self.0.get_normalizer() {
+        let encode = || -> Result<_, tokenizers::Error> {
+            if let Some(normalizer) = self.tokenizer.get_normalizer() {
                 rewrite(normalizer, &mut NormalizedString::from(text))?;
             }
-            self.0.encode(text, true)
+            // The tokenizer's own truncation does not tell how much it leaves out.
+            let mut encoding = self.tokenizer.encode(text, false)?;
+            let n = encoding.len();
+            encoding.truncate(self.most, 0, TruncationDirection::Right);
+            let cut = n - encoding.len();
+            Ok((self.tokenizer.post_process(encoding, None, true)?, cut))
         };
-        let encoding =
+        let (encoding, cut) =
             caught(encode).map_err(|why| format!("the tokenizer is damaged: {why}"))??;
-        let is_text = |special: &&u32| **special == 0;
-        let overflow = encoding.get_overflowing().iter();
-        let cut =
-            overflow.map(|more| more.get_special_tokens_mask().iter().filter(is_text).count());
-        Ok((encoding.get_ids().iter().map(|&id| i64::from(id)).collect(), cut.sum()))
+        Ok((encoding.get_ids().iter().map(|&id| i64::from(id)).collect(), cut))
     }
 
     /// Ids are below this.
     pub fn n_ids(&self) -> usize {
-        self.0.get_vocab_size(true)
+        self.tokenizer.get_vocab_size(true)
     }
 }
 

@@ -302,6 +302,7 @@ struct Beside {
 impl Beside {
     fn begin(path: &Path) -> Result<Self> {
         let begin = || {
+            disk::check_replaceable(path)?;
             let folder = disk::parent(path);
             disk::create_folders(folder)?;
             disk::begin_file(folder, path.file_name().unwrap_or_default())

@@ -8,6 +8,19 @@ use flow::tokens::Tokenizers;
 use tests::fixture::root;
 
 #[test]
+fn what_is_cut_is_counted_whole() {
+    let folder = root().join("tests/fixtures/tokenizers/pipeline");
+    let tokenizers = Tokenizers::open(&folder, None).unwrap();
+    let cut = |words: usize| tokenizers.encode(&vec!["red"; words].join(" ")).unwrap().cut;
+    let [few, more, many] = [600, 700, 1600].map(cut);
+    for encoder in 0..2 {
+        let a_hundred = more[encoder] - few[encoder];
+        assert!(few[encoder] > 0 && a_hundred >= 100, "{few:?}, {more:?}");
+        assert_eq!(many[encoder] - few[encoder], 10 * a_hundred);
+    }
+}
+
+#[test]
 fn ids_are_those_of_transformers() {
     let folder = root().join("tests/fixtures/tokenizers");
     let prompts = fs::read(folder.join("prompts.json")).unwrap();
