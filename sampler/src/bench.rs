@@ -4,16 +4,19 @@ use std::{
     env, fs,
     io::Write,
     process::{Command, Stdio},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
+use flow::usage::Usage;
 use serde::Serialize;
 
 use crate::{
     args::Bench,
     device,
     engine::{Engine, Finished, Memory, Options, Watch},
+    export::{self, Export},
     format::Format,
     report::{Stages, timed},
     request::{Job, Request},
@@ -78,20 +81,16 @@ impl Spread {
 pub fn run(args: &Bench, mut lines: impl Write) -> Result<()> {
     let (folder, options) = run::engine_options(&args.engine)?;
     let options = Options { memory: Memory::Keep, ..options };
-    if let Some(notice) = options.notice() {
+    let export = Arc::new(Export::open(&folder, options.text_tokens)?);
+    let jobs = jobs(args, &export)?;
+    let nothing_skipped = args.image.skip && !jobs[0].skip;
+    let unused = nothing_skipped.then(|| export::nothing_skipped(jobs[0].plan.len()));
+    for notice in args.engine.runtime.notices(&options).into_iter().chain(unused) {
         flow::log::note(&format!("note: {notice}"));
     }
     let cold = Spread::of((0..args.starts).map(|_| cold_start()).collect::<Result<Vec<_>>>()?);
-    let mut engine = Engine::open(&folder, &options)?;
-    let base = Request { seed: Some(0), ..run::request(&args.image)? };
-    let request = |i: usize| Request {
-        prompt: format!("{PROMPT} {i}"),
-        seed: Some(i as u64),
-        ..base.clone()
-    };
-    let n_images = args.images as usize + WARM_UP;
-    let jobs: Vec<Job> =
-        (0..n_images).map(|i| Ok(engine.export().job(request(i))?)).collect::<Result<_>>()?;
+    let mut engine = Engine::closed(export, &options);
+    engine.open_all()?;
     let mut made = Made { images: Vec::new() };
     engine.generate(&jobs, &mut made);
     let images = made.images.into_iter().collect::<Result<Vec<_>>>()?;
@@ -132,6 +131,17 @@ pub fn run(args: &Bench, mut lines: impl Write) -> Result<()> {
         return Ok(writeln!(lines, "{}", serde_json::to_string(&measured)?)?);
     }
     print(&measured, &mut lines)
+}
+
+/// The images that are measured in this process, those that warm it up first.
+fn jobs(args: &Bench, export: &Export) -> Result<Vec<Job>> {
+    let base = run::request(&args.image)?;
+    let job = |i: usize| {
+        let (prompt, seed) = (format!("{PROMPT} {i}"), Some(i as u64));
+        Ok(export.job(Request { prompt, seed, ..base.clone() }).map_err(Usage::from)?)
+    };
+    let n = args.images as usize + WARM_UP;
+    (0..n).map(job).collect()
 }
 
 fn print(measured: &Measured, lines: &mut impl Write) -> Result<()> {
@@ -188,7 +198,8 @@ fn cold_start() -> Result<f64> {
     let ended = command.output().context("cannot start this program again")?;
     let seconds = start.elapsed().as_secs_f64();
     let said = String::from_utf8_lossy(&ended.stderr);
-    ensure!(ended.status.success(), "{}", said.trim().trim_start_matches("error: "));
+    let why = said.split_once("error: ").map_or(&*said, |(_, why)| why);
+    ensure!(ended.status.success(), "{}", why.trim());
     Ok(seconds)
 }
 

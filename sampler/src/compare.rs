@@ -1,6 +1,7 @@
 //! Several models, or a model with several LoRAs, from the same seeds on one sheet.
 
 use std::{
+    collections::HashSet,
     io::Write,
     path::{Path, PathBuf},
 };
@@ -35,9 +36,13 @@ pub fn run(args: &Compare, mut lines: impl Write) -> Result<()> {
     let prompts = prompts(args)?;
     let base = Request { seed: Some(0), ..run::request(&args.image)? };
     let options = args.runtime.options(Memory::Keep)?;
-    if let Some(notice) = options.notice() {
-        log::note(&format!("note: {notice}"));
-    }
+    let mut said = HashSet::new();
+    let mut note = |notice: &String| {
+        if said.insert(notice.clone()) {
+            log::note(&format!("note: {notice}"));
+        }
+    };
+    args.runtime.notices(&options).iter().for_each(&mut note);
     let mut columns: Vec<Vec<Picture>> = Vec::new();
     let (mut names, mut rows) = (Vec::new(), Vec::new());
     let first = settings::seed(&args.image.seed).map_err(Usage)?;
@@ -58,6 +63,7 @@ pub fn run(args: &Compare, mut lines: impl Write) -> Result<()> {
                     );
                 }
             }
+            jobs.iter().flat_map(|job| &job.notices).for_each(&mut note);
             columns.push(pictures(&mut engine, &jobs)?);
             rows = jobs.iter().map(|job| format!("seed {}: {}", job.seed, job.prompt)).collect();
             let with = |name: &str| lora.map_or_else(String::new, |_| format!(" with {name}"));

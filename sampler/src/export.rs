@@ -13,7 +13,7 @@ use flow::{
     pipeline::{Pipeline, read_json},
     prompts,
     schedule::{Schedule, Shift},
-    solver::{DEFAULT_SOLVER, DEFAULT_STEPS, plan},
+    solver::{DEFAULT_SOLVER, DEFAULT_STEPS, Solver, plan},
     tokens::{MAX_TEXT_TOKENS, PromptIds, Tokenizers},
     usage::Usage,
 };
@@ -24,6 +24,7 @@ use crate::{
     adapters::{Adapter, Adapters, Scaled, Slots},
     networks,
     request::{Job, Request},
+    sample::skipped,
 };
 
 /// Most pixels an image may have.
@@ -120,8 +121,12 @@ impl Export {
             let why = format!("{} is noise for an image of another size", noise.name);
             return Err(invalid("noise", why));
         }
+        let plan = plan(solver, &schedule);
+        let skip = skips(&request, solver, plan.len())?;
+        let mut notices = self.notices(&ids);
+        notices.extend((request.skip && !skip).then(|| nothing_skipped(plan.len())));
         Ok(Job {
-            notices: self.notices(&ids),
+            notices,
             ids: Arc::new(ids),
             width,
             height,
@@ -132,10 +137,10 @@ impl Export {
             shift: grid.shift.factor(),
             strength,
             cancel: Cancel::default(),
-            plan: plan(solver, &schedule),
+            plan,
             schedule,
             size,
-            skip: request.skip,
+            skip,
             rng: request.rng,
             loras,
             prompt: request.prompt,
@@ -310,6 +315,23 @@ fn kept(steps: usize, strength: f64) -> Result<usize, Invalid> {
         }
         kept => Ok(kept),
     }
+}
+
+/// Whether any of `n_calls` network calls is forecast.
+fn skips(request: &Request, solver: Solver, n_calls: usize) -> Result<bool, Invalid> {
+    if request.skip && solver == Solver::Heun {
+        let why = "--skip is not for the solver heun, which calls the network twice at one time, \
+                   where no line can be drawn: leave --skip out, or take another --solver";
+        return Err(invalid("skip", why.into()));
+    }
+    Ok(request.skip && skipped(n_calls).contains(&true))
+}
+
+/// What `--skip` means for so few network calls.
+pub(crate) fn nothing_skipped(n_calls: usize) -> String {
+    format!(
+        "--skip has no effect: of {n_calls} network calls none is forecast; it takes at least 5"
+    )
 }
 
 /// A seed of 32 bits, which every tool of this field can type in again.

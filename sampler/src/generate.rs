@@ -34,9 +34,6 @@ pub fn run(run: &Run, lines: impl Write) -> Result<()> {
     for notice in &run.notices {
         report.notice(notice);
     }
-    if let Some(notice) = run.options.notice() {
-        report.notice(notice);
-    }
     let mut engine = Engine::closed(run.export.clone(), &run.options);
     let jobs: Vec<Job> = run.images.iter().map(|image| image.job.clone()).collect();
     report.stage("reading prompts");

@@ -46,13 +46,12 @@ fn make(args: &Generate) -> Result<()> {
 
 fn run(cli: Cli) -> Result<()> {
     cli.says.open().map_err(Usage)?;
-    match (cli.inspect, cli.command) {
-        (Some(path), _) => inspect::run(&path, false, stdout()),
-        (None, Some(Command::Bench(args))) => bench::run(&args, stdout()),
-        (None, Some(Command::Compare(args))) => compare::run(&args, stdout()),
-        (None, Some(Command::Inspect(args))) => inspect::run(&args.path, args.json, stdout()),
-        (None, Some(Command::Generate(args))) => make(&args),
-        (None, None) => make(&cli.generate),
-        (None, Some(Command::Serve(args))) => serve(&args),
+    match cli.command {
+        Some(Command::Bench(args)) => bench::run(&args, stdout()),
+        Some(Command::Compare(args)) => compare::run(&args, stdout()),
+        Some(Command::Inspect(args)) => inspect::run(&args.path, args.json, stdout()),
+        Some(Command::Generate(args)) => make(&args),
+        None => make(&cli.generate),
+        Some(Command::Serve(args)) => serve(&args),
     }
 }

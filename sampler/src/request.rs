@@ -40,7 +40,7 @@ pub struct Request {
     pub strength: Option<f64>,
     /// Start from this noise `[Z, h, w]` instead of the seed's.
     pub noise: Option<Arc<GivenNoise>>,
-    /// Forecast a third of the velocities instead of computing them.
+    /// Forecast the velocities that [`crate::sample::skipped`] names instead of computing them.
     pub skip: bool,
     pub rng: Rng,
     /// Names of loaded LoRAs, and their scales.
@@ -86,10 +86,11 @@ pub struct Job {
     pub init: Option<Arc<Picture>>,
     pub strength: f64,
     pub noise: Option<Arc<GivenNoise>>,
+    /// Whether any velocity is forecast.
     pub skip: bool,
     pub rng: Rng,
     pub loras: Vec<Scaled>,
-    /// What was changed in the request, a sentence each: a prompt that is cut.
+    /// What was changed in the request, a sentence each: a prompt that is cut, a setting without effect.
     pub notices: Vec<String>,
     /// The prompt in tokens.
     pub ids: Arc<PromptIds>,

@@ -85,9 +85,11 @@ impl Run {
                 images.push(Image { file, job: export.job(request).map_err(Usage::from)? });
             }
         }
-        let cut = images.iter().step_by(count).flat_map(|image| &image.job.notices);
-        notices.extend(cut.cloned());
-        notices.dedup();
+        let of_prompts = images.iter().step_by(count).flat_map(|image| &image.job.notices);
+        notices.extend(of_prompts.cloned());
+        notices.extend(args.engine.runtime.notices(&options));
+        let mut said = HashSet::new();
+        notices.retain(|notice| said.insert(notice.clone()));
         if let Some(path) = &args.noise {
             give_noise(path, &mut images)?;
         }

@@ -32,10 +32,21 @@ const PROMPT: [&str; 3] = ["target", "colour", "color"];
 pub fn of_prompt(prompt: &Prompt, base: &Request) -> Result<Request> {
     let mut request = Request { prompt: prompt.text.clone(), ..base.clone() };
     for (name, spellings) in NAMES {
-        let value = spellings.iter().find_map(|spelling| prompt.fields.get(*spelling));
-        let Some(value) = value.filter(|value| !value.is_null()) else { continue };
-        set(&mut request, name, &text(value))
-            .map_err(|why| Usage(format!("the prompt {:?}: {name} {value}: {why}", prompt.text)))?;
+        let values = spellings.iter().filter_map(|spelling| {
+            let value = prompt.fields.get(*spelling).filter(|value| !value.is_null())?;
+            Some((*spelling, value))
+        });
+        let mut earlier: Option<&str> = None;
+        for (spelling, value) in values {
+            let wrong = |why: String| Usage(format!("the prompt {:?}: {why}", prompt.text));
+            let mut with = request.clone();
+            set(&mut with, name, &text(value))
+                .map_err(|why| wrong(format!("{spelling} {value}: {why}")))?;
+            if let Some(earlier) = earlier.filter(|_| with != request) {
+                bail!(wrong(format!("{earlier} and {spelling} differ; give only one of them")));
+            }
+            (request, earlier) = (with, Some(spelling));
+        }
     }
     Ok(request)
 }
@@ -121,10 +132,29 @@ mod tests {
             (r#"{"prompt": "a", "steps": -4}"#, "steps -4"),
             (r#"{"prompt": "a", "solver": "ddim9"}"#, "dpmpp-2m-k"),
             (r#"{"prompt": "a", "seed": 1e30}"#, "no seed"),
+            (
+                r#"{"prompt": "a", "steps": 4, "num_inference_steps": 8}"#,
+                "steps and num_inference_",
+            ),
+            (r#"{"prompt": "a", "guidance": 1, "distilled_cfg_scale": 2}"#, "and distilled_cfg_sc"),
+            (
+                r#"{"prompt": "a", "solver": "euler", "sampler": "Heun"}"#,
+                "solver and sampler differ",
+            ),
         ] {
             let error = of_prompt(&prompt(line), &base).unwrap_err();
             assert!(error.is::<Usage>() && error.to_string().contains(named), "{error}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn two_names_of_a_setting_may_agree() -> Result<()> {
+        let line = r#"{"prompt": "a", "steps": null, "num_inference_steps": 4, "guidance": 2,
+                       "guidance_scale": "2.0", "solver": "euler", "sampler": "Euler"}"#;
+        let request = of_prompt(&prompt(line), &Request { steps: Some(8), ..Request::default() })?;
+        assert_eq!((request.steps, request.guidance), (Some(4), Some(2.0)));
+        assert_eq!(request.solver, Some(Solver::Euler));
         Ok(())
     }
 

@@ -13,9 +13,10 @@ use flow::{
     usage::Usage,
 };
 use sampler::{
-    args::Cli,
+    args::{Cli, Command},
     parameters::{Origin, Parameters},
     run::Run,
+    server::args::serve,
 };
 use tempfile::TempDir;
 
@@ -220,13 +221,16 @@ fn noise_from_a_file_replaces_the_seeds() -> Result<()> {
 #[test]
 fn wrong_arguments_are_usage_errors() -> Result<()> {
     let export = Export::new(false)?;
+    export.write("heun.jsonl", r#"{"prompt": "fox", "solver": "Heun"}"#)?;
     for (options, expected) in [
         ("--prompt fox --width 36", "invalid image size 36x32"),
         ("--prompt fox --width 4000000000 --height 4000000000", "above the limit"),
         ("--prompt fox --guidance 3", "embeds no guidance"),
         ("--prompt fox --shift 0", "invalid shift 0"),
         ("--prompt fox --shift nan", "invalid shift NaN"),
-        ("--prompt fox --max-sequence-length 513", "not from 2 to 512"),
+        ("--prompt fox --shift -1", "invalid shift -1"),
+        ("--prompt fox --skip --solver heun", "--skip is not for the solver heun"),
+        ("--prompts @/heun.jsonl --skip", "--skip is not for the solver heun"),
         ("--prompt fox --seed 18446744073709551615 -n 2", "passes the largest seed"),
         ("--prompt fox --seed fox", "--seed fox is no seed"),
         ("--prompt fox --guidance nan", "embeds no guidance"),
@@ -239,9 +243,7 @@ fn wrong_arguments_are_usage_errors() -> Result<()> {
         assert!(message.contains(expected), "{expected} is not in: {message}");
         assert_eq!(code, 2, "{options}: {message}");
     }
-    for options in
-        ["--steps 0", "--steps 1001", "--solver ddim", "--threads 0", "-n 0", "--provider rocm"]
-    {
+    for options in ["--solver ddim", "--provider rocm"] {
         let typed = format!("ng-sample --model m --prompt p {options}");
         assert!(Cli::try_parse_from(typed.split(' ')).is_err(), "{options} was accepted");
     }
@@ -249,6 +251,86 @@ fn wrong_arguments_are_usage_errors() -> Result<()> {
     {
         assert!(Cli::try_parse_from(typed.split(' ')).is_err(), "{typed} was accepted");
     }
+    Ok(())
+}
+
+#[test]
+fn a_number_out_of_its_range_is_told_the_range() {
+    for (options, range) in [
+        ("--steps 0", "1..=1000"),
+        ("--steps 1001", "1..=1000"),
+        ("--steps -3", "1..=1000"),
+        ("--width -16", "0..=4294967295"),
+        ("-H -16", "0..=4294967295"),
+        ("--threads 0", "1..=1024"),
+        ("--threads -1", "1..=1024"),
+        ("--device -1", "0..=255"),
+        ("--max-sequence-length 513", "2..=512"),
+        ("--max-sequence-length -1", "2..=512"),
+        ("-n 0", "1..=10000"),
+        ("-n -2", "1..=10000"),
+    ] {
+        let message = not_parsed(&format!("ng-sample --model m --prompt p {options}"));
+        assert!(message.contains(&format!("is not in {range}")), "{options}: {message}");
+    }
+    for (options, range) in [
+        ("--queue -1", "1..=100000"),
+        ("--batch -1", "1..=64"),
+        ("--max-steps -1", "1..=1000"),
+        ("--max-images -1", "1..=1000"),
+        ("--max-pixels -1", "1..=67108864"),
+        ("--keep -1", "0..=4294967295"),
+        ("--keep-megabytes -1", "0..=4294967295"),
+        ("--grace -1", "0..=4294967295"),
+    ] {
+        let message = not_parsed(&format!("ng-sample serve --model m {options}"));
+        assert!(message.contains(&format!("is not in {range}")), "{options}: {message}");
+    }
+}
+
+#[test]
+fn both_ways_to_give_prompts_are_named() {
+    for typed in ["ng-sample --model m", "ng-sample generate --model m", "ng-sample compare -m m"] {
+        let message = not_parsed(typed);
+        assert!(message.contains("<--prompt <TEXT>|--prompts <FILE>>"), "{message}");
+    }
+    assert!(not_parsed("ng-sample").contains("--model <DIR>"));
+    for old in ["ng-sample --inspect a.png", "ng-sample inspect a.png"] {
+        assert!(Cli::try_parse_from(old.split(' ')).is_ok(), "{old}");
+    }
+}
+
+fn not_parsed(typed: &str) -> String {
+    let parsed = Cli::try_parse_from(typed.split(' '));
+    parsed.err().unwrap_or_else(|| panic!("{typed} was accepted")).to_string()
+}
+
+#[test]
+fn what_has_no_effect_is_said() -> Result<()> {
+    let export = Export::new(false)?;
+    let lines = "{\"prompt\": \"fox\"}\n{\"prompt\": \"owl\", \"steps\": 8}\n{\"prompt\": \"hen\"}";
+    export.write("p.jsonl", lines)?;
+    let run = export.run("--prompts @/p.jsonl --device 0 --engines @/engines --skip --steps 4")?;
+    let of = |option: &str| run.notices.iter().filter(|said| said.starts_with(option)).count();
+    assert_eq!(["--device 0", "--engines", "--skip"].map(of), [1, 1, 1], "{:?}", run.notices);
+    let skip: Vec<bool> = run.images.iter().map(|image| image.job.skip).collect();
+    assert_eq!(skip, [false, true, false]);
+    let run = export.run("--prompt fox --provider tensorrt --device 1 --engines @/engines")?;
+    assert!(!run.notices.iter().any(|said| said.contains("no effect")), "{:?}", run.notices);
+    Ok(())
+}
+
+#[test]
+fn a_server_whose_default_size_is_too_large_does_not_start() -> Result<()> {
+    let export = Export::new(false)?;
+    let folder = export.0.path().to_str().unwrap();
+    let typed =
+        format!("ng-sample serve --model fox={folder} --listen 127.0.0.1:0 --max-pixels 1023");
+    let cli = Cli::try_parse_from(typed.split(' '))?;
+    let Some(Command::Serve(args)) = cli.command else { panic!("{typed} serves") };
+    let error = serve(&args).unwrap_err();
+    let expected = "--max-pixels 1023 is below the 32x32 that model fox makes";
+    assert!(error.is::<Usage>() && error.to_string().contains(expected), "{error}");
     Ok(())
 }
 

@@ -69,39 +69,40 @@ pub struct ServeArgs {
 
     /// Images that may wait; a request beyond that gets 429.
     #[arg(long, value_name = "N", default_value_t = 64,
-          value_parser = clap::value_parser!(u32).range(1..=100_000))]
+          allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub queue: u32,
 
     /// Waiting images of one size and plan that may share the calls of the network [default: 4 where
     /// that leaves an image's bits alone, which is on the CPU with f32 weights, and 1 elsewhere].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+          value_parser = clap::value_parser!(u16).range(1..=64))]
     pub batch: Option<u16>,
 
     /// Most images of a request.
     #[arg(long, value_name = "N", default_value_t = 10,
-          value_parser = clap::value_parser!(u16).range(1..=1000))]
+          allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub max_images: u16,
 
     /// Most steps of a request.
     #[arg(long, value_name = "N", default_value_t = 100,
-          value_parser = clap::value_parser!(u16).range(1..=1000))]
+          allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub max_steps: u16,
 
     /// Most pixels of an image.
     #[arg(long, value_name = "N", default_value_t = 2048 * 2048,
-          value_parser = clap::value_parser!(u32).range(1..=1 << 26))]
+          allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..=1 << 26))]
     pub max_pixels: u32,
 
     /// Seconds that an ended job can be asked for.
-    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, allow_negative_numbers = true)]
     pub keep: u32,
 
     /// Megabytes of ended jobs' images that are kept.
-    #[arg(long, value_name = "MB", default_value_t = 256)]
+    #[arg(long, value_name = "MB", default_value_t = 256, allow_negative_numbers = true)]
     pub keep_megabytes: u32,
 
     /// Seconds that accepted work may take when the server is told to stop.
-    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, allow_negative_numbers = true)]
     pub grace: u32,
 
     /// Folder of LoRAs that clients may name; the models need slots for them.
@@ -140,6 +141,7 @@ pub fn serve(args: &ServeArgs) -> Result<()> {
             let message = format!("two models are named {:?}; give NAME=DIR", card.name);
             bail!(Usage(message));
         }
+        check_default_size(card, args.max_pixels as usize)?;
     }
     let options = Options { batch: batch(args, &cards, &options), ..options };
     let listener = std::net::TcpListener::bind(args.listen)
@@ -147,7 +149,7 @@ pub fn serve(args: &ServeArgs) -> Result<()> {
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
     let log = Log { silent: false, prompts: args.log_prompts };
-    if let Some(notice) = options.notice() {
+    for notice in notices(args, &cards, &options) {
         log.event("notice", json!({"notice": notice}));
     }
     let engines = open(&cards, &options)?;
@@ -168,6 +170,34 @@ pub fn serve(args: &ServeArgs) -> Result<()> {
     let _ = worker.join();
     service.log.event("stopped", json!({}));
     Ok(())
+}
+
+/// A request that gives no size must not be refused for the size.
+fn check_default_size(card: &Card, max_pixels: usize) -> Result<()> {
+    let side = card.export.default_side();
+    let pixels = side.saturating_mul(side);
+    if pixels > max_pixels {
+        let message = format!(
+            "--max-pixels {max_pixels} is below the {side}x{side} that model {} makes where no size \
+             is given: give at least {pixels}",
+            card.name
+        );
+        bail!(Usage(message));
+    }
+    Ok(())
+}
+
+/// What a person should know before networks are opened.
+fn notices(args: &ServeArgs, cards: &[Card], options: &Options) -> Vec<String> {
+    let unused = args.loras.as_ref().filter(|_| !cards.iter().any(Card::has_slots));
+    let unused = unused.map(|folder| {
+        format!(
+            "--loras {} has no effect: no model that is served has slots for LoRAs; export one with \
+             `ng-export --lora-slots`",
+            folder.display()
+        )
+    });
+    args.runtime.notices(options).into_iter().chain(unused).collect()
 }
 
 /// Images that share a call of the network: as typed, else several where their bits stay the same.

@@ -1,6 +1,6 @@
 //! What a client asked for, and what that means for a model within the server's limits.
 
-use std::sync::Arc;
+use std::{ops::RangeInclusive, sync::Arc};
 
 use flow::{latents::PATCH, solver::DEFAULT_STEPS};
 
@@ -17,6 +17,18 @@ pub struct Limits {
     pub steps: usize,
     pub images: usize,
     pub pixels: usize,
+}
+
+impl Limits {
+    /// Steps that a request may ask for.
+    pub fn step_range(self) -> RangeInclusive<i128> {
+        1..=self.steps as i128
+    }
+
+    /// Images that a request may ask for.
+    pub fn image_range(self) -> RangeInclusive<i128> {
+        1..=self.images as i128
+    }
 }
 
 /// A model that is served.

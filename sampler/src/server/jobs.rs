@@ -41,7 +41,7 @@ pub async fn create(
     Extension(RequestId(request_id)): Extension<RequestId>,
     mut fields: Fields,
 ) -> Result<Response, Refusal> {
-    let f = &mut fields;
+    let (f, limits) = (&mut fields, service.limits);
     let model = f.text("model")?;
     let prompt = f.text("prompt")?;
     let prompt = prompt.ok_or_else(|| f.invalid("prompt", "it is missing"))?;
@@ -50,7 +50,7 @@ pub async fn create(
         prompt,
         width: side(f, "width")?,
         height: side(f, "height")?,
-        steps: f.integer(NAMES.steps, 1..=1000)?.map(|n| n as usize),
+        steps: f.integer(NAMES.steps, limits.step_range())?.map(|n| n as usize),
         solver: solver(f, "solver")?,
         seed: seed(f, "seed")?,
         guidance: f.number(NAMES.guidance, 0.0..=100.0)?.map(|scale| scale as f32),
@@ -60,7 +60,7 @@ pub async fn create(
     };
     let ask = Ask {
         image,
-        count: f.integer(NAMES.count, 1..=1000)?.map(|n| n as usize),
+        count: f.integer(NAMES.count, limits.image_range())?.map(|n| n as usize),
         encoding: encoding(f)?,
         previews: f.integer("previews", 0..=MAX_PREVIEWS)?.unwrap_or(0) as usize,
     };

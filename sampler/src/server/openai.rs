@@ -20,7 +20,7 @@ use crate::request::Request;
 
 use super::{
     app::RequestId,
-    ask::{Ask, Names},
+    ask::{Ask, Limits, Names},
     encoded::Encoding,
     events,
     fields::Fields,
@@ -59,7 +59,7 @@ pub async fn generate(
     Extension(RequestId(request_id)): Extension<RequestId>,
     fields: Fields,
 ) -> Result<Response, Refusal> {
-    let wish = Wish::read(fields)?;
+    let wish = Wish::read(fields, service.limits)?;
     let model = service.model(wish.model.as_deref())?;
     loras::ensure(&service, model, &wish.ask.image.loras).await?;
     let job = service.submit(model, wish.ask, NAMES, Source::OpenAi, &request_id)?;
@@ -103,13 +103,13 @@ struct Look {
 }
 
 impl Wish {
-    fn read(mut fields: Fields) -> Result<Self, Refusal> {
+    fn read(mut fields: Fields, limits: Limits) -> Result<Self, Refusal> {
         let f = &mut fields;
         let prompt = f.text("prompt")?.ok_or_else(|| {
             Refusal::field("prompt", "missing_required_parameter", "prompt is missing")
         })?;
         let model = f.text("model")?;
-        let count = f.integer("n", 1..=10)?.map(|n| n as usize);
+        let count = f.integer(NAMES.count, limits.image_range())?.map(|n| n as usize);
         let size = f.text("size")?.map(|text| size(f, &text)).transpose()?.flatten();
         let stream = f.flag("stream")?.unwrap_or(false);
         let partial = f.integer("partial_images", 0..=3)?.unwrap_or(0) as usize;
@@ -127,7 +127,7 @@ impl Wish {
             prompt,
             width: size.map(|(width, _)| width),
             height: size.map(|(_, height)| height),
-            steps: f.integer(NAMES.steps, 1..=200)?.map(|n| n as usize),
+            steps: f.integer(NAMES.steps, limits.step_range())?.map(|n| n as usize),
             solver: solver(f, "solver")?,
             seed: seed(f, "seed")?,
             guidance: f.number(NAMES.guidance, 0.0..=20.0)?.map(|scale| scale as f32),

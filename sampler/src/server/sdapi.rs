@@ -32,6 +32,8 @@ const NAMES: Names =
     Names { size: "width", steps: "steps", count: "batch_size", guidance: "distilled_cfg_scale" };
 /// The only schedule: the model's own.
 const SCHEDULER: &str = "Automatic";
+/// An older name of `sampler_name`, which goes before it.
+const SAMPLER_INDEX: &str = "sampler_index";
 /// What may only be off.
 const OFF: [&str; 12] = [
     "restore_faces",
@@ -214,18 +216,20 @@ struct Wish {
     model: usize,
     ask: Ask,
     send_images: bool,
-    /// Fields of [`WITHOUT_EFFECT`] that were sent.
+    /// What was sent of [`WITHOUT_EFFECT`], and [`SAMPLER_INDEX`] where it is another than the name.
     ignored: Vec<&'static str>,
 }
 
 impl Wish {
     fn read(service: &Service, mut fields: Fields) -> Result<Self, Refusal> {
-        let f = &mut fields;
+        let (f, limits) = (&mut fields, service.limits);
         let side = |f: &mut Fields, name| f.integer(name, 1..=1 << 20);
-        let images = |f: &mut Fields, name| f.integer(name, 1..=1000).map(|n| n.unwrap_or(1));
+        let images =
+            |f: &mut Fields, name| f.integer(name, limits.image_range()).map(|n| n.unwrap_or(1));
         let count = images(f, NAMES.count)? * images(f, "n_iter")?;
-        let sampler = f.text("sampler_name")?;
-        let sampler = sampler.or(f.text("sampler_index")?);
+        let (sampler, index) = (f.text("sampler_name")?, f.text(SAMPLER_INDEX)?);
+        let is_overruled = sampler.is_some() && index.is_some() && sampler != index;
+        let sampler = sampler.or(index);
         let typed = f.text("prompt")?.unwrap_or_default();
         let (prompt, loras) = extra_networks(&typed).map_err(|why| f.invalid("prompt", &why))?;
         let image = Request {
@@ -233,7 +237,7 @@ impl Wish {
             loras,
             width: side(f, "width")?.map(|n| n as usize),
             height: side(f, "height")?.map(|n| n as usize),
-            steps: f.integer(NAMES.steps, 1..=1000)?.map(|n| n as usize),
+            steps: f.integer(NAMES.steps, limits.step_range())?.map(|n| n as usize),
             solver: sampler.map(|name| solver(f, &name)).transpose()?,
             seed: seed(f, "seed")?,
             guidance: f.number(NAMES.guidance, 0.0..=100.0)?.map(|scale| scale as f32),
@@ -248,8 +252,8 @@ impl Wish {
                 return Err(f.invalid(name, "it is not served and may only be off"));
             }
         }
-        let ignored =
-            WITHOUT_EFFECT.into_iter().filter(|name| fields.take(name).is_some()).collect();
+        let sent = WITHOUT_EFFECT.into_iter().filter(|name| fields.take(name).is_some());
+        let ignored = sent.chain(is_overruled.then_some(SAMPLER_INDEX)).collect();
         let model = model(service, &mut fields)?;
         fields.finish()?;
         Ok(Self { model, ask, send_images, ignored })

@@ -88,6 +88,32 @@ async fn every_wrong_field_is_named() {
 }
 
 #[tokio::test]
+async fn the_limits_are_the_servers_own() {
+    let mut settings = settings();
+    (settings.limits.steps, settings.limits.images) = (300, 20);
+    let rig = Rig::without_worker(settings);
+    let paths = [
+        (PATH, "num_inference_steps", "n"),
+        ("/api/jobs", "steps", "count"),
+        ("/sdapi/v1/txt2img", "steps", "n_iter"),
+    ];
+    for (path, steps, count) in paths {
+        for (field, value, most) in
+            [(steps, 0, 300), (steps, 301, 300), (count, 0, 20), (count, 21, 20)]
+        {
+            let mut wish = json!({"prompt": "a"});
+            wish[field] = value.into();
+            let answer = rig.post(path, &wish).await.json().to_string();
+            let expected = format!("{field}: {value} is not from 1 to {most}");
+            assert!(answer.contains(&expected), "{path}: {answer}");
+        }
+    }
+    // Only the unknown field is wrong.
+    let wish = json!({"prompt": "a", "num_inference_steps": 300, "n": 20, "colour": "red"});
+    check(&rig.post(PATH, &wish).await, 400, "unknown_parameter");
+}
+
+#[tokio::test]
 async fn bodies_that_are_no_requests() {
     let rig = Rig::without_worker(settings());
     check(&rig.send(post(PATH, "[]")).await, 400, "invalid_json");

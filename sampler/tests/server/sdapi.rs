@@ -22,7 +22,10 @@ async fn text_to_image_as_clients_ask() {
     assert!(images == drawn_alone([3, 4], 8));
     let info: Value = serde_json::from_str(body["info"].as_str().unwrap()).unwrap();
     assert_eq!(info["all_seeds"], json!([3, 4]));
-    assert_eq!(info["ignored"], json!(["cfg_scale", "negative_prompt", "subseed"]));
+    assert_eq!(
+        info["ignored"],
+        json!(["cfg_scale", "negative_prompt", "subseed", "sampler_index"])
+    );
     assert_eq!(body["parameters"]["sampler_name"], "DPM++ 2M");
     for (field, value) in [
         ("enable_hr", json!(true)),
