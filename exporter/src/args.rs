@@ -1,9 +1,10 @@
 //! What was typed.
 #![expect(clippy::doc_markdown, reason = "these comments are the help text")]
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
-use clap::builder::RangedI64ValueParser;
+use clap::builder::{PossibleValuesParser, RangedI64ValueParser, TypedValueParser};
 use clap::{Parser, ValueEnum};
 use manual::says::Says;
 
@@ -11,10 +12,10 @@ use crate::element::Float;
 use crate::export::Request;
 use crate::external::Placement;
 use crate::part::Part;
-use crate::precision::{BLOCK, BLOCKS, Choice, Modulation, Precision};
+use crate::precision::{BLOCK, BLOCKS, Choice, Modulation, Precision, VAE};
 use crate::target::{Attention, Target};
 use crate::verify::Asked;
-use crate::verify::pictures::{MAX_PICTURES, MAX_SIDE};
+use crate::verify::pictures::{MAX_PICTURES, MAX_PSNR, MAX_SIDE};
 
 /// Exports a FLUX checkpoint to ONNX.
 ///
@@ -65,8 +66,8 @@ pub struct Args {
     /// Type of activations and of what is not quantised; by default the target's
     #[arg(long, value_name = "TYPE", value_enum)]
     activations: Option<Float>,
-    /// Type of the autoencoder, f32 or f16; by default f32
-    #[arg(long, value_name = "TYPE", value_enum)]
+    /// Type of the autoencoder; by default f32
+    #[arg(long, value_name = "TYPE", value_parser = vae())]
     vae: Option<Float>,
     /// Another form of attention than the target's
     #[arg(long, value_name = "FORM", value_enum)]
@@ -85,7 +86,7 @@ pub struct Args {
     /// differences into the folder, and fail when one is beyond its limit
     #[arg(long)]
     verify: bool,
-    #[arg(long, value_name = "X", requires = "verify", help = format!(
+    #[arg(long, value_name = "X", requires = "verify", value_parser = error(), help = format!(
         "Largest error, as a share of the largest value, that passes; by default {}",
         of_each(|precision| precision.max_error().to_string())
     ))]
@@ -96,12 +97,12 @@ pub struct Args {
          pixels at most"
     ))]
     pictures: Option<u8>,
-    #[arg(long, value_name = "DB", requires = "verify", help = format!(
+    #[arg(long, value_name = "DB", requires = "verify", value_parser = psnr(), help = format!(
         "Least PSNR of a picture that passes; by default {}",
         of_each(|precision| precision.limits().min_psnr.to_string())
     ))]
     min_psnr: Option<f64>,
-    #[arg(long, value_name = "X", requires = "verify", help = format!(
+    #[arg(long, value_name = "X", requires = "verify", value_parser = gmsd(), help = format!(
         "Largest GMSD of a picture (0 is none, 0.35 all is lost) that passes; by default {}",
         of_each(|precision| precision.limits().max_gmsd.to_string())
     ))]
@@ -121,6 +122,7 @@ pub struct Args {
 #[derive(Clone, Debug, Parser)]
 #[command(
     name = "ng-export verify",
+    bin_name = "ng-export verify",
     after_help = "Exit codes: 0 within its limits, 1 not, 2 wrong usage."
 )]
 pub struct Verify {
@@ -134,16 +136,16 @@ pub struct Verify {
     #[arg(long = "lora", value_name = "FILE[:SCALE]", value_parser = flow::lora::scaled_path)]
     pub loras: Vec<(PathBuf, f64)>,
     /// Another limit than the export's own
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", value_parser = error())]
     pub max_error: Option<f32>,
     /// Pictures to make and compare, as in an export
     #[arg(long, value_name = "N", value_parser = pictures())]
     pub pictures: Option<u8>,
     /// Least PSNR of a picture that passes
-    #[arg(long, value_name = "DB")]
+    #[arg(long, value_name = "DB", value_parser = psnr())]
     pub min_psnr: Option<f64>,
     /// Largest GMSD of a picture that passes
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", value_parser = gmsd())]
     pub max_gmsd: Option<f64>,
     /// Threads of ONNX Runtime
     #[arg(long, value_name = "N", default_value_t = 1,
@@ -156,7 +158,7 @@ pub struct Verify {
 
 /// Says what a checkpoint or an export is and holds.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "ng-export inspect")]
+#[command(name = "ng-export inspect", bin_name = "ng-export inspect")]
 pub struct Inspect {
     /// A pipeline folder
     #[arg(value_name = "DIR")]
@@ -169,7 +171,7 @@ pub struct Inspect {
 /// Makes an ONNX model of a TensorRT engine, which ONNX Runtime's provider of the same version runs, that of
 /// TensorRT or of TensorRT for RTX.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "ng-export wrap")]
+#[command(name = "ng-export wrap", bin_name = "ng-export wrap")]
 pub struct Wrap {
     /// The engine, as trtexec saves it
     #[arg(value_name = "PLAN")]
@@ -203,6 +205,32 @@ fn block_size() -> String {
     )
 }
 
+fn vae() -> impl TypedValueParser<Value = Float> {
+    let values = VAE.iter().filter_map(ValueEnum::to_possible_value).collect::<Vec<_>>();
+    PossibleValuesParser::new(values).try_map(|name| Float::from_str(&name, false))
+}
+
+/// Of the largest value: beyond 1 nothing is compared.
+fn error() -> impl TypedValueParser<Value = f32> {
+    number(0.0..=1.0).map(|x| x as f32)
+}
+
+fn psnr() -> impl TypedValueParser<Value = f64> {
+    number(0.0..=MAX_PSNR)
+}
+
+fn gmsd() -> impl TypedValueParser<Value = f64> {
+    number(0.0..=1.0)
+}
+
+fn number(range: RangeInclusive<f64>) -> impl TypedValueParser<Value = f64> {
+    let parse = move |text: String| match text.parse() {
+        Ok(x) if range.contains(&x) => Ok(x),
+        _ => Err(format!("a number from {} to {} is needed", range.start(), range.end())),
+    };
+    clap::builder::StringValueParser::new().try_map(parse)
+}
+
 fn pictures() -> RangedI64ValueParser<u8> {
     clap::value_parser!(u8).range(0..=MAX_PICTURES as i64)
 }
@@ -211,6 +239,12 @@ impl Args {
     /// Whether nothing is written.
     pub fn is_dry(&self) -> bool {
         self.dry_run
+    }
+
+    /// A line about what was typed and changes nothing.
+    pub fn note(&self) -> Option<&'static str> {
+        let is_idle = self.threads.is_some() && !self.verify;
+        is_idle.then_some("note: --threads changes nothing without --verify")
     }
 
     /// What it means.
@@ -259,16 +293,68 @@ mod tests {
 
     use super::*;
 
+    const EXPORT: &str = "ng-export signs --out onnx";
+    const VERIFY: &str = "ng-export onnx --checkpoint signs";
+
+    fn parsed<T: Parser>(always: &str, more: &str) -> Result<T, clap::Error> {
+        T::try_parse_from(always.split(' ').chain(more.split_whitespace()))
+    }
+
     #[test]
     fn the_command_line_is_consistent() {
         Args::command().debug_assert();
-        let typed = ["ng-export", "signs", "--out", "onnx", "--verify", "--threads", "3"];
-        let request = Args::parse_from(typed).request();
+        let args: Args = parsed(EXPORT, "--verify --threads 3").unwrap();
+        assert_eq!(args.note(), None);
+        let request = args.request();
         assert_eq!((request.threads, request.verify, request.replace), (3, true, false));
-        assert!(Args::try_parse_from(["ng-export", "signs"]).is_err(), "--out is required");
-        assert!(
-            Args::try_parse_from(["ng-export", "a", "--out", "b", "--threads", "0"]).is_err(),
-            "no threads cannot work"
-        );
+        assert!(parsed::<Args>("ng-export signs", "").is_err(), "--out is required");
+        assert!(parsed::<Args>(EXPORT, "--threads 0").is_err(), "no threads cannot work");
+    }
+
+    #[test]
+    fn what_changes_nothing_is_said() {
+        let args: Args = parsed(EXPORT, "--threads 3").unwrap();
+        assert!(args.note().is_some_and(|note| note.contains("--verify")));
+    }
+
+    #[test]
+    fn a_limit_is_a_number_that_something_can_be_beyond() {
+        for typed in ["max-error=-5", "max-error=nan", "max-error=inf", "max-error=1e9"]
+            .into_iter()
+            .chain(["min-psnr=nan", "min-psnr=-inf", "min-psnr=101"])
+            .chain(["max-gmsd=nan", "max-gmsd=inf", "max-gmsd=-0.1", "max-gmsd=x"])
+        {
+            let export = parsed::<Args>(EXPORT, &format!("--verify --{typed}")).unwrap_err();
+            let verify = parsed::<Verify>(VERIFY, &format!("--{typed}")).unwrap_err();
+            for error in [export, verify] {
+                assert_eq!(error.exit_code(), 2);
+                assert!(error.to_string().contains("a number from 0 to"), "{error}");
+            }
+        }
+        let limits = "--max-error 0.5 --min-psnr 20 --max-gmsd 0.3";
+        let verify: Verify = parsed(VERIFY, limits).unwrap();
+        assert_eq!((verify.max_error, verify.min_psnr), (Some(0.5), Some(20.0)));
+        assert_eq!(verify.max_gmsd, Some(0.3));
+    }
+
+    #[test]
+    fn the_autoencoder_has_the_types_that_are_listed() {
+        for (typed, is) in [("f16", Some(Float::F16)), ("f32", Some(Float::F32)), ("bf16", None)] {
+            let request = parsed::<Args>(EXPORT, &format!("--vae {typed}")).map(Args::request);
+            assert_eq!(request.ok().and_then(|request| request.choice.vae), is, "{typed}");
+        }
+    }
+
+    #[test]
+    fn usage_names_the_command() {
+        let usage = |error: clap::Error| error.to_string();
+        let all = [
+            ("verify", usage(parsed::<Verify>("ng-export", "-h").unwrap_err())),
+            ("inspect", usage(parsed::<Inspect>("ng-export", "-h").unwrap_err())),
+            ("wrap", usage(parsed::<Wrap>("ng-export", "-h").unwrap_err())),
+        ];
+        for (name, help) in all {
+            assert!(help.contains(&format!("Usage: ng-export {name} ")), "{help}");
+        }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use flow::checkpoint::write_atomically;
 use flow::pipeline::{Pipeline, read_json};
 use serde::{Deserialize, Serialize};
@@ -127,8 +127,14 @@ impl Description {
     /// That of the export in `folder`.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// When there is none, or it cannot be read.
     pub fn read(folder: &Path) -> Result<Self> {
+        let shown = folder.display();
+        ensure!(folder.is_dir(), "{shown}: no such folder");
+        ensure!(
+            folder.join(FILE).exists(),
+            "{shown}: no {FILE} in it: give a folder that ng-export wrote"
+        );
         Ok(read_json(&folder.join(FILE))?)
     }
 }

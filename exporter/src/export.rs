@@ -13,6 +13,7 @@ use flow::lora::{Layers, Lora};
 use flow::pipeline::Pipeline;
 use flow::staged::{self, Staged};
 use flow::tokens::Tokenizers;
+use flow::usage::Usage;
 use indicatif::ProgressBar;
 
 use crate::description::{self, Description};
@@ -404,8 +405,7 @@ fn check_apart(checkpoint: &Path, target: &Path) -> Result<()> {
     };
     ensure!(
         !checkpoint.starts_with(&target),
-        "{} holds the checkpoint itself: choose another --out",
-        target.display()
+        Usage(format!("{} holds the checkpoint itself: choose another --out", target.display()))
     );
     Ok(())
 }

@@ -104,8 +104,13 @@ fn say(text: impl std::fmt::Display) -> Result<()> {
 
 fn run(args: Args) -> Result<()> {
     open(&args.says)?;
+    let note = args.note();
     if args.is_dry() {
-        return say(plan(&args.request())?);
+        say(plan(&args.request())?)?;
+        if let Some(note) = note {
+            log::note(note);
+        }
+        return Ok(());
     }
     ctrlc::set_handler(|| STOP.store(true, Ordering::Relaxed))
         .context("cannot listen for interrupts")?;
@@ -118,6 +123,9 @@ fn run(args: Args) -> Result<()> {
     let summaries = export(&request, &bar, &|| STOP.load(Ordering::Relaxed));
     bar.finish_and_clear();
     say(Table(&summaries?))?;
+    if let Some(note) = note {
+        log::note(note);
+    }
     if request.choice.target == Target::TensorRt {
         let pipeline = Pipeline::open(&request.checkpoint)?;
         let side = pipeline.default_size();

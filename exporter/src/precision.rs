@@ -1,6 +1,6 @@
 //! Precisions: rules from a layer's name and shape to how its weights are stored.
 
-use anyhow::{Result, bail, ensure};
+use flow::usage::Usage;
 
 use crate::element::Float;
 use crate::part::Part;
@@ -104,13 +104,15 @@ pub struct Dialect {
 pub const BLOCK: usize = 32;
 /// What `MatMulNBits` can do, powers of two.
 pub const BLOCKS: std::ops::RangeInclusive<usize> = 16..=256;
+/// Types of the autoencoder: in bf16 images show bands, and Resize has no such kernel.
+pub const VAE: [Float; 2] = [Float::F16, Float::F32];
 
 impl Choice {
     /// The dialect of `part`.
     ///
     /// # Errors
     /// When the target cannot do what was chosen.
-    pub fn dialect(&self, part: Part) -> Result<Dialect> {
+    pub fn dialect(&self, part: Part) -> Result<Dialect, Usage> {
         let mut table = self.table()?;
         let (arithmetic, stored) = self.floats(part, &table)?;
         if arithmetic == Float::F32 {
@@ -139,42 +141,45 @@ impl Choice {
         Ok(Dialect { table, arithmetic, stored, body, modulation, slots, part })
     }
 
-    fn table(&self) -> Result<Table> {
+    fn table(&self) -> Result<Table, Usage> {
         let mut table = self.target.table();
         let target = self.target.name();
         let is_coded = matches!(self.precision, Precision::Int8 | Precision::Int4 | Precision::Fp8);
         if let Some(attention) = self.attention {
-            ensure!(
-                table.has_extensions || attention != Attention::MultiHead,
-                "--attention multi-head: target {target} has standard operators only: choose standard \
-                 or decomposed"
-            );
-            ensure!(
-                table.opset >= 23 || attention == Attention::Decomposed,
-                "--attention {}: target {target} keeps to opset {}: leave the option out",
-                attention.name(),
-                table.opset
-            );
+            need(table.has_extensions || attention != Attention::MultiHead, || {
+                format!(
+                    "--attention multi-head: target {target} has standard operators only: choose \
+                     standard or decomposed"
+                )
+            })?;
+            need(table.opset >= 23 || attention == Attention::Decomposed, || {
+                format!(
+                    "--attention {}: target {target} keeps to opset {}: leave the option out",
+                    attention.name(),
+                    table.opset
+                )
+            })?;
             table.attention = attention;
         }
         if let Some(block) = self.block {
-            ensure!(is_coded, "--block-size is for int8, int4 and fp8: leave it out");
-            ensure!(
-                block.is_power_of_two() && BLOCKS.contains(&block),
-                "--block-size {block}: a power of two from {} to {} is needed",
-                BLOCKS.start(),
-                BLOCKS.end()
-            );
+            need(is_coded, || "--block-size is for int8, int4 and fp8: leave it out".into())?;
+            need(block.is_power_of_two() && BLOCKS.contains(&block), || {
+                format!(
+                    "--block-size {block}: a power of two from {} to {} is needed",
+                    BLOCKS.start(),
+                    BLOCKS.end()
+                )
+            })?;
         }
-        ensure!(
-            is_coded || self.modulation == Modulation::High,
-            "--modulation is for int8, int4 and fp8: leave it out"
-        );
-        ensure!(
-            self.precision != Precision::Fp8 || table.has_fp8,
-            "--precision fp8: target {target} has no kernel for it: choose int8, or target cuda, \
-             tensorrt or tensorrt-rtx"
-        );
+        need(is_coded || self.modulation == Modulation::High, || {
+            "--modulation is for int8, int4 and fp8: leave it out".into()
+        })?;
+        need(self.precision != Precision::Fp8 || table.has_fp8, || {
+            format!(
+                "--precision fp8: target {target} has no kernel for it: choose int8, or target cuda, \
+                 tensorrt or tensorrt-rtx"
+            )
+        })?;
         if is_coded && table.opset < 21 {
             // The first with blocks and 4-bit types, and its format.
             (table.opset, table.ir) = (21, 10);
@@ -183,12 +188,13 @@ impl Choice {
     }
 
     /// Types of arithmetic and of stored floats.
-    fn floats(&self, part: Part, table: &Table) -> Result<(Float, Float)> {
+    fn floats(&self, part: Part, table: &Table) -> Result<(Float, Float), Usage> {
         let target = self.target.name();
         if matches!(part, Part::VaeDecoder | Part::VaeEncoder) {
-            // In bf16 images show bands, and Resize has no such kernel.
             let vae = self.vae.unwrap_or(Float::F32);
-            ensure!(vae != Float::Bf16, "--vae bf16 is not supported: choose f32 or f16");
+            need(VAE.contains(&vae), || {
+                format!("--vae {} is not supported: choose f32 or f16", vae.name())
+            })?;
             return Ok((vae, vae));
         }
         let wanted = match self.precision {
@@ -197,33 +203,37 @@ impl Choice {
             Precision::Bf16 => Float::Bf16,
             Precision::Int8 | Precision::Int4 | Precision::Fp8 => {
                 let arithmetic = self.activations.unwrap_or(table.arithmetic[0]);
-                ensure!(
-                    self.precision != Precision::Fp8
-                        || arithmetic != Float::F32
-                        || !table.has_extensions,
-                    "--activations f32: the kernel of fp8 takes f16 or bf16"
-                );
+                let is_taken = self.precision != Precision::Fp8
+                    || arithmetic != Float::F32
+                    || !table.has_extensions;
+                need(is_taken, || "--activations f32: the kernel of fp8 takes f16 or bf16".into())?;
                 arithmetic
             }
         };
         if let Some(activations) = self.activations {
             let is_fixed =
                 matches!(self.precision, Precision::F32 | Precision::F16 | Precision::Bf16);
-            ensure!(
-                !is_fixed || activations == wanted,
-                "--activations {}: --precision {} says it already",
-                activations.name(),
-                wanted.name()
-            );
+            need(!is_fixed || activations == wanted, || {
+                format!(
+                    "--activations {}: --precision {} says it already",
+                    activations.name(),
+                    wanted.name()
+                )
+            })?;
         }
         if table.arithmetic.contains(&wanted) {
             return Ok((wanted, wanted));
         }
-        if self.activations.is_some() {
-            bail!("--activations {}: target {target} has no kernels for it", wanted.name());
-        }
+        need(self.activations.is_none(), || {
+            format!("--activations {}: target {target} has no kernels for it", wanted.name())
+        })?;
         Ok((Float::F32, wanted))
     }
+}
+
+/// A choice that cannot be is a mistake in what was typed.
+fn need(is_met: bool, otherwise: impl FnOnce() -> String) -> Result<(), Usage> {
+    if is_met { Ok(()) } else { Err(Usage(otherwise())) }
 }
 
 impl Dialect {
@@ -303,5 +313,35 @@ impl Precision {
             Self::Int4 => "int4",
             Self::Fp8 => "fp8",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::args::Args;
+
+    #[test]
+    fn what_a_target_or_precision_has_not_is_wrong_usage() {
+        for (typed, says) in [
+            ("--precision fp8", "choose int8"),
+            ("--block-size 64", "leave it out"),
+            ("--precision int8 --block-size 48", "a power of two"),
+            ("--modulation int8", "leave it out"),
+            ("--activations bf16", "says it already"),
+            ("--precision int8 --activations bf16", "no kernels"),
+            ("--target cuda --precision fp8 --activations f32", "takes f16 or bf16"),
+            ("--target tensorrt --attention multi-head", "standard or decomposed"),
+            ("--target portable --attention standard", "opset 18"),
+        ] {
+            let words = ["ng-export", "/absent", "--out", "/absent/out"].into_iter();
+            let request = Args::parse_from(words.chain(typed.split(' '))).request();
+            let error = crate::export::plan::plan(&request).err().expect(typed);
+            assert!(error.is::<Usage>() && error.to_string().contains(says), "{typed}: {error:#}");
+        }
+        let choice = Choice { vae: Some(Float::Bf16), ..Choice::default() };
+        assert!(choice.dialect(Part::VaeDecoder).is_err());
     }
 }

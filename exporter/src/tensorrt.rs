@@ -1,10 +1,12 @@
 //! TensorRT as it is: what builds engines of a graph, and an engine as an ONNX file.
 
+use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use flow::checkpoint::{open_for_reading, read_bounded};
 use flow::pipeline::Pipeline;
+use flow::usage::Usage;
 use prost::Message;
 
 use crate::external::{MODEL_FILE, write_model};
@@ -14,6 +16,8 @@ use crate::proto::{
     AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, ValueInfoProto,
 };
 
+/// How engines of TensorRT for data centres begin.
+const MAGIC: [&[u8]; 2] = [b"ftrt", b"ptrt"];
 /// How engines of TensorRT for RTX begin.
 const RTX_MAGIC: &[u8] = b"vtrt";
 /// The providers of ONNX Runtime that read wrapped engines, of data centres and of TensorRT for RTX; any other
@@ -62,33 +66,28 @@ pub fn build_command(folder: &Path, pipeline: &Pipeline, side: usize, batch: usi
 /// was built for GPUs of compute capability `architecture` (90 is Hopper).
 ///
 /// # Errors
-/// When the plan does not lie beside or below the target, is of TensorRT for RTX but the architecture is not, or
-/// a file cannot be read or written.
+/// When the plan is no engine, does not lie beside or below the target, is of TensorRT for RTX but the architecture
+/// is not, or a file cannot be read or written.
 pub fn wrap(plan: &Path, graph: &Path, architecture: u32, target: &Path) -> Result<()> {
     let read = |path: &Path| format!("cannot read {}", path.display());
-    let start = {
-        use std::io::Read;
-        let mut start = Vec::new();
-        let file = open_for_reading(plan).with_context(|| read(plan))?;
-        file.take(RTX_MAGIC.len() as u64).read_to_end(&mut start).with_context(|| read(plan))?;
-        start
-    };
-    let is_rtx = start == RTX_MAGIC;
+    let is_rtx = is_rtx(plan)?;
     ensure!(
         !is_rtx || !DATA_CENTRE.contains(&architecture),
-        "{} is an engine of TensorRT for RTX: it runs on consumer GPUs, never on H100, H800 or H200: give its own \
-         --architecture",
-        plan.display()
+        Usage(format!(
+            "{} is an engine of TensorRT for RTX: it runs on consumer GPUs, never on H100, H800 or H200: give its \
+             own --architecture",
+            plan.display()
+        ))
     );
     let home = target.parent().filter(|home| !home.as_os_str().is_empty());
     let home = home.unwrap_or(Path::new(".")).canonicalize().with_context(|| read(target))?;
     let whole = plan.canonicalize().with_context(|| read(plan))?;
     let Ok(relative) = whole.strip_prefix(&home) else {
-        bail!(
+        bail!(Usage(format!(
             "{} does not lie beside or below {}: the model names it by a path that may not leave its folder",
             plan.display(),
             target.display()
-        );
+        )));
     };
     ensure!(!target.exists(), "{} exists: choose another --out", target.display());
     let bytes = read_bounded(graph).with_context(|| read(graph))?;
@@ -125,6 +124,22 @@ pub fn wrap(plan: &Path, graph: &Path, architecture: u32, target: &Path) -> Resu
     };
     write_model(target, &wrapped)?;
     Ok(())
+}
+
+/// Whether the engine `plan` is of TensorRT for RTX.
+fn is_rtx(plan: &Path) -> Result<bool> {
+    let read = || format!("cannot read {}", plan.display());
+    let mut start = Vec::new();
+    let file = open_for_reading(plan).with_context(read)?;
+    file.take(RTX_MAGIC.len() as u64).read_to_end(&mut start).with_context(read)?;
+    let is_rtx = start == RTX_MAGIC;
+    ensure!(
+        is_rtx || MAGIC.contains(&start.as_slice()),
+        "{} is no engine: those of TensorRT begin with ftrt, those of TensorRT for RTX with vtrt: give the file \
+         that trtexec or ng-engine saved",
+        plan.display()
+    );
+    Ok(is_rtx)
 }
 
 #[cfg(test)]
@@ -170,13 +185,30 @@ mod tests {
         assert!(outside.is_err());
         fs::create_dir(at("engines/b")).unwrap();
         let outside = wrap(&at("engines/a.plan"), &at("model.onnx"), 90, &at("engines/b/c.onnx"));
-        assert!(outside.unwrap_err().to_string().contains("beside or below"));
+        let outside = outside.unwrap_err();
+        assert!(outside.is::<Usage>() && outside.to_string().contains("beside or below"));
         fs::write(at("rtx.plan"), b"vtrt and the rest").unwrap();
         let rtx = wrap(&at("rtx.plan"), &at("model.onnx"), 90, &at("rtx.onnx")).unwrap_err();
-        assert!(rtx.to_string().contains("TensorRT for RTX"), "{rtx}");
+        assert!(rtx.is::<Usage>() && rtx.to_string().contains("TensorRT for RTX"), "{rtx}");
         wrap(&at("rtx.plan"), &at("model.onnx"), 89, &at("rtx.onnx")).unwrap();
         let bytes = fs::read(at("rtx.onnx")).unwrap();
         assert!(bytes.windows(RTX_SOURCE.len()).any(|part| part == RTX_SOURCE.as_bytes()));
+    }
+
+    #[test]
+    fn what_is_no_engine_is_not_wrapped() {
+        let home = tempfile::tempdir().unwrap();
+        let [plan, graph, target] = ["a.plan", "a.onnx", "b.onnx"].map(|n| home.path().join(n));
+        write_model(
+            &graph,
+            &ModelProto { graph: Some(GraphProto::default()), ..Default::default() },
+        )
+        .unwrap();
+        for start in [&b"\x89PNG\r\n\x1a\n"[..], b"PK\x03\x04", b"", b"ftr", b"\x08\x0b\x12\x09"] {
+            fs::write(&plan, start).unwrap();
+            let error = wrap(&plan, &graph, 89, &target).unwrap_err().to_string();
+            assert!(error.contains("is no engine") && !target.exists(), "{error}");
+        }
     }
 
     #[test]

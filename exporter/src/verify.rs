@@ -28,6 +28,7 @@ use crate::verify::report::{Found, Report};
 
 pub mod blocks;
 pub mod cut;
+pub mod origin;
 pub mod pictures;
 pub mod reference;
 pub mod report;
@@ -140,7 +141,8 @@ impl Asked {
 /// compared with their SHA-256.
 ///
 /// # Errors
-/// When a file was changed, other adapters were merged, or nothing can be compared.
+/// When a file was changed, it was made from another checkpoint, other adapters were merged, or nothing can be
+/// compared.
 pub fn again(
     folder: &Path,
     checkpoint: &Path,
@@ -149,9 +151,6 @@ pub fn again(
     threads: usize,
 ) -> Result<Report> {
     let description = Description::read(folder)?;
-    if let Some(sums) = Checksums::open(folder)? {
-        sums.check_all()?;
-    }
     let given = description::merged(loras);
     ensure!(
         given == description.merged,
@@ -160,11 +159,17 @@ pub fn again(
         description.merged
     );
     let pipeline = Pipeline::open(checkpoint)?;
+    let is_here = |part: &Part| description.components.contains_key(part.folder());
+    let parts: Vec<Part> = Part::ALL.into_iter().filter(is_here).collect();
+    origin::check(folder, checkpoint, parts.iter().copied())?;
+    if let Some(sums) = Checksums::open(folder)? {
+        sums.check_all()?;
+    }
     let layers = Layers::of(&pipeline);
     let open = |(path, scale): &(PathBuf, f64)| Ok(Lora::open(path, *scale, &layers)?);
     let loras = loras.iter().map(open).collect::<Result<Vec<_>>>()?;
     let mut report = Report::default();
-    for part in Part::ALL.into_iter().filter(|p| description.components.contains_key(p.folder())) {
+    for part in parts {
         let stages = blocks::compare(folder, part, &pipeline, &loras, threads)?;
         report.graphs.push(Found::new(part, stages, &description, asked.max_error));
     }

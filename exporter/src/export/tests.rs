@@ -359,13 +359,32 @@ fn a_plan_says_what_is_written_then_and_writes_nothing() {
 }
 
 #[test]
+fn an_export_is_verified_against_its_own_checkpoint_only() {
+    let mut scratch = Scratch::new("tiny-flux");
+    scratch.request.parts = vec![Part::TextEncoder];
+    scratch.export().unwrap();
+    let verified = |checkpoint: &Path| {
+        let Request { target, asked, .. } = &scratch.request;
+        verify::again(target, checkpoint, &[], asked, 1)
+    };
+    verified(&scratch.request.checkpoint).unwrap().check().unwrap();
+    let other = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/signs");
+    let message = verified(&other).err().unwrap().to_string();
+    assert!(message.contains("was not made from") && message.contains("hidden_size"), "{message}");
+    let absent = scratch.home.path().join("absent");
+    let asked = &scratch.request.asked;
+    let error = verify::again(&absent, &other, &[], asked, 1).err().unwrap();
+    assert!(error.to_string().ends_with("absent: no such folder"), "{error:#}");
+}
+
+#[test]
 fn the_checkpoint_is_never_the_target() {
     let mut scratch = Scratch::new("tiny-schnell");
     scratch.request.replace = true;
     for target in [scratch.request.checkpoint.clone(), scratch.home.path().to_owned()] {
         scratch.request.target = target;
-        let message = scratch.export().unwrap_err().to_string();
-        assert!(message.contains("holds the checkpoint"), "{message}");
+        let error = scratch.export().unwrap_err();
+        assert!(error.is::<Usage>() && error.to_string().contains("holds the checkpoint"));
     }
     scratch.assert_nothing_left();
 }

@@ -47,6 +47,9 @@ const MAX_FLOPS: f64 = 2e12;
 /// Side in pixels that pictures of the report are enlarged to.
 const SHOWN: usize = 128;
 
+/// Stands for no difference, dB.
+pub const MAX_PSNR: f64 = 100.0;
+
 /// How near pictures must be.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Limits {
@@ -61,7 +64,7 @@ pub struct Limits {
 pub struct Judged {
     /// What was painted.
     pub prompt: String,
-    /// dB; at most 100, which stands for no difference.
+    /// dB; at most [`MAX_PSNR`].
     pub psnr: f64,
     /// See [`gmsd`].
     pub gmsd: f64,
@@ -184,7 +187,7 @@ pub fn compare(
     })?;
     let judge = |(index, (a, b)): (usize, (&Picture, &Picture))| Judged {
         prompt: PROMPTS[index].into(),
-        psnr: psnr(a, b).min(100.0),
+        psnr: psnr(a, b).min(MAX_PSNR),
         gmsd: gmsd(a, b),
     };
     let judged = expected.iter().zip(&found).enumerate().map(judge).collect();
