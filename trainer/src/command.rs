@@ -147,11 +147,11 @@ fn align(
     for note in run.notes.iter().filter(|_| place.is_none_or(|topology| topology.rank == 0)) {
         log::note(note);
     }
+    let ranks = ranks::join(place, &run.config, compute)?;
     if *dry_run {
-        return plan::dry(&run.config, compute);
+        return if ranks.is_first() { plan::dry(&run.config, compute) } else { Ok(()) };
     }
     let (resume, record_update) = (*resume, record_update.clone());
-    let ranks = ranks::join(place, &run.config, compute)?;
     let options = align::Options { resume, record_update, threads, compute, ranks };
     align::run(&run.config, &options)
 }

@@ -338,17 +338,7 @@ fn ng_train_align_refuses_with_one_line() {
                 2,
                 &["@/wrong.toml, line 1", "did you mean model?"],
             ),
-            mistake(
-                "align --preset signs --set output=@/run --set prompts=@/empty.txt",
-                1,
-                &["@/empty.txt", "holds no prompt"],
-            ),
             mistake("align --preset signs --set output=@/run --set model=@/missing", 1, &[TENSOR]),
-            mistake(
-                "align --preset signs --set model=@/model --set output=@/file/run",
-                1,
-                &["@/file/run"],
-            ),
             Mistake { without_runtime: true, ..mistake(SIGNS, 1, &["\"ocr\"", "ORT_DYLIB_PATH"]) },
         ],
     );
@@ -360,6 +350,11 @@ fn ng_train_align_checks_what_it_will_need_later() {
     let run = "align --preset signs --set output=@/run --set";
     let told = &["validation", "\"a blue cat\" has no text"];
     let mistakes = [
+        (format!("{run} prompts=@/empty.txt"), 1, &["@/empty.txt", "holds no prompt"]),
+        (format!("{run} model=@/model --set output=@/file/run"), 1, &["@/file/run", ""]),
+        (format!("{run} output=@/file --dry-run"), 1, &["@/file", "is a file"]),
+        (format!("{run} lora.targets=[\"q\"] --dry-run"), 1, &["lora.targets: no layer", "[q]"]),
+        (format!("{run} rewards.0.weight=0 --set rewards.1.weight=0"), 2, &["rewards", "weight"]),
         (format!("{run} rollout.size=[33,32]"), 2, &["rollout.size", "33x32"]),
         (format!("{run} validation.prompts=@/plain.txt"), 1, told),
         (format!("{run} validation.prompts=@/plain.txt --dry-run"), 1, told),
@@ -418,13 +413,13 @@ fn ng_export_refuses_with_one_line() {
                 &["@/absent.safetensors"],
             ),
             mistake("@/model --out @/out --lora @/model/vae", 1, &["@/model/vae"]),
-            mistake("@/model --out @/out --precision fp8", 1, &["target cpu", "choose int8"]),
+            mistake("@/model --out @/out --precision fp8", 2, &["target cpu", "choose int8"]),
             mistake(
                 "@/model --out @/out --target tensorrt --attention multi-head",
-                1,
+                2,
                 &["standard"],
             ),
-            mistake("@/model --out @/out --block-size 48 --precision int4", 1, &["48", "from 16"]),
+            mistake("@/model --out @/out --block-size 48 --precision int4", 2, &["48", "from 16"]),
             mistake("@/model", 2, &["--out"]),
         ],
     );

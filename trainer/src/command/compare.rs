@@ -14,11 +14,13 @@ use std::thread;
 use anyhow::{Context, Result, bail, ensure};
 use flow::checkpoint::{read_bounded, write_atomically};
 use flow::pipeline::Pipeline;
+use flow::usage::Usage;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use self::growth::Cost;
 use crate::algorithm;
+use crate::data::prompts;
 use crate::run::align::ALIGNED;
 use crate::run::config::AlignConfig;
 use crate::run::interrupt;
@@ -142,9 +144,15 @@ impl Options<'_> {
 /// # Errors
 /// When the configuration contradicts itself, a run fails, or the output cannot be written.
 pub fn run(config: &CompareConfig, options: &Options<'_>) -> Result<()> {
-    config.validate()?;
+    config.validate().map_err(|error| Usage(error.to_string()))?;
     let start: AlignConfig =
         settings::read(&Source::Preset(&config.preset), &ALIGN_PRESETS, &config.settings)?;
+    let metrics = start.group.rewards.iter().chain(&start.judges);
+    let metrics: Vec<&str> = metrics.map(|metric| metric.name.as_str()).collect();
+    if let Some(unknown) = config.hacked.iter().find(|name| !metrics.contains(&name.as_str())) {
+        bail!(Usage(format!("hacked: no metric {unknown:?}: {} are there", metrics.join(", "))));
+    }
+    prompts::read(&config.prompts).context("prompts")?;
     let tasks = config.tasks()?;
     let folder = config.output.join("runs");
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
@@ -205,9 +213,12 @@ impl CompareConfig {
         ensure!(self.validate_every > 0, "validate_every = 0: curves need validations");
         ensure!(self.count > 0, "count = 0: at least one prompt is needed");
         ensure!(self.images > 0, "images = 0: at least one a prompt is needed");
+        let n_hacked = self.hacked.len();
+        ensure!([0, 2].contains(&n_hacked), "hacked = {:?}: two metrics, or none", self.hacked);
         ensure!(self.difference > 0.0, "difference = {}: above 0", self.difference);
         for (name, length) in [("minutes", self.minutes), ("passes", self.passes)] {
-            ensure!(length.is_none_or(|length| length > 0.0), "{name} = {length:?}: above 0");
+            let length = length.unwrap_or(1.0);
+            ensure!(length > 0.0 && length.is_finite(), "{name} = {length}: above 0");
         }
         ensure!(
             self.minutes.is_some() || self.passes.is_some(),

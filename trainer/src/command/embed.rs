@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use flow::checkpoint::View;
 use flow::log;
-use flow::pipeline::{Component, Pipeline, read_json};
+use flow::pipeline::{Component, read_json};
 use flow::prompts::one_line;
 use serde::Deserialize;
 use tch::{Kind, Tensor};
 
 use crate::data::{pickle, prompts};
-use crate::network::embeddings::{Embeddings, Row, store};
+use crate::network::embeddings::{self, Embeddings, Row, store};
 use crate::network::model::{Loading, Model};
 use crate::run::interrupt;
 use crate::run::progress::Progress;
@@ -41,7 +41,8 @@ pub struct Options<'a> {
 /// When the model or the prompts cannot be read, or the cache was made for other text lengths.
 pub fn run(options: &Options<'_>) -> Result<()> {
     let all = prompts::read(options.prompts)?;
-    let known = Embeddings::open(options.out)?;
+    let known = Embeddings::of(options.out, options.model)?;
+    let encoders = embeddings::encoders(options.model)?;
     let mut seen = HashSet::new();
     let missing: Vec<&str> = all
         .iter()
@@ -50,7 +51,6 @@ pub fn run(options: &Options<'_>) -> Result<()> {
         .collect();
     let n_known = all.len() - missing.len();
     log::note(&format!("prompts: {}, {n_known} of them known or alike", all.len()));
-    Pipeline::open(options.model)?;
     prompts::tell_cut(options.model, missing.iter().copied())?;
     let model = Model::load(options.model, Loading::to_sample(options.compute, true))?;
     let stored = stored_kind(&model)?;
@@ -62,7 +62,7 @@ pub fn run(options: &Options<'_>) -> Result<()> {
             .zip(texts)
             .map(|(row, prompt)| Row { prompt, tensors: [text.get(row), pooled.get(row)] })
             .collect();
-        store(options.out, &rows)?;
+        store(options.out, &rows, Some(&encoders))?;
         for _ in texts {
             progress.advance("");
         }
@@ -111,7 +111,7 @@ pub fn import(list: &Path, out: &Path) -> Result<()> {
             rows.push(Row { prompt, tensors: [text, pooled] });
             progress.advance("");
         }
-        store(out, &rows)?;
+        store(out, &rows, None)?;
     }
     println!("{}", out.display());
     Ok(())
@@ -195,7 +195,7 @@ mod tests {
         // A cache whose keys are those of captions as they stood.
         let tensors = [cache.rows(&["a fox"]).unwrap()[0].get(0), Tensor::from_slice(&[1.0f32])];
         let old = home.path().join("old");
-        store(&old, &[Row { prompt: "a hen ", tensors }]).unwrap();
+        store(&old, &[Row { prompt: "a hen ", tensors }], None).unwrap();
         let [text, _] = Embeddings::open(&old).unwrap().rows(&["a hen"]).unwrap();
         assert_eq!(text.size()[0], 1);
     }
@@ -214,6 +214,10 @@ mod tests {
             std::fs::read_dir(out).unwrap().count()
         };
         assert_eq!((embed(&texts[..1]), embed(&texts), embed(&texts)), (1, 2, 2));
+        Embeddings::of(&home.path().join("cache"), &pipeline).unwrap();
+        let other = Embeddings::of(&home.path().join("cache"), &folder.join("assets/signs"));
+        let error = other.err().unwrap().to_string();
+        assert!(error.contains("other text encoders"), "{error}");
 
         let mut model = Model::load(&pipeline, Loading::to_sample(Compute::CPU, false)).unwrap();
         let size = LatentSize { channels: 16, height: 4, width: 4 };

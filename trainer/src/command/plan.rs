@@ -11,7 +11,7 @@ use flow::latents::LatentSize;
 use flow::ops::shapes::{Manifest, Shapes};
 use flow::pipeline::{Component, Pipeline};
 use flow::schedule::Grid;
-use flow::tokens::MAX_TEXT_TOKENS;
+use flow::tokens::Tokenizers;
 
 use self::cost::Iteration;
 use self::ranks::Ranks;
@@ -63,7 +63,9 @@ pub(super) fn dry(config: &AlignConfig, compute: Compute) -> Result<()> {
     ready.check_light(config)?;
     let pipeline = &ready.pipeline;
     Component::ALL.iter().try_for_each(|component| pipeline.weights(*component).map(drop))?;
-    config.lora.iter().try_for_each(|lora| lora.open(pipeline).map(drop))?;
+    if let Some(lora) = &config.lora {
+        lora.manifests(lora.open(pipeline)?.as_ref(), &segments(&pipeline.transformer))?;
+    }
     println!(
         "{} prompts; {} in {}\n",
         ready.prompts.len(),
@@ -73,7 +75,8 @@ pub(super) fn dry(config: &AlignConfig, compute: Compute) -> Result<()> {
     print!("{}", toml::to_string(&config.resolved()?)?);
     println!();
     let lora_rank = config.lora.as_ref().map_or(RANK, |lora| lora.rank);
-    let (text_tokens, utilisation) = (MAX_TEXT_TOKENS, UTILISATION);
+    let text_tokens = Tokenizers::open(&config.model, None)?.text_tokens();
+    let utilisation = UTILISATION;
     run(&Options { config, pipeline, text_tokens, lora_rank, utilisation })
 }
 

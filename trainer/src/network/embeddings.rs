@@ -2,14 +2,18 @@
 //!
 //! A cache is a folder of safetensors files. A prompt's tensors are called `KEY.prompt_embeds` `[L, D]`
 //! and `KEY.pooled_prompt_embeds` `[P]` after the arguments of `FluxPipeline`, where KEY is the SHA-256
-//! of its text as one line in hexadecimal digits, and the text stands under KEY in the file's metadata.
+//! of its text as one line in hexadecimal digits, and the text stands under KEY in the file's metadata, beside
+//! what tells the encoders that made them from others.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use flow::checkpoint::{Weights, write_tensors};
+use flow::log;
+use flow::pipeline::{Component, Pipeline};
 use flow::prompts::one_line;
+use flow::tokens::Tokenizers;
 use sha2::{Digest, Sha256};
 use tch::{Kind, Tensor};
 
@@ -19,14 +23,46 @@ use crate::tensor::stored;
 const TEXT: &str = "prompt_embeds";
 const POOLED: &str = "pooled_prompt_embeds";
 
+/// Metadata: [`encoders`] of the model that made a file.
+const ENCODERS: &str = "encoders";
+/// Bytes of each end of a tensor that tell it from another.
+const END: usize = 64;
+/// Its ids and their number tell tokenizers apart.
+const PROBE: &str = "A photo of 12 red foxes, “naïve” & co., by the SEA.";
+
 /// One prompt's text tokens `[L, D]` and pooled vector `[P]`.
 pub(crate) struct Row<'a> {
     pub(crate) prompt: &'a str,
     pub(crate) tensors: [Tensor; 2],
 }
 
-/// Writes one file of the cache.
-pub(crate) fn store(out: &Path, rows: &[Row<'_>]) -> Result<()> {
+/// What tells the tokenizers and text encoders of `model`, a pipeline folder, from others: how long texts are, and the
+/// ends of each tensor, however files divide them.
+///
+/// # Errors
+/// When they cannot be read.
+pub(crate) fn encoders(model: &Path) -> Result<String> {
+    let pipeline = Pipeline::open(model)?;
+    let ids = Tokenizers::open(model, None)?.encode(PROBE);
+    let ids = ids.map_err(|error| anyhow!("{}: cannot tokenise: {error}", model.display()))?;
+    let mut digest = Sha256::new_with_prefix(format!("{:?} {:?}", ids.clip, ids.t5));
+    for component in [Component::TextEncoder, Component::TextEncoder2] {
+        let weights = pipeline.weights(component)?;
+        let mut names: Vec<&str> = weights.names().collect();
+        names.sort_unstable();
+        for name in names {
+            let view = weights.get(name).context("a tensor that is listed is not there")?;
+            digest.update(format!("{name} {:?} {:?}", view.dtype, view.shape));
+            let n = view.bytes.len();
+            digest.update(&view.bytes[..n.min(END)]);
+            digest.update(&view.bytes[n.saturating_sub(END)..]);
+        }
+    }
+    Ok(format!("{:x}", digest.finalize()))
+}
+
+/// Writes one file of the cache, made by `encoders`, where they are known.
+pub(crate) fn store(out: &Path, rows: &[Row<'_>], encoders: Option<&str>) -> Result<()> {
     let keys: Vec<String> = rows.iter().map(|row| key(row.prompt)).collect();
     let (mut entries, mut metadata) = (Vec::new(), Vec::new());
     for (key, row) in keys.iter().zip(rows) {
@@ -35,6 +71,7 @@ pub(crate) fn store(out: &Path, rows: &[Row<'_>]) -> Result<()> {
         }
         metadata.push((key.as_str(), row.prompt.to_owned()));
     }
+    metadata.extend(encoders.map(|encoders| (ENCODERS, encoders.to_owned())));
     let file = format!("embeddings-{}.safetensors", &keys[0][..16]);
     Ok(write_tensors(&out.join(file), &entries, &metadata)?)
 }
@@ -75,6 +112,35 @@ impl Embeddings {
             }
         }
         Ok(Self { folder: folder.to_owned(), files, places })
+    }
+
+    /// The cache in `folder`, for prompts that the encoders of `model`, a pipeline folder, would encode alike; says so
+    /// where files do not tell what made them.
+    ///
+    /// # Errors
+    /// When a file of it is broken, or other encoders made it.
+    pub(crate) fn of(folder: &Path, model: &Path) -> Result<Self> {
+        let cache = Self::open(folder)?;
+        let made_by: BTreeSet<Option<&str>> =
+            cache.files.iter().map(|file| file.metadata(ENCODERS)).collect();
+        if made_by.contains(&None) {
+            log::note(&format!(
+                "note: {}: not all of it tells which text encoders made it; those are taken for the model's",
+                folder.display()
+            ));
+        }
+        let made_by: BTreeSet<&str> = made_by.into_iter().flatten().collect();
+        if !made_by.is_empty() {
+            let own = encoders(model)?;
+            ensure!(
+                made_by.iter().all(|other| *other == own),
+                "{}: made by other text encoders or for other text lengths than those of {}: run `ng-train embed` \
+                 with this model and another folder",
+                folder.display(),
+                model.display()
+            );
+        }
+        Ok(cache)
     }
 
     /// Whether it has `prompt`.

@@ -92,6 +92,27 @@ impl LoraConfig {
         Ok(Some(lora))
     }
 
+    /// The parameters of adapters on a network of `segments`, which go on from `from`.
+    ///
+    /// # Errors
+    /// When no layer is a target, or `from` does not fit.
+    pub(crate) fn manifests(
+        &self,
+        from: Option<&Lora>,
+        segments: &[Manifest],
+    ) -> Result<Vec<Manifest>> {
+        let manifests: Vec<Manifest> = segments.iter().map(|s| self.manifest(s)).collect();
+        ensure!(
+            manifests.iter().any(|manifest| manifest.n_elements() > 0),
+            "lora.targets: no layer of the model ends in one of [{}]",
+            self.targets.join(", ")
+        );
+        if let Some(from) = from {
+            self.check_from(from, &manifests)?;
+        }
+        Ok(manifests)
+    }
+
     /// Makes sure that `from` has A and B of this rank on the layers of `manifests`, and on no others.
     fn check_from(&self, from: &Lora, manifests: &[Manifest]) -> Result<()> {
         let names = manifests.iter().flat_map(Manifest::entries).map(|(name, _)| factor(name));
@@ -164,16 +185,8 @@ impl Adapters {
         group: &Group,
     ) -> Result<Self> {
         config.validate()?;
-        let manifests: Vec<Manifest> = segments.iter().map(|s| config.manifest(s)).collect();
-        ensure!(
-            manifests.iter().any(|manifest| manifest.n_elements() > 0),
-            "lora.targets: no layer of the model ends in one of {}",
-            config.targets.join(", ")
-        );
+        let manifests = config.manifests(from, segments)?;
         let scale = config.alpha / config.rank as f64;
-        if let Some(from) = from {
-            config.check_from(from, &manifests)?;
-        }
         let mut streams = 0..;
         let value = |name: &str, shape: &[usize]| {
             let stream = streams.next().expect("endless");

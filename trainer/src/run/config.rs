@@ -248,6 +248,11 @@ impl AlignConfig {
             let Some(path) = path.filter(|path| !path.exists()) else { continue };
             bail!("{key} = {}: no such file or folder{}", path.display(), hint(path));
         }
+        ensure!(
+            self.output.is_dir() || !self.output.exists(),
+            "output = {}: it is a file, name a folder",
+            self.output.display()
+        );
         for (list, rewards) in [("rewards", &self.group.rewards), ("judges", &self.judges)] {
             for (index, reward) in rewards.iter().enumerate() {
                 let Value::Table(table) = Value::try_from(reward)? else { continue };
@@ -298,6 +303,10 @@ impl AlignConfig {
         self.optimizer.validate()?;
         self.lora.iter().try_for_each(LoraConfig::validate)?;
         RewardConfig::validate_all(&self.group.rewards, "rewards")?;
+        ensure!(
+            self.group.rewards.iter().any(|reward| reward.weight != 0.0),
+            "rewards: none has a weight other than 0, so nothing would be learnt"
+        );
         RewardConfig::validate_all(&self.judges, "judges")?;
         self.validation.validate(self)?;
         self.setting()?.validate()

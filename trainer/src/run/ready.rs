@@ -48,7 +48,7 @@ impl Ready {
         let all = all.map(|prompt| prompt.text.as_str());
         match &config.embeddings {
             Some(folder) => {
-                let check = || Embeddings::open(folder)?.check(all);
+                let check = || Embeddings::of(folder, &config.model)?.check(all);
                 check().context("embeddings")?;
             }
             None => prompts::tell_cut(&config.model, all.collect::<BTreeSet<_>>())?,

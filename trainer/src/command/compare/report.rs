@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use flow::checkpoint::{read_bounded, write_atomically};
 use serde::Deserialize;
 
@@ -109,19 +109,15 @@ impl Hacking {
     /// That of `config`, where it names metrics.
     ///
     /// # Errors
-    /// When it names one or many, or what is none.
+    /// When it names what is none.
     fn of(config: &CompareConfig, base: &[(String, f64)]) -> Result<Option<Self>> {
-        let names = match &config.hacked[..] {
-            [] => return Ok(None),
-            [own, unseen] => [own, unseen],
-            others => bail!("hacked = {others:?}: two metrics, or none"),
-        };
+        let [own, unseen] = &config.hacked[..] else { return Ok(None) };
         let known = || base.iter().map(|(name, _)| name.as_str()).collect::<Vec<&str>>().join(", ");
         let place = |name: &String| {
             let found = base.iter().position(|(metric, _)| metric == name);
             found.with_context(|| format!("hacked: no metric {name:?}: there are {}", known()))
         };
-        let of = [place(names[0])?, place(names[1])?];
+        let of = [place(own)?, place(unseen)?];
         Ok(Some(Self { of, before: of.map(|index| base[index].1) }))
     }
 

@@ -108,7 +108,8 @@ fn open(folder: &Path, config: &AlignConfig, compute: Compute) -> Result<Model> 
     let mut loading = Loading::to_sample(compute, config.stream);
     loading.stream_text |= config.embeddings.is_some();
     let mut model = Model::load(folder, loading)?;
-    model.embeddings = config.embeddings.as_deref().map(Embeddings::open).transpose()?;
+    let cache = config.embeddings.as_deref();
+    model.embeddings = cache.map(|cache| Embeddings::of(cache, folder)).transpose()?;
     Ok(model)
 }
 
