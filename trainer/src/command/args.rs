@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::builder::{PossibleValuesParser, RangedU64ValueParser};
+use clap::builder::PossibleValuesParser;
 use clap::{ArgGroup, Args, Parser, Subcommand};
 use flow::checkpoint::MAX_SHARD_BYTES;
 use flow::models::transformer::GUIDANCE;
@@ -10,9 +10,17 @@ use flow::solver::{DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS};
 use flow::tokens::MAX_TEXT_TOKENS;
 use manual::says::Says;
 
+use self::values::{MAX_PIXELS, whole};
 use super::plan::UTILISATION;
 use crate::network::lora::RANK;
 use crate::tensor::device::PRECISIONS;
+
+#[cfg(test)]
+mod tests;
+pub(super) mod values;
+
+/// Arguments of `bench` that say which passes are measured.
+const OF_PASSES: [&str; 6] = ["sizes", "batch", "text_tokens", "lora_rank", "plain", "stream"];
 
 /// Aligns flow-matching text-to-image models with human preference (Neighbor GRPO).
 #[derive(Parser)]
@@ -33,7 +41,7 @@ pub struct Cli {
           value_parser = PossibleValuesParser::new(PRECISIONS))]
     pub precision: String,
     /// CPU threads [default: all cores]
-    #[arg(long, global = true, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
+    #[arg(long, global = true, value_parser = whole(1..=1024), allow_negative_numbers = true)]
     pub threads: Option<usize>,
     #[command(flatten)]
     pub says: Says,
@@ -44,7 +52,7 @@ pub struct Cli {
 pub struct RankArgs {
     /// Share the work among so many processes of this machine, which all see the same folders [default: one a GPU
     /// where torchrun's, Slurm's or a machine's variables ask for several, else one]
-    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=512))]
+    #[arg(long, value_name = "N", value_parser = whole(1..=512), allow_negative_numbers = true)]
     pub processes: Option<usize>,
 }
 
@@ -94,7 +102,8 @@ pub enum Command {
     /// where a stopped one was.
     Eval {
         /// Pipeline folder, or a LoRA (with :SCALE) on the pipeline before it; repeatable
-        #[arg(long = "model", required_unless_present = "votes", value_name = "DIR|LORA[:SCALE]")]
+        #[arg(long = "model", required_unless_present = "votes", value_name = "DIR|LORA[:SCALE]",
+              value_parser = values::model)]
         models: Vec<String>,
         /// Prompt file: .txt, .json, .jsonl, .csv, .tsv or .parquet
         #[arg(long, value_name = "FILE", required_unless_present = "votes")]
@@ -104,10 +113,10 @@ pub enum Command {
         votes: Option<PathBuf>,
         /// Images a prompt
         #[arg(short = 'n', long = "images", alias = "count", value_name = "N", default_value_t = 1,
-              value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]
+              value_parser = whole(1..=1000), allow_negative_numbers = true)]
         n_images: usize,
         /// Image j of prompt i of P starts from the noise of seed + i + j*P
-        #[arg(short, long, default_value_t = 0)]
+        #[arg(short, long, default_value_t = 0, value_parser = values::seed, allow_negative_numbers = true)]
         seed: u64,
         /// Folder for the results
         #[arg(short, long, alias = "output", value_name = "DIR", default_value = "out/eval")]
@@ -124,16 +133,17 @@ pub enum Command {
     /// and 0.1 to 0.4; image-reward is about -2.5 to 2.5, aesthetic 1 to 10, jpeg in kB, colour 0 to 1, grid
     /// 0 dB without a pattern of patches and below 0 with one.
     /// docs/rewards.md has the files and how each prepares images. Means over all images are told at the end.
+    #[command(group = ArgGroup::new("shown").required(true).args(["prompt", "prompts"]))]
     Score {
-        /// PNG or JPEG files, or folders of them, in the order of their names
+        /// PNG, JPEG or WebP files, or folders of them, in the order of their names
         #[arg(required = true, value_name = "IMAGE")]
         images: Vec<PathBuf>,
         /// What all of them should show
-        #[arg(long, value_name = "TEXT", required_unless_present = "prompts")]
+        #[arg(long, value_name = "TEXT")]
         prompt: Option<String>,
         /// What they should show, one after the other, as `ng-sample --prompts` makes them: a .txt, .json,
-        /// .jsonl or .parquet file with as many prompts, or of several images a prompt fewer
-        #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+        /// .jsonl, .csv, .tsv or .parquet file with as many prompts, or of several images a prompt fewer
+        #[arg(long, value_name = "FILE")]
         prompts: Option<PathBuf>,
         /// Rewards and judges come from it
         #[command(flatten)]
@@ -145,8 +155,7 @@ pub enum Command {
     /// curves as PNG, side-by-side/ and runs/. What is finished is not run again.
     Compare {
         /// Runs at a time, one thread each [default: all cores, or as many as there are GPUs]
-        #[arg(long, value_name = "N",
-              value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
+        #[arg(long, value_name = "N", value_parser = whole(1..=1024), allow_negative_numbers = true)]
         jobs: Option<usize>,
         /// What is compared
         #[command(flatten)]
@@ -189,7 +198,8 @@ pub enum Command {
         #[arg(short, long, alias = "output", value_name = "DIR")]
         out: PathBuf,
         /// Most GB (10⁹ bytes) of weights in one file
-        #[arg(long, value_name = "GB", default_value_t = MAX_SHARD_BYTES as f64 / 1e9)]
+        #[arg(long, value_name = "GB", default_value_t = MAX_SHARD_BYTES as f64 / 1e9, value_parser = values::gb,
+              allow_negative_numbers = true)]
         shard_gb: f64,
     },
     /// Make a checkpoint of one kind from one of another
@@ -213,13 +223,15 @@ pub enum Command {
         #[arg(long, value_name = "NAME|DIR")]
         model: String,
         /// T5 tokens a prompt
-        #[arg(long, value_name = "N", default_value_t = MAX_TEXT_TOKENS)]
+        #[arg(long, value_name = "N", default_value_t = MAX_TEXT_TOKENS,
+              value_parser = whole(1..=MAX_TEXT_TOKENS as i64), allow_negative_numbers = true)]
         text_tokens: usize,
         /// Rank of adapters [default: the run's lora.rank, else 64]
-        #[arg(long, value_name = "N")]
+        #[arg(long, value_name = "N", value_parser = values::rank, allow_negative_numbers = true)]
         lora_rank: Option<usize>,
         /// Share of an H800's dense bf16 peak (989 TFLOP/s) that is reached, above 0 and at most 1
-        #[arg(long, value_name = "SHARE", default_value_t = UTILISATION, value_parser = share)]
+        #[arg(long, value_name = "SHARE", default_value_t = UTILISATION, value_parser = values::share,
+              allow_negative_numbers = true)]
         utilisation: f64,
         /// The run: --set rollout.size=[1024,1024] and the like change it
         #[command(flatten)]
@@ -234,17 +246,19 @@ pub enum Command {
         #[arg(long, value_name = "NAME|DIR")]
         model: String,
         /// Pixels; repeatable [default: the model's own size]
-        #[arg(long = "size", value_name = "WIDTHxHEIGHT", value_parser = size)]
+        #[arg(long = "size", value_name = "WIDTHxHEIGHT", value_parser = values::size)]
         sizes: Vec<[usize; 2]>,
         /// Images at a time
         #[arg(long, value_name = "N", default_value_t = 1,
-              value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
+              value_parser = whole(1..=1024), allow_negative_numbers = true)]
         batch: usize,
         /// T5 tokens a prompt
-        #[arg(long, value_name = "N", default_value_t = MAX_TEXT_TOKENS)]
+        #[arg(long, value_name = "N", default_value_t = MAX_TEXT_TOKENS,
+              value_parser = whole(1..=MAX_TEXT_TOKENS as i64), allow_negative_numbers = true)]
         text_tokens: usize,
         /// Rank of adapters
-        #[arg(long, value_name = "N", default_value_t = RANK)]
+        #[arg(long, value_name = "N", default_value_t = RANK, value_parser = values::rank,
+              allow_negative_numbers = true)]
         lora_rank: usize,
         /// Keep all activations for backward in place of computing blocks again
         #[arg(long)]
@@ -254,15 +268,15 @@ pub enum Command {
         stream: bool,
         /// Passes of each kind, of which the median is told; or iterations
         #[arg(long, value_name = "N", default_value_t = 3,
-              value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]
+              value_parser = whole(1..=1000), allow_negative_numbers = true)]
         repeats: usize,
         /// Instead of passes, measure iterations of a run that ships: rollout, decoding, rewards, update. MODEL is
         /// a folder, which may lack weights
-        #[arg(long, value_name = "PRESET",
-              conflicts_with_all = ["sizes", "batch", "text_tokens", "lora_rank", "plain", "stream"])]
+        #[arg(long, value_name = "PRESET", conflicts_with_all = OF_PASSES)]
         iteration: Option<String>,
         /// Replace one of that run's settings; repeatable
-        #[arg(long = "set", value_name = "KEY=VALUE", requires = "iteration")]
+        // A requirement is waived where something conflicts with what is required.
+        #[arg(long = "set", value_name = "KEY=VALUE", requires = "iteration", conflicts_with_all = OF_PASSES)]
         settings: Vec<String>,
         /// Print JSON
         #[arg(long)]
@@ -277,13 +291,14 @@ pub enum Command {
         #[arg(short, long, alias = "output", value_name = "DIR")]
         out: PathBuf,
         /// The weights follow from it
-        #[arg(long, default_value_t = 0)]
+        #[arg(long, default_value_t = 0, value_parser = values::seed, allow_negative_numbers = true)]
         seed: u64,
         /// Leave every weight 0, in sparse files that take no room on disk
         #[arg(long)]
         zero: bool,
         /// Most GB (10⁹ bytes) of weights in one file
-        #[arg(long, value_name = "GB", default_value_t = MAX_SHARD_BYTES as f64 / 1e9)]
+        #[arg(long, value_name = "GB", default_value_t = MAX_SHARD_BYTES as f64 / 1e9, value_parser = values::gb,
+              allow_negative_numbers = true)]
         shard_gb: f64,
     },
     /// Render the captioned images that the embedded model is trained on
@@ -292,7 +307,7 @@ pub enum Command {
         out: PathBuf,
         /// Images
         #[arg(short, default_value_t = 16_000,
-              value_parser = RangedU64ValueParser::<usize>::new().range(1..=10_000_000))]
+              value_parser = whole(1..=10_000_000), allow_negative_numbers = true)]
         n: usize,
     },
 }
@@ -315,16 +330,19 @@ pub struct SourceArgs {
 /// What to know of settings.
 #[derive(Subcommand)]
 pub enum ConfigCommand {
-    /// List the runs and the algorithms that ship
+    /// List the presets of align, compare and pretrain, and the algorithms
     List,
     /// Show every setting of a run and where it is said
+    ///
+    /// A preset is that of align, of compare or of pretrain, whichever first has the NAME; compare:NAME and
+    /// pretrain:NAME are those of these. A file is one of align.
     Show {
         #[command(flatten)]
         source: SourceArgs,
     },
-    /// Explain the settings, all of them or those that begin with KEY
+    /// Explain the settings of align, compare and pretrain, all of them or those that begin with KEY
     Explain {
-        /// As in rollout, or rollout.steps
+        /// As in rollout, rollout.steps or rewards.0.weight
         #[arg(value_name = "KEY")]
         key: Option<String>,
     },
@@ -340,10 +358,10 @@ pub struct SampleArgs {
     pub prompt: String,
     /// Images
     #[arg(short, long = "count", default_value_t = 1,
-          value_parser = RangedU64ValueParser::<usize>::new().range(1..=10_000))]
+          value_parser = whole(1..=10_000), allow_negative_numbers = true)]
     pub n: usize,
     /// Image i starts from the noise of seed + i
-    #[arg(short, long, default_value_t = 0)]
+    #[arg(short, long, default_value_t = 0, value_parser = values::seed, allow_negative_numbers = true)]
     pub seed: u64,
     /// How a step is taken
     #[arg(long, default_value = DEFAULT_SOLVER.name(),
@@ -351,25 +369,27 @@ pub struct SampleArgs {
     pub solver: String,
     /// Steps
     #[arg(long, default_value_t = DEFAULT_STEPS,
-          value_parser = RangedU64ValueParser::<usize>::new().range(1..=1000))]
+          value_parser = whole(1..=1000), allow_negative_numbers = true)]
     pub steps: usize,
     /// Constant shift of the time grid [default: the checkpoint's scheduler]
-    #[arg(long)]
+    #[arg(long, value_parser = values::shift, allow_negative_numbers = true)]
     pub shift: Option<f64>,
     /// Guidance scale, for a model that embeds one
-    #[arg(long, default_value_t = GUIDANCE)]
+    #[arg(long, default_value_t = GUIDANCE, value_parser = values::guidance, allow_negative_numbers = true)]
     pub guidance: f64,
     /// Pixels [default: the model's own]
-    #[arg(short = 'W', long, requires = "height")]
+    #[arg(short = 'W', long, requires = "height", value_parser = whole(1..=MAX_PIXELS as i64),
+          allow_negative_numbers = true)]
     pub width: Option<usize>,
     /// Pixels [default: the model's own]
-    #[arg(short = 'H', long, requires = "width")]
+    #[arg(short = 'H', long, requires = "width", value_parser = whole(1..=MAX_PIXELS as i64),
+          allow_negative_numbers = true)]
     pub height: Option<usize>,
     /// Start from this noise: safetensors, tensor `latents` [n, Z, h, w]
     #[arg(long, value_name = "FILE")]
     pub noise: Option<PathBuf>,
     /// Add the adapters of a LoRA file or folder; repeatable, summed
-    #[arg(long = "lora", value_name = "FILE[:SCALE]", value_parser = flow::lora::scaled_path)]
+    #[arg(long = "lora", value_name = "FILE[:SCALE]", value_parser = values::lora)]
     pub loras: Vec<(PathBuf, f64)>,
     /// Keep weights on disk and read them block by block: for models larger than memory
     #[arg(long)]
@@ -380,19 +400,4 @@ pub struct SampleArgs {
     /// PNG file; several images get a number before the extension
     #[arg(short, long, alias = "output", value_name = "FILE", default_value = "out.png")]
     pub out: PathBuf,
-}
-
-/// A share, above 0 and at most 1.
-fn share(text: &str) -> Result<f64, String> {
-    let share = text.parse().ok().filter(|share| *share > 0.0 && *share <= 1.0);
-    share.ok_or_else(|| "a number above 0 and at most 1".to_owned())
-}
-
-/// Width and height from `720x1280`.
-fn size(text: &str) -> Result<[usize; 2], String> {
-    let sides = text.split_once('x').map(|(width, height)| [width.parse(), height.parse()]);
-    match sides {
-        Some([Ok(width), Ok(height)]) => Ok([width, height]),
-        _ => Err("width and height in pixels, as in 1024x768".to_owned()),
-    }
 }

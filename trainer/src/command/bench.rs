@@ -4,13 +4,14 @@
 use std::fmt;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use cluster::Group;
 use flow::latents::LatentSize;
 use flow::models::transformer::{GUIDANCE, image_ids};
 use flow::noise::Noise;
 use flow::ops::shapes::Shapes;
 use flow::pipeline::{Component, Pipeline};
+use flow::usage::Usage;
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
@@ -85,11 +86,12 @@ struct Row {
 pub fn run(options: &Options<'_>) -> Result<()> {
     let Options { pipeline, batch, text_tokens, compute, .. } = *options;
     let own = [[pipeline.default_size(); 2]];
-    let sizes = if options.sizes.is_empty() { &own } else { options.sizes };
-    let sizes = sizes
-        .iter()
-        .map(|&[width, height]| pipeline.latent_size(width, height))
-        .collect::<Result<Vec<LatentSize>, _>>()?;
+    let sizes = if options.sizes.is_empty() { &own[..] } else { options.sizes };
+    let latents = |&[width, height]: &[usize; 2]| {
+        let size = pipeline.latent_size(width, height);
+        size.map_err(|error| anyhow!(Usage(format!("--size {width}x{height}: {error}"))))
+    };
+    let sizes = sizes.iter().map(latents).collect::<Result<Vec<LatentSize>>>()?;
     let matmul_tflops = matmul(compute) / 1e12;
     let engine = engine(options)?;
     let weights_gb = peak_gb(compute.device);
@@ -234,5 +236,28 @@ impl fmt::Display for Report {
             )?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_size_that_was_typed_is_wrong_usage() {
+        let error = run(&Options {
+            pipeline: &Pipeline::known("flux.1-dev").unwrap(),
+            sizes: &[[33, 33]],
+            batch: 1,
+            text_tokens: 1,
+            lora_rank: 1,
+            plain: false,
+            stream: false,
+            repeats: 1,
+            json: false,
+            compute: Compute { device: Device::Cpu, kind: Kind::Float },
+        })
+        .unwrap_err();
+        assert!(error.is::<Usage>() && error.to_string().starts_with("--size 33x33: "), "{error}");
     }
 }

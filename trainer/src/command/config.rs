@@ -1,40 +1,67 @@
 //! What settings there are, which runs ship, and where the settings of a run come from.
 
-use std::fmt::Write;
+mod kind;
+mod page;
 
 use anyhow::{Result, bail};
 use flow::usage::Usage;
+use toml::{Table, Value};
 
+use self::kind::Kind;
 use crate::algorithm;
-use crate::run::config::AlignConfig;
 use crate::run::layers::leaves;
-use crate::run::schema::{Entry, Schema, meant};
-use crate::run::settings::{self, ALIGN_PRESETS, Source};
+use crate::run::schema::{Entry, meant};
+use crate::run::settings::{self, Source};
 
-/// Prints the runs and the algorithms that ship, each with what its file says first.
+/// Prints the presets and the algorithms that ship, each with what its file says first.
 pub(super) fn list() {
-    println!("presets (--preset, or base in a file):");
-    for (name, text) in ALIGN_PRESETS {
-        println!("  {name:<28}{}", first_sentence(text));
+    for kind in Kind::ALL {
+        let of = kind.name();
+        println!("presets of {of} (ng-train {of} --preset, or base in a file of that kind):");
+        for (name, text) in kind.presets() {
+            println!("  {name:<28}{}", first_sentence(text));
+        }
+        println!();
     }
-    println!("\nalgorithms (algorithm):");
+    println!("algorithms (algorithm):");
     for (name, text) in algorithm::all() {
         println!("  {name:<28}{}", first_sentence(text));
     }
 }
 
-/// Prints every setting that a run reads, and where it is said.
+/// Prints every setting that a run, a comparison or a pretraining reads, and where it is said.
 ///
 /// # Errors
-/// As [`settings::align`].
+/// As [`Kind::of`], [`settings::align`] and [`settings::resolved`].
 pub(super) fn show(source: &Source<'_>, said: &[String]) -> Result<()> {
-    let run = settings::align(source, said)?;
-    for note in &run.notes {
-        println!("# {note}");
+    let (kind, source) = match source {
+        Source::Preset(typed) => {
+            let (kind, name) = Kind::of(typed)?;
+            for other in Kind::ALL.into_iter().filter(|other| *other != kind && other.has(name)) {
+                let (own, of) = (kind.name(), other.name());
+                println!("# this is {own}'s preset; --preset {of}:{name} shows {of}'s");
+            }
+            (kind, &Source::Preset(name))
+        }
+        Source::File(_) => (Kind::Align, source),
+    };
+    if kind == Kind::Align {
+        let run = settings::align(source, said)?;
+        for note in &run.notes {
+            println!("# {note}");
+        }
+        print_settings(&run.config.resolved()?, |key| run.origin(key));
+    } else {
+        let (table, layers) = kind.resolved(source, said)?;
+        print_settings(&table, |key| layers.origin(key));
     }
-    for (key, value) in leaves(&run.config.resolved()?) {
-        let origin = run.origin(&key).unwrap_or_else(|| "default".to_owned());
-        if let Some(list) = value.as_array().filter(|list| list.iter().any(toml::Value::is_table)) {
+    Ok(())
+}
+
+fn print_settings(table: &Table, origin: impl Fn(&str) -> Option<String>) {
+    for (key, value) in leaves(table) {
+        let origin = origin(&key).unwrap_or_else(|| "default".to_owned());
+        if let Some(list) = value.as_array().filter(|list| list.iter().any(Value::is_table)) {
             for (index, item) in list.iter().enumerate() {
                 println!("{key}.{index} = {item} # {origin}");
             }
@@ -42,7 +69,6 @@ pub(super) fn show(source: &Source<'_>, said: &[String]) -> Result<()> {
             println!("{key} = {value} # {origin}");
         }
     }
-    Ok(())
 }
 
 /// Prints what the settings are that begin with `key`, as Markdown.
@@ -50,24 +76,65 @@ pub(super) fn show(source: &Source<'_>, said: &[String]) -> Result<()> {
 /// # Errors
 /// [`Usage`] when there are none.
 pub(super) fn explain(key: Option<&str>) -> Result<()> {
-    let entries = Schema::of::<AlignConfig>().entries();
     let Some(key) = key else {
-        print!("{}", document(&entries)?);
+        print!("{}", page::document()?);
         return Ok(());
     };
-    let is_asked = |entry: &&Entry| {
-        let rest = entry.key.strip_prefix(key);
-        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
-    };
-    let found: Vec<&Entry> = entries.iter().filter(is_asked).collect();
-    if found.is_empty() {
-        let known = entries.iter().map(|entry| entry.key.as_str());
-        bail!(Usage(format!("there is no setting {key:?}{}", meant(key, known))));
-    }
-    for entry in found {
-        println!("{}", line(entry).trim_start_matches("- "));
+    let found = explained(key)?;
+    for (kind, entries) in &found {
+        if found.len() > 1 || *kind != Kind::Align {
+            println!("Of {}:", kind.name());
+        }
+        for entry in entries {
+            println!("{}", page::line(entry).trim_start_matches("- "));
+        }
     }
     Ok(())
+}
+
+/// The settings that begin with `key`, by the kinds that have some.
+fn explained(key: &str) -> Result<Vec<(Kind, Vec<Entry>)>> {
+    let wanted = general(key);
+    let (mut found, mut known) = (Vec::new(), Vec::new());
+    for kind in Kind::ALL {
+        let (asked, others): (Vec<_>, Vec<_>) = kind.entries().into_iter().partition(|entry| {
+            begins(&entry.key, &wanted) || begins(&without_kinds(&entry.key), &wanted)
+        });
+        known.extend(others.into_iter().map(|entry| entry.key));
+        if !asked.is_empty() {
+            found.push((kind, asked));
+        }
+    }
+    if found.is_empty() {
+        known.sort_unstable();
+        known.dedup();
+        let meant = meant(&wanted, known.iter().map(String::as_str));
+        bail!(Usage(format!("there is no setting {key:?}{meant}")));
+    }
+    Ok(found)
+}
+
+/// `key` as entries have it: `N` for a number, and rewards for judges.
+fn general(key: &str) -> String {
+    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    let part = |part| if is_number(part) { "N" } else { part };
+    let key = key.split('.').map(part).collect::<Vec<_>>().join(".");
+    match key.strip_prefix("judges.") {
+        Some(rest) => format!("rewards.{rest}"),
+        None => key,
+    }
+}
+
+/// Whether `key` is `table` or lies in it.
+fn begins(key: &str, table: &str) -> bool {
+    let rest = key.strip_prefix(table);
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+}
+
+/// `key` as a file spells it, where a table's kind is no part of the name.
+fn without_kinds(key: &str) -> String {
+    let parts = key.split('[').map(|part| part.split_once(']').map_or(part, |(_, rest)| rest));
+    parts.collect()
 }
 
 /// The first sentence of the comment at the top of `text`.
@@ -81,75 +148,6 @@ fn first_sentence(text: &str) -> String {
     end.unwrap_or(&comment).to_owned()
 }
 
-/// Everything on one page.
-fn document(entries: &[Entry]) -> Result<String> {
-    let mut text = String::from(
-        "# Settings of `ng-train align`\n\n\
-         This page is printed by `ng-train config explain`; a test holds it to that.\n\
-         A run is a TOML file (`--config`) or a preset (`--preset`), and `--set KEY=VALUE` replaces one setting.\n\
-         A file may name a preset as its `base` and say only what differs.\n\
-         `N` stands for a number from 0, `[kind]` for a table with that `kind`; judges are tables as rewards.\n",
-    );
-    let mut table = None;
-    for entry in entries {
-        let of = entry.key.rsplit_once('.').map_or("", |(table, _)| table);
-        let of = if entry.key.ends_with(']') { entry.key.as_str() } else { of };
-        if table != Some(of) {
-            let title = if of.is_empty() { "The run" } else { of };
-            writeln!(text, "\n## {title}\n")?;
-            table = Some(of);
-        }
-        if entry.key.ends_with(']') {
-            writeln!(text, "{}\n", entry.about)?;
-        } else {
-            writeln!(text, "{}", line(entry))?;
-        }
-    }
-    text += "\n## Which algorithm reads what\n\n\
-             A setting that is not read is refused; the table is of every algorithm with its authors' settings, and other\n\
-             settings may leave one unread (`sde.window` leaves `train_steps` so).\n\n";
-    text += &readers(entries)?;
-    Ok(text)
-}
-
-fn line(entry: &Entry) -> String {
-    let default = match &entry.default {
-        Some(default) => format!(", default {default}"),
-        None if entry.required => ", required".to_owned(),
-        None => String::new(),
-    };
-    let mut text = format!("- `{}` ({}{default}): {}", entry.key, entry.takes, entry.about);
-    for (name, about) in entry.choices.iter().filter(|(_, about)| !about.is_empty()) {
-        text.extend(["\n  - `", name, "`: ", about]);
-    }
-    text
-}
-
-/// A table of settings that differ against algorithms with their published settings.
-fn readers(entries: &[Entry]) -> Result<String> {
-    let mut names = Vec::new();
-    let mut runs = Vec::new();
-    for (name, _) in algorithm::all() {
-        let setting = format!("algorithm={name}");
-        names.push(name);
-        let source = Source::Preset("signs");
-        // Its rewards may be none for the algorithm.
-        runs.push(settings::read::<AlignConfig>(&source, &ALIGN_PRESETS, &[setting])?);
-    }
-    let mut text =
-        format!("| setting | {} |\n|---|{}\n", names.join(" | "), "---|".repeat(names.len()));
-    for entry in entries.iter().filter(|entry| !entry.takes.contains("table")) {
-        let read = runs.iter().map(|run| Ok(run.ignores(&entry.key)?.is_none()));
-        let read = read.collect::<Result<Vec<bool>>>()?;
-        if read.contains(&false) {
-            let cells: Vec<&str> =
-                read.iter().map(|&read| if read { "read" } else { "–" }).collect();
-            writeln!(text, "| `{}` | {} |", entry.key, cells.join(" | "))?;
-        }
-    }
-    Ok(text)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -157,13 +155,49 @@ mod tests {
     #[test]
     fn the_page_of_settings_is_what_the_program_prints() {
         let page = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/settings.md");
-        let (found, printed) = (
-            std::fs::read_to_string(page).unwrap(),
-            document(&Schema::of::<AlignConfig>().entries()),
-        );
-        let printed = printed.unwrap();
+        let (found, printed) = (std::fs::read_to_string(page).unwrap(), page::document().unwrap());
         let differs = found.lines().count() != printed.lines().count()
             || found.lines().zip(printed.lines()).any(|(a, b)| a != b);
         assert!(!differs, "`ng-train config explain > docs/settings.md` renews it");
+    }
+
+    #[test]
+    fn settings_are_explained_as_they_are_spelled() {
+        let keys = |key: &str| {
+            let found = explained(key).unwrap();
+            let of = |(kind, entries): &(Kind, Vec<Entry>)| {
+                entries.iter().map(|entry| format!("{}:{}", kind.name(), entry.key)).collect()
+            };
+            found.iter().flat_map::<Vec<String>, _>(of).collect::<Vec<_>>()
+        };
+        assert_eq!(keys("rewards.0.weight"), ["align:rewards.N.weight"]);
+        assert_eq!(keys("judges.12.weight"), ["align:rewards.N.weight"]);
+        assert_eq!(keys("rewards.0.prefer"), ["align:rewards.N[jpeg].prefer"]);
+        assert_eq!(keys("tables.0.runs.1.name"), ["compare:tables.N.runs.N.name"]);
+        assert_eq!(keys("model"), ["align:model", "pretrain:model"]);
+        for key in ["passes", "hacked", "difference", "images", "autoencoder.kl_weight"] {
+            assert_eq!(keys(key).len(), 1, "{key}");
+        }
+        let solver = &explained("rollout.solver").unwrap()[0].1[0];
+        assert_eq!(solver.takes, "one of dpmpp-2m, dpmpp-2m-k, euler, heun, unipc");
+        let error = explained("rollout.stepz").unwrap_err();
+        assert!(error.is::<Usage>() && error.to_string().ends_with("did you mean rollout.steps?"));
+    }
+
+    #[test]
+    fn presets_of_every_kind_are_shown() {
+        for kind in Kind::ALL {
+            for (name, _) in kind.presets() {
+                let typed = format!("{}:{name}", kind.name());
+                assert_eq!(Kind::of(&typed).unwrap(), (kind, *name));
+                show(&Source::Preset(&typed), &[]).unwrap();
+            }
+        }
+        assert_eq!(Kind::of("signs").unwrap(), (Kind::Align, "signs"));
+        assert_eq!(Kind::of("rivals").unwrap(), (Kind::Compare, "rivals"));
+        for (typed, says) in [("rivalz", "mean rivals?"), ("pretrain:rivals", "signs")] {
+            let error = show(&Source::Preset(typed), &[]).unwrap_err();
+            assert!(error.is::<Usage>() && error.to_string().contains(says), "{error}");
+        }
     }
 }

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, no_grad};
 
 use self::course::{Course, Stage, Training};
-use crate::data::captioned::read_captioned;
+use crate::data::captioned::{METADATA, read_captioned};
 use crate::group::seeds::{Use, family};
 use crate::network::model::{Loading, Missing, Model, pixels_of};
 use crate::network::optimizer::{AdamW, OptimizerConfig};
@@ -97,6 +97,13 @@ pub fn run(config: &PretrainConfig, resume: bool, device: Device) -> Result<()> 
         "nothing to train: give [autoencoder], [flow] or both"
     );
     let course = Course::open(config, resume)?;
+    ensure!(
+        config.data.join(METADATA).exists(),
+        "data = {folder}: it holds no {METADATA}, which lists pictures as {{\"file_name\": \"a.png\", \"text\": \
+         \"a fox\"}}, one a line: name a folder that does; `ng-train signs {folder}` makes that of preset signs, \
+         setup/emoji.sh that of emoji",
+        folder = config.data.display()
+    );
     let data = read_captioned(&config.data)?;
     let weights = family(config.seed, Use::Weights);
     let compute = Compute { device, kind: Kind::Float };
@@ -319,5 +326,16 @@ mod tests {
         for (name, _) in PRETRAIN_PRESETS {
             read::<PretrainConfig>(&Source::Preset(name), &PRETRAIN_PRESETS, &[]).unwrap();
         }
+    }
+
+    #[test]
+    fn a_folder_without_captions_is_named_with_what_makes_one() {
+        let home = tempfile::tempdir().unwrap();
+        let [data, output] = ["data", "output"].map(|name| home.path().join(name));
+        let settings = [format!("data={}", data.display()), format!("output={}", output.display())];
+        let config: PretrainConfig =
+            read(&Source::Preset("signs"), &PRETRAIN_PRESETS, &settings).unwrap();
+        let said = run(&config, false, Device::Cpu).unwrap_err().to_string();
+        assert!(said.contains(&format!("`ng-train signs {}`", data.display())), "{said}");
     }
 }

@@ -9,6 +9,7 @@ use flow::log;
 use flow::pipeline::Pipeline;
 use flow::usage::Usage;
 
+use super::args::values::pixels;
 use crate::data::prompts;
 use crate::group::experience::solve_in_batches;
 use crate::group::rollout::RolloutConfig;
@@ -48,10 +49,7 @@ pub struct Options<'a> {
 /// # Errors
 /// When the model or the noise does not fit, or a file cannot be written.
 pub fn run(options: &Options<'_>) -> Result<()> {
-    ensure!(
-        options.out.extension().is_some_and(|end| end.eq_ignore_ascii_case("png")),
-        Usage(format!("{}: images are PNG files: the name ends in .png", options.out.display()))
-    );
+    check(options)?;
     Pipeline::open(options.model)?;
     prompts::tell_cut(options.model, [options.prompt])?;
     let loading = Loading::to_sample(options.compute, options.stream);
@@ -62,7 +60,11 @@ pub fn run(options: &Options<'_>) -> Result<()> {
             Some(_) => Usage(format!("{error:#}")).into(),
             None => error,
         })?;
-    let plan = options.rollout.plan(&model.pipeline.scheduler, &size)?;
+    let plan = options.rollout.plan(&model.pipeline.scheduler, &size);
+    let plan = plan.map_err(|error| match options.rollout.shift {
+        Some(shift) => Usage(format!("--shift {shift:?}: {error:#}")).into(),
+        None => error,
+    })?;
     let rows: Vec<Vec<f32>> = match options.noise {
         None => (options.seed..).take(options.n).map(|seed| size.noise(seed)).collect(),
         Some(path) => {
@@ -101,10 +103,66 @@ pub fn run(options: &Options<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Refuses a size or a name of a file that no image can have.
+fn check(options: &Options<'_>) -> Result<()> {
+    ensure!(
+        options.out.extension().is_some_and(|end| end.eq_ignore_ascii_case("png")),
+        Usage(format!("{}: images are PNG files: the name ends in .png", options.out.display()))
+    );
+    options.rollout.size.map_or(Ok(()), pixels).map_err(Usage)?;
+    let images = (0..options.n).map(|index| numbered(options.out, index, options.n));
+    for file in images.chain(options.latents_out.map(Path::to_path_buf)) {
+        ensure!(!file.is_dir(), Usage(format!("{} is a folder: name a file", file.display())));
+    }
+    Ok(())
+}
+
 fn numbered(path: &Path, index: usize, n: usize) -> PathBuf {
     if n == 1 {
         return path.to_owned();
     }
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     path.with_file_name(format!("{stem}-{index:03}.png"))
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    #[test]
+    fn what_no_image_can_be_is_refused_before_anything_is_read() {
+        let home = tempfile::tempdir().unwrap();
+        let folder = home.path().join("a-001.png");
+        std::fs::create_dir(&folder).unwrap();
+        let out = home.path().join("a.png");
+        let refused = |n: usize, out: &Path, size: Option<[usize; 2]>| {
+            let rollout = serde_json::from_value(serde_json::json!({ "size": size })).unwrap();
+            let compute = Compute { device: Device::Cpu, kind: Kind::Float };
+            let options = Options {
+                model: Path::new("absent"),
+                prompt: "a",
+                n,
+                seed: 0,
+                rollout,
+                noise: None,
+                latents_out: None,
+                out,
+                loras: &[],
+                stream: false,
+                compute,
+            };
+            run(&options).unwrap_err()
+        };
+        for (n, out, size, says) in [
+            (1, &folder, None, "a-001.png is a folder"),
+            (2, &out, None, "a-001.png is a folder"),
+            (1, &out, Some([1_000_000; 2]), "1000000x1000000 is above the limit"),
+        ] {
+            let error = refused(n, out, size);
+            assert!(error.is::<Usage>() && error.to_string().contains(says), "{error}");
+        }
+        assert!(!refused(1, &out, None).is::<Usage>());
+    }
 }

@@ -18,7 +18,7 @@ use crate::run::config::AlignConfig;
 /// Largest side of an image, pixels.
 const MAX_EDGE: u32 = 12_000;
 /// How the names of images in a folder end.
-const ENDS: [&str; 3] = ["png", "jpg", "jpeg"];
+const ENDS: [&str; 4] = ["png", "jpg", "jpeg", "webp"];
 
 /// What images should show.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +31,7 @@ pub enum Shown<'a> {
 
 /// What to score.
 pub struct Options<'a> {
-    /// PNG or JPEG files, and folders of them.
+    /// PNG, JPEG or WebP files, and folders of them.
     pub images: &'a [PathBuf],
     /// What they should show.
     pub shown: Shown<'a>,
@@ -103,7 +103,7 @@ fn files(given: &[PathBuf]) -> Result<Vec<PathBuf>> {
             let end = file.extension().and_then(|end| end.to_str()).unwrap_or_default();
             ENDS.contains(&&*end.to_ascii_lowercase())
         });
-        ensure!(!inside.is_empty(), "{} holds no PNG and no JPEG file", path.display());
+        ensure!(!inside.is_empty(), "{} holds no PNG, JPEG or WebP file", path.display());
         inside.sort();
         files.extend(inside);
     }

@@ -9,7 +9,7 @@ use flow::pipeline::Pipeline;
 use flow::schedule::{Grid, Schedule, SchedulerConfig, Shift};
 use flow::solver::{self, DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS, Solver, Step, Term};
 use flow::usage::Usage;
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -17,8 +17,9 @@ use tch::Tensor;
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RolloutConfig {
-    /// `dpmpp-2m`, `euler` or `heun`.
+    /// How a step is taken.
     #[serde(default = "default_solver")]
+    #[schemars(schema_with = "solvers")]
     pub solver: String,
     /// Steps T.
     #[serde(default = "steps")]
@@ -37,6 +38,9 @@ pub struct RolloutConfig {
     pub batch: usize,
 }
 
+fn solvers(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "type": "string", "enum": SOLVERS.map(|(name, _)| name) })
+}
 fn default_solver() -> String {
     DEFAULT_SOLVER.name().to_owned()
 }
@@ -71,7 +75,8 @@ impl RolloutConfig {
     pub(crate) fn steps(&self, grid: Grid) -> Result<Vec<Step>> {
         let Some(solver) = Solver::by_name(&self.solver) else {
             let known: Vec<&str> = SOLVERS.iter().map(|(name, _)| *name).collect();
-            bail!("unknown solver {:?}: {} are possible", self.solver, known.join(", "));
+            let what = format!("rollout.solver = {:?}: one of {}", self.solver, known.join(", "));
+            bail!(Usage(what));
         };
         Ok(solver::plan(solver, &Schedule::new(self.steps, grid)?))
     }

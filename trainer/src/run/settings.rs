@@ -9,6 +9,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use flow::checkpoint::read_bounded;
 use flow::usage::Usage;
 use schemars::JsonSchema;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use toml::{Table, Value};
 
@@ -160,6 +161,20 @@ pub(crate) fn align(source: &Source<'_>, settings: &[String]) -> Result<Run> {
         Vec::new()
     };
     Ok(Run { config, notes, layers })
+}
+
+/// Every setting of a configuration that is no run, defaults included, and where they are said.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn resolved<T: DeserializeOwned + JsonSchema + Serialize>(
+    source: &Source<'_>,
+    presets: &[(&str, &str)],
+    settings: &[String],
+) -> Result<(Table, Layers)> {
+    let layers = gathered(source, presets, settings)?;
+    let config: T = parsed(&layers, &Schema::of::<T>(), &layers.merged()?)?;
+    Ok((Table::try_from(config)?, layers))
 }
 
 /// Takes `key` out of `table`.
@@ -325,6 +340,7 @@ mod tests {
             ),
             ("optimizer.learning_rate=fast", "optimizer.learning_rate: \"fast\" where a number"),
             ("neighbor.distance=max", "neighbor.distance: there is no \"max\""),
+            ("rollout.solver=ddim", "rollout.solver: there is no \"ddim\"; there is dpmpp-2m, "),
             ("rewards.0.kind=orc", "rewards.0.kind: there is no \"orc\": did you mean ocr?"),
             (
                 "rewards=[{name = 'j', kind = 'jpeg', weight = 1}]",
