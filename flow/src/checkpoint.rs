@@ -229,14 +229,14 @@ impl Weights {
         let place = self.places.get(name)?;
         let shard = &self.shards[place.shard];
         let stored = shard.tensors.get(&place.stored)?;
-        let whole = shard.bytes(stored);
-        let n_row_bytes = whole.len() / stored.n_rows().max(1);
         let bytes: Cow<'_, [u8]> = if place.halves_swapped {
+            let whole = shard.bytes(stored);
+            let n_row_bytes = whole.len() / stored.n_rows().max(1);
             Cow::Owned(
                 place.parts().flat_map(|rows| of_rows(whole, rows, n_row_bytes)).copied().collect(),
             )
         } else {
-            Cow::Borrowed(of_rows(whole, place.rows.clone(), n_row_bytes))
+            Cow::Borrowed(self.as_stored(name)?)
         };
         let view = View {
             dtype: stored.coding.dtype(),
@@ -247,6 +247,15 @@ impl Weights {
             Some(scale) => self.scaled(&view, place, scale),
             None => view,
         })
+    }
+
+    /// What the file holds of the tensor called `name`, in its coding and its order there.
+    pub fn as_stored(&self, name: &str) -> Option<&[u8]> {
+        let place = self.places.get(name)?;
+        let shard = &self.shards[place.shard];
+        let stored = shard.tensors.get(&place.stored)?;
+        let whole = shard.bytes(stored);
+        Some(of_rows(whole, place.rows.clone(), whole.len() / stored.n_rows().max(1)))
     }
 
     /// Where the file holds the tensor called `name` just as [`Weights::get`] gives it, if it does: the file,

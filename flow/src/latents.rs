@@ -8,6 +8,9 @@ use crate::noise::Noise;
 /// Side of the patch that makes a token.
 pub const PATCH: usize = 2;
 
+/// Most pixels of an image.
+pub const MAX_PIXELS: usize = 1 << 26;
+
 /// The size of one image in latent cells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LatentSize {
@@ -26,6 +29,25 @@ pub struct SizeError {
     width: usize,
     height: usize,
     multiple: usize,
+}
+
+/// An image of more than [`MAX_PIXELS`].
+#[derive(Debug, thiserror::Error)]
+#[error("{width}x{height} is above the limit of {MAX_PIXELS} pixels")]
+pub struct PixelError {
+    width: usize,
+    height: usize,
+}
+
+/// Refuses images of more than [`MAX_PIXELS`].
+///
+/// # Errors
+/// When it is one.
+pub fn check_pixels(width: usize, height: usize) -> Result<(), PixelError> {
+    if width.saturating_mul(height) > MAX_PIXELS {
+        return Err(PixelError { width, height });
+    }
+    Ok(())
 }
 
 impl LatentSize {

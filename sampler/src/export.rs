@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Result, bail, ensure};
 use flow::{
-    latents::LatentSize,
+    latents::{LatentSize, check_pixels},
     models::transformer::GUIDANCE,
     pipeline::{Pipeline, read_json},
     prompts,
@@ -27,8 +27,6 @@ use crate::{
     sample::skipped,
 };
 
-/// Most pixels an image may have.
-pub const MAX_PIXELS: usize = 1 << 26;
 /// `--strength` unless given, as `FluxImg2ImgPipeline` has it.
 pub const DEFAULT_STRENGTH: f64 = 0.6;
 
@@ -212,10 +210,7 @@ impl Export {
             }
             (width, height) = (init.width, init.height);
         }
-        if width.saturating_mul(height) > MAX_PIXELS {
-            let why = format!("{width}x{height} is above the limit of {MAX_PIXELS} pixels");
-            return Err(invalid("size", why));
-        }
+        check_pixels(width, height).map_err(|error| invalid("size", error.to_string()))?;
         let size = self.pipeline.latent_size(width, height);
         let size = size.map_err(|error| invalid("size", error.to_string()))?;
         Ok((width, height, size))

@@ -256,6 +256,10 @@ fn wrong_arguments_are_usage_errors() -> Result<()> {
 
 #[test]
 fn a_number_out_of_its_range_is_told_the_range() {
+    let told = |typed: &str, range: &str| {
+        let message = not_parsed(typed);
+        assert!(message.contains(&format!("is not in {range}")), "{typed}: {message}");
+    };
     for (options, range) in [
         ("--steps 0", "1..=1000"),
         ("--steps 1001", "1..=1000"),
@@ -270,8 +274,7 @@ fn a_number_out_of_its_range_is_told_the_range() {
         ("-n 0", "1..=10000"),
         ("-n -2", "1..=10000"),
     ] {
-        let message = not_parsed(&format!("ng-sample --model m --prompt p {options}"));
-        assert!(message.contains(&format!("is not in {range}")), "{options}: {message}");
+        told(&format!("ng-sample --model m --prompt p {options}"), range);
     }
     for (options, range) in [
         ("--queue -1", "1..=100000"),
@@ -283,8 +286,7 @@ fn a_number_out_of_its_range_is_told_the_range() {
         ("--keep-megabytes -1", "0..=4294967295"),
         ("--grace -1", "0..=4294967295"),
     ] {
-        let message = not_parsed(&format!("ng-sample serve --model m {options}"));
-        assert!(message.contains(&format!("is not in {range}")), "{options}: {message}");
+        told(&format!("ng-sample serve --model m {options}"), range);
     }
 }
 

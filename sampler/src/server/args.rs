@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use flow::{checkpoint::read_bounded, usage::Usage};
+use flow::{checkpoint::read_bounded, latents::MAX_PIXELS, usage::Usage};
 use serde_json::json;
 use tokio::{
     net::TcpListener,
@@ -90,7 +90,7 @@ pub struct ServeArgs {
 
     /// Most pixels of an image.
     #[arg(long, value_name = "N", default_value_t = 2048 * 2048,
-          allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..=1 << 26))]
+          allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..=MAX_PIXELS as i64))]
     pub max_pixels: u32,
 
     /// Seconds that an ended job can be asked for.

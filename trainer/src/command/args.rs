@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use clap::builder::PossibleValuesParser;
 use clap::{ArgGroup, Args, Parser, Subcommand};
 use flow::checkpoint::MAX_SHARD_BYTES;
+use flow::latents::MAX_PIXELS;
 use flow::models::transformer::GUIDANCE;
 use flow::solver::{DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS};
 use flow::tokens::MAX_TEXT_TOKENS;
 use manual::says::Says;
 
-use self::values::{MAX_PIXELS, whole};
+use self::values::whole;
 use super::plan::UTILISATION;
 use crate::network::lora::RANK;
 use crate::tensor::device::PRECISIONS;

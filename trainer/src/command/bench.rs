@@ -255,7 +255,7 @@ mod tests {
             stream: false,
             repeats: 1,
             json: false,
-            compute: Compute { device: Device::Cpu, kind: Kind::Float },
+            compute: Compute::CPU,
         })
         .unwrap_err();
         assert!(error.is::<Usage>() && error.to_string().starts_with("--size 33x33: "), "{error}");

@@ -41,8 +41,9 @@ pub struct Options<'a> {
 /// When the model or the prompts cannot be read, or the cache was made for other text lengths.
 pub fn run(options: &Options<'_>) -> Result<()> {
     let all = prompts::read(options.prompts)?;
-    let known = Embeddings::of(options.out, options.model)?;
     let encoders = embeddings::encoders(options.model)?;
+    let known = Embeddings::open(options.out)?;
+    known.check_made_by(options.model, || Ok(encoders.clone()))?;
     let mut seen = HashSet::new();
     let missing: Vec<&str> = all
         .iter()

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use flow::checkpoint::{Weights, write_tensors};
+use flow::latents::check_pixels;
 use flow::log;
 use flow::pipeline::Pipeline;
 use flow::usage::Usage;
 
-use super::args::values::pixels;
 use crate::data::prompts;
 use crate::group::experience::solve_in_batches;
 use crate::group::rollout::RolloutConfig;
@@ -109,7 +109,9 @@ fn check(options: &Options<'_>) -> Result<()> {
         options.out.extension().is_some_and(|end| end.eq_ignore_ascii_case("png")),
         Usage(format!("{}: images are PNG files: the name ends in .png", options.out.display()))
     );
-    options.rollout.size.map_or(Ok(()), pixels).map_err(Usage)?;
+    if let Some([width, height]) = options.rollout.size {
+        check_pixels(width, height).map_err(|error| Usage(error.to_string()))?;
+    }
     let images = (0..options.n).map(|index| numbered(options.out, index, options.n));
     for file in images.chain(options.latents_out.map(Path::to_path_buf)) {
         ensure!(!file.is_dir(), Usage(format!("{} is a folder: name a file", file.display())));
@@ -127,8 +129,6 @@ fn numbered(path: &Path, index: usize, n: usize) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
-    use tch::{Device, Kind};
-
     use super::*;
 
     #[test]
@@ -139,7 +139,6 @@ mod tests {
         let out = home.path().join("a.png");
         let refused = |n: usize, out: &Path, size: Option<[usize; 2]>| {
             let rollout = serde_json::from_value(serde_json::json!({ "size": size })).unwrap();
-            let compute = Compute { device: Device::Cpu, kind: Kind::Float };
             let options = Options {
                 model: Path::new("absent"),
                 prompt: "a",
@@ -151,7 +150,7 @@ mod tests {
                 out,
                 loras: &[],
                 stream: false,
-                compute,
+                compute: Compute::CPU,
             };
             run(&options).unwrap_err()
         };

@@ -51,11 +51,11 @@ pub(crate) fn encoders(model: &Path) -> Result<String> {
         let mut names: Vec<&str> = weights.names().collect();
         names.sort_unstable();
         for name in names {
-            let view = weights.get(name).context("a tensor that is listed is not there")?;
-            digest.update(format!("{name} {:?} {:?}", view.dtype, view.shape));
-            let n = view.bytes.len();
-            digest.update(&view.bytes[..n.min(END)]);
-            digest.update(&view.bytes[n.saturating_sub(END)..]);
+            let bytes = weights.as_stored(name).context("a tensor that is listed is not there")?;
+            let (dtype, shape) = (weights.dtype(name), weights.shape(name));
+            digest.update(format!("{name} {dtype:?} {shape:?}"));
+            digest.update(&bytes[..bytes.len().min(END)]);
+            digest.update(&bytes[bytes.len().saturating_sub(END)..]);
         }
     }
     Ok(format!("{:x}", digest.finalize()))
@@ -121,26 +121,35 @@ impl Embeddings {
     /// When a file of it is broken, or other encoders made it.
     pub(crate) fn of(folder: &Path, model: &Path) -> Result<Self> {
         let cache = Self::open(folder)?;
+        cache.check_made_by(model, || encoders(model))?;
+        Ok(cache)
+    }
+
+    /// Refuses a cache that other encoders made than `own` of `model`; asks for those where it tells any.
+    pub(crate) fn check_made_by(
+        &self,
+        model: &Path,
+        own: impl FnOnce() -> Result<String>,
+    ) -> Result<()> {
+        let folder = self.folder.display();
         let made_by: BTreeSet<Option<&str>> =
-            cache.files.iter().map(|file| file.metadata(ENCODERS)).collect();
+            self.files.iter().map(|file| file.metadata(ENCODERS)).collect();
         if made_by.contains(&None) {
             log::note(&format!(
-                "note: {}: not all of it tells which text encoders made it; those are taken for the model's",
-                folder.display()
+                "note: {folder}: not all of it tells which text encoders made it; those are taken for the model's"
             ));
         }
         let made_by: BTreeSet<&str> = made_by.into_iter().flatten().collect();
         if !made_by.is_empty() {
-            let own = encoders(model)?;
+            let own = own()?;
             ensure!(
                 made_by.iter().all(|other| *other == own),
-                "{}: made by other text encoders or for other text lengths than those of {}: run `ng-train embed` \
-                 with this model and another folder",
-                folder.display(),
+                "{folder}: made by other text encoders or for other text lengths than those of {}: run `ng-train \
+                 embed` with this model and another folder",
                 model.display()
             );
         }
-        Ok(cache)
+        Ok(())
     }
 
     /// Whether it has `prompt`.

@@ -4,12 +4,11 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use clap::builder::RangedI64ValueParser;
+use flow::latents::check_pixels;
 use flow::lora::scaled_path;
 
 use crate::network::lora::LoraConfig;
 
-/// Most pixels of an image, as in ng-sample.
-pub(in crate::command) const MAX_PIXELS: usize = 1 << 26;
 /// Largest scale of a LoRA, either way.
 const MAX_SCALE: f64 = 100.0;
 /// Largest guidance scale, far above what any model was trained on.
@@ -58,17 +57,12 @@ pub(super) fn rank(text: &str) -> Result<usize, String> {
 pub(super) fn size(text: &str) -> Result<[usize; 2], String> {
     let sides = text.split_once('x').map(|(width, height)| [width.parse(), height.parse()]);
     match sides {
-        Some([Ok(width), Ok(height)]) => pixels([width, height]).map(|()| [width, height]),
+        Some([Ok(width), Ok(height)]) => {
+            check_pixels(width, height).map_err(|error| error.to_string())?;
+            Ok([width, height])
+        }
         _ => Err("width and height in pixels, as in 1024x768".to_owned()),
     }
-}
-
-/// Refuses images above [`MAX_PIXELS`].
-pub(in crate::command) fn pixels([width, height]: [usize; 2]) -> Result<(), String> {
-    if width.saturating_mul(height) > MAX_PIXELS {
-        return Err(format!("{width}x{height} is above the limit of {MAX_PIXELS} pixels"));
-    }
-    Ok(())
 }
 
 /// A LoRA and its scale from `FILE:0.8`.

@@ -109,13 +109,12 @@ impl Hacking {
     /// That of `config`, where it names metrics.
     ///
     /// # Errors
-    /// When it names what is none.
+    /// When one was not scored.
     fn of(config: &CompareConfig, base: &[(String, f64)]) -> Result<Option<Self>> {
         let [own, unseen] = &config.hacked[..] else { return Ok(None) };
-        let known = || base.iter().map(|(name, _)| name.as_str()).collect::<Vec<&str>>().join(", ");
         let place = |name: &String| {
             let found = base.iter().position(|(metric, _)| metric == name);
-            found.with_context(|| format!("hacked: no metric {name:?}: there are {}", known()))
+            found.with_context(|| format!("hacked: {name:?} was not scored"))
         };
         let of = [place(own)?, place(unseen)?];
         Ok(Some(Self { of, before: of.map(|index| base[index].1) }))
