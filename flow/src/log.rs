@@ -63,7 +63,7 @@ pub fn detail(text: &str) {
 
 /// One line on standard error, which may be gone together with the terminal, and in the log file.
 pub fn say(text: &str) {
-    drop(writeln!(io::stderr(), "{text}"));
+    drop(write_line(&mut io::stderr(), text));
     keep(text);
 }
 
@@ -72,6 +72,37 @@ pub fn keep(text: &str) {
     if let Some(file) = LOG.get().and_then(|log| log.file.as_ref()) {
         let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
         // A full disk must not end the run that it would tell of.
-        drop(writeln!(file, "{text}"));
+        drop(write_line(&mut *file, text));
+    }
+}
+
+/// In one piece, since other processes write to the same place.
+fn write_line(out: &mut impl Write, text: &str) -> io::Result<()> {
+    out.write_all(format!("{text}\n").as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Takes a piece at a time, and counts them.
+    struct Pieces(usize);
+
+    impl Write for Pieces {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0 += 1;
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_line_is_one_piece() {
+        let mut pieces = Pieces(0);
+        write_line(&mut pieces, "iteration 4").unwrap();
+        assert_eq!(pieces.0, 1);
     }
 }
