@@ -2,8 +2,10 @@
 
 use flow::ops::{Conv, Dim, Gelu, Mask, Ops, ParamPath, Rope};
 
-use crate::kernels::{self, LANES};
+use crate::attention::attention;
+use crate::kernels;
 use crate::parameters::{Parameter, Parameters};
+use crate::product::{Added, Matrix, product};
 use crate::tensor::{Tensor, offsets, strides};
 
 /// Runs networks over parameters.
@@ -49,16 +51,16 @@ fn broadcast(shapes: &[&[usize]]) -> Vec<usize> {
     out
 }
 
-/// Steps through `x` along each axis of `shape`, 0 where it repeats.
-fn repeated(x: &Tensor, shape: &[usize]) -> Vec<usize> {
-    let missing = shape.len() - x.shape().len();
-    let own = strides(x.shape()).into_iter().zip(x.shape());
+/// Steps through a tensor of shape `own` along each axis of `shape`, 0 where it repeats.
+pub(crate) fn repeated(own: &[usize], shape: &[usize]) -> Vec<usize> {
+    let missing = shape.len() - own.len();
+    let own = strides(own).into_iter().zip(own);
     let own = own.map(|(stride, &n)| if n == 1 { 0 } else { stride });
     std::iter::repeat_n(0, missing).chain(own).collect()
 }
 
 /// Appends what `kernel` makes of every row of the broadcast shape.
-fn zipped<const N: usize>(
+pub(crate) fn zipped<const N: usize>(
     inputs: [&Tensor; N],
     kernel: impl Fn(&mut Vec<f32>, [&[f32]; N]),
 ) -> Tensor {
@@ -69,7 +71,7 @@ fn zipped<const N: usize>(
         return Tensor::new(&shape, out);
     }
     let width = shape.last().copied().unwrap_or(1);
-    let steps = inputs.map(|x| repeated(x, &shape));
+    let steps = inputs.map(|x| repeated(x.shape(), &shape));
     // A value that repeats along a row is written out.
     let mut spread = inputs.map(|_| Vec::new());
     for starts in offsets(&shape, steps.each_ref().map(Vec::as_slice)) {
@@ -123,15 +125,13 @@ impl Ops for Interpreter<'_> {
         n_out: usize,
         bias: bool,
     ) -> Tensor {
-        let weight = self.parameter(&path.at("weight")).panels();
-        let mut biases = vec![0.0; n_out.next_multiple_of(LANES)];
-        if bias {
-            biases[..n_out].copy_from_slice(self.named(&path.at("bias")).values());
-        }
+        let weight = Matrix::Panels(self.parameter(&path.at("weight")).panels());
+        let bias = bias.then(|| self.named(&path.at("bias")));
+        let added = bias.map_or(Added::Zero, |bias| Added::Bias(bias.values()));
         let mut shape = x.shape().to_vec();
         *shape.last_mut().expect("a tensor with an axis") = n_out;
         let mut out = vec![0.0; shape.iter().product()];
-        kernels::product(&mut out, x.values(), n_in, weight, &biases, n_out);
+        product(&mut out, x.values(), n_in, weight, added, n_out);
         Tensor::new(&shape, out)
     }
 
@@ -269,7 +269,7 @@ impl Ops for Interpreter<'_> {
             let rows = [(q, m), (k, n), (v, n)]
                 .map(|(x, rows)| &x.values()[head * rows * width..][..rows * width]);
             let bias = bias.as_ref().map(|bias| &bias.values()[head * m * n..][..m * n]);
-            kernels::attention(&mut out, rows, width, scale as f32, bias);
+            attention(&mut out, rows, width, scale as f32, bias);
         }
         Tensor::new(q.shape(), out)
     }

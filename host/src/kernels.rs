@@ -5,12 +5,10 @@ use multiversion::multiversion;
 
 /// Numbers that go side by side.
 pub(crate) const LANES: usize = 16;
-/// Rows of a product that go side by side.
-const ROWS: usize = 6;
 
 /// e^x within 2 ulp; at the ends of f32's range the value there.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     // x = n·ln 2 + r with |r| ≤ ½·ln 2, ln 2 in two parts; adding 1.5·2²³ rounds to a whole number.
     const ROUND: f32 = 12_582_912.0;
     let x = x.clamp(-87.0, 88.0);
@@ -37,6 +35,19 @@ pub(crate) fn sum(values: &[f32], of: impl Fn(f32) -> f32) -> f32 {
         }
     }
     folded(sums, |a, b| a + b) + rest.iter().map(|&x| of(x)).sum::<f32>()
+}
+
+/// Of products, number by number.
+#[inline(always)]
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0.0; LANES];
+    let ((a, rest_a), (b, rest_b)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += a * b;
+        }
+    }
+    folded(sums, |a, b| a + b) + rest_a.iter().zip(rest_b).map(|(a, b)| a * b).sum::<f32>()
 }
 
 /// All lanes as one, halves upon halves.
@@ -129,7 +140,7 @@ pub(crate) fn rotate(x: &[f32], cos: &[f32], sin: &[f32]) -> Vec<f32> {
 
 /// Rows of `width` to their softmax.
 #[multiversion(targets = "simd")]
-fn softmax(values: &mut [f32], width: usize) {
+pub(crate) fn softmax(values: &mut [f32], width: usize) {
     for row in values.chunks_exact_mut(width) {
         let larger = |a: f32, b: f32| if a > b { a } else { b };
         let mut largest = [f32::NEG_INFINITY; LANES];
@@ -150,111 +161,10 @@ fn softmax(values: &mut [f32], width: usize) {
     }
 }
 
-/// Rows `[n, k]` as products read them: parts of [`LANES`] rows, each transposed to `[k, LANES]`, the last
-/// filled up with zeros.
-pub(crate) fn panels(rows: &[f32], n: usize, k: usize) -> Vec<f32> {
-    let mut panels = vec![0.0; n.next_multiple_of(LANES) * k];
-    for (row, values) in rows.chunks_exact(k).enumerate() {
-        let (panel, _) = panels[row / LANES * LANES * k..].as_chunks_mut::<LANES>();
-        for (part, &x) in panel.iter_mut().zip(values) {
-            part[row % LANES] = x;
-        }
-    }
-    panels
-}
-
-/// `out` `[m, n]` = `x·Wᵀ + b` of rows `x` `[m, k]`: `panels` holds W as [`panels()`] lays it out, and `bias`
-/// a number an output, filled up to whole parts like them.
-#[multiversion(targets = "simd")]
-pub(crate) fn product(
-    out: &mut [f32],
-    x: &[f32],
-    k: usize,
-    panels: &[f32],
-    bias: &[f32],
-    n: usize,
-) {
-    let (panels, _) = panels.as_chunks::<LANES>();
-    let (bias, _) = bias.as_chunks::<LANES>();
-    let last = x.len() / k - 1;
-    for ((panel, bias), from) in panels.chunks_exact(k).zip(bias).zip((0..n).step_by(LANES)) {
-        for (block, out) in out.chunks_mut(ROWS * n).enumerate() {
-            let row = |r: usize| &x[(block * ROWS + r).min(last) * k..][..k];
-            let sums = tile([row(0), row(1), row(2), row(3), row(4), row(5)], panel, bias);
-            for (sums, out) in sums.iter().zip(out.chunks_exact_mut(n)) {
-                match out[from..].first_chunk_mut::<LANES>() {
-                    Some(part) => *part = *sums,
-                    None => out[from..].copy_from_slice(&sums[..n - from]),
-                }
-            }
-        }
-    }
-}
-
-/// `start` and the products of rows of `[k]` with a panel `[k, LANES]`.
-#[inline(always)]
-fn tile(
-    [x0, x1, x2, x3, x4, x5]: [&[f32]; ROWS],
-    panel: &[[f32; LANES]],
-    start: &[f32; LANES],
-) -> [[f32; LANES]; ROWS] {
-    let mut sums = [*start; ROWS];
-    let rows = x0.iter().zip(x1).zip(x2).zip(x3).zip(x4).zip(x5);
-    for (&w, (((((x0, x1), x2), x3), x4), x5)) in panel.iter().zip(rows) {
-        for (sums, x) in sums.iter_mut().zip([x0, x1, x2, x3, x4, x5]) {
-            for (sum, w) in sums.iter_mut().zip(w) {
-                *sum = x.mul_add(w, *sum);
-            }
-        }
-    }
-    sums
-}
-
-/// `softmax(scale·q·kᵀ + bias)·v` of one head, appended; `q` `[m, d]`, `k` and `v` `[n, d]`, `bias` `[m, n]`.
-pub(crate) fn attention(
-    out: &mut Vec<f32>,
-    [q, k, v]: [&[f32]; 3],
-    width: usize,
-    scale: f32,
-    bias: Option<&[f32]>,
-) {
-    let (m, n) = (q.len() / width, k.len() / width);
-    let mut keys = panels(k, n, width);
-    for x in &mut keys {
-        *x *= scale;
-    }
-    let zeros = vec![0.0; n.max(width).next_multiple_of(LANES)];
-    let mut scores = vec![0.0; m * n];
-    product(&mut scores, q, width, &keys, &zeros, n);
-    if let Some(bias) = bias {
-        scores.iter_mut().zip(bias).for_each(|(score, b)| *score += b);
-    }
-    softmax(&mut scores, n);
-    // Columns of v are what rows of k are.
-    let mut values = vec![0.0; width.next_multiple_of(LANES) * n];
-    for (l, row) in v.chunks_exact(width).enumerate() {
-        for (part, row) in row.chunks(LANES).enumerate() {
-            values[(part * n + l) * LANES..][..row.len()].copy_from_slice(row);
-        }
-    }
-    let start = out.len();
-    out.resize(start + m * width, 0.0);
-    product(&mut out[start..], &scores, n, &values, &zeros, width);
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Numbers in [−1, 1) that do not repeat.
-    fn numbers(n: usize, seed: u32) -> Vec<f32> {
-        let mut state = seed;
-        let mut next = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-        };
-        (0..n).map(|_| next()).collect()
-    }
+    use crate::numbers;
 
     #[test]
     fn exponentials_are_within_two_units() {
@@ -265,48 +175,6 @@ mod tests {
             assert!(units <= 2, "e^{x}: {} and not {expected}", exp(x));
         }
         assert!(exp(-1e9) < 1e-37 && exp(f32::NEG_INFINITY) < 1e-37);
-    }
-
-    #[test]
-    fn products_of_any_size_are_sums_of_products() {
-        for (m, n, k) in [(1, 1, 1), (6, 16, 8), (7, 17, 5), (13, 40, 33), (5, 15, 128)] {
-            let (x, w, b) = (numbers(m * k, 1), numbers(n * k, 2), numbers(n, 3));
-            let mut bias = b.clone();
-            bias.resize(n.next_multiple_of(LANES), 0.0);
-            let mut out = vec![0.0; m * n];
-            product(&mut out, &x, k, &panels(&w, n, k), &bias, n);
-            for (i, found) in out.iter().enumerate() {
-                let (row, column) = (i / n, i % n);
-                let terms =
-                    (0..k).map(|l| f64::from(x[row * k + l]) * f64::from(w[column * k + l]));
-                let expected = f64::from(b[column]) + terms.sum::<f64>();
-                assert!(
-                    (f64::from(*found) - expected).abs() < 1e-5,
-                    "{m}×{n}×{k} at {row}, {column}"
-                );
-            }
-        }
-    }
-
-    #[test]
-    fn attention_is_a_mean_by_softmax() {
-        let (m, n, width) = (5, 19, 6);
-        let [q, k, v] = [(m, 1), (n, 2), (n, 3)].map(|(rows, seed)| numbers(rows * width, seed));
-        let bias = numbers(m * n, 4);
-        let mut out = Vec::new();
-        attention(&mut out, [&q, &k, &v], width, 0.7, Some(&bias));
-        for i in 0..m {
-            let dot =
-                |j: usize| (0..width).map(|d| q[i * width + d] * k[j * width + d]).sum::<f32>();
-            let scores: Vec<f64> =
-                (0..n).map(|j| f64::from(0.7 * dot(j) + bias[i * n + j])).collect();
-            let total: f64 = scores.iter().map(|s| s.exp()).sum();
-            for d in 0..width {
-                let mean: f64 =
-                    (0..n).map(|j| scores[j].exp() / total * f64::from(v[j * width + d])).sum();
-                assert!((f64::from(out[i * width + d]) - mean).abs() < 1e-6, "row {i}, {d}");
-            }
-        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::OnceLock;
 
-use crate::kernels::panels;
+use crate::product::{Matrix, panels};
 use crate::tensor::Tensor;
 
 /// Tensors by their names in a checkpoint.
@@ -35,7 +35,7 @@ impl Parameter {
     pub(crate) fn panels(&self) -> &[f32] {
         self.panels.get_or_init(|| {
             let (values, n) = (self.tensor.values(), self.tensor.shape()[0]);
-            panels(values, n, values.len() / n)
+            panels(Matrix::Rows(values), n, values.len() / n)
         })
     }
 }

@@ -5,6 +5,7 @@ pub(crate) mod embeddings;
 pub(crate) mod engine;
 mod inference;
 pub(crate) mod init;
+mod learning;
 pub mod lora;
 pub(crate) mod model;
 pub(crate) mod optimizer;

@@ -12,6 +12,7 @@ use tch::{Tensor, no_grad};
 
 use super::condition::Condition;
 use super::inference::Inference;
+use super::learning;
 use super::lora::Adapters;
 use crate::tensor::eager::{Addition, Eager};
 use crate::tensor::parameters::{Changed, Parameters, Pass};
@@ -116,8 +117,7 @@ impl Engine {
         t: &Tensor,
         condition: &Condition,
     ) -> Result<Tensor> {
-        let tokens = (x_t.size()[1] + condition.text.size()[1]) as usize;
-        match self.inference(tokens) {
+        match self.inference(n_tokens(x_t, condition)) {
             Some(inference) => Ok(inference.velocity(x_t, t, condition)),
             None => no_grad(|| self.forward(x_t, t, condition)),
         }
@@ -132,14 +132,24 @@ impl Engine {
         self.parameters.attend()
     }
 
+    /// Whether a network with `tokens` tokens a sample is run without libtorch.
+    fn is_plain(&self, tokens: usize) -> bool {
+        let parameters = &self.parameters;
+        let is_held = !parameters.is_streamed() && !parameters.is_gathered();
+        parameters.compute().is_plain() && is_held && Inference::is_worthwhile(&self.config, tokens)
+    }
+
+    /// Whether its gradients are found without libtorch.
+    fn learns_plainly(&self, tokens: usize) -> bool {
+        self.is_plain(tokens) && self.adapters.is_none() && !self.recompute
+    }
+
     /// Another way to velocities, where it is faster, with the parameters as they are.
     fn inference(&self, tokens: usize) -> Option<Rc<Inference>> {
-        let parameters = &self.parameters;
-        let adapters = self.adapters.as_ref();
+        let (parameters, adapters) = (&self.parameters, self.adapters.as_ref());
+        let learns_alike = self.learns_plainly(tokens);
         let is_free = !self.rounds_alike && !adapters.is_some_and(Adapters::are_training);
-        let is_held = !parameters.is_streamed() && !parameters.is_gathered();
-        let is_plain = parameters.compute().is_plain() && is_held;
-        if !is_free || !is_plain || !Inference::is_worthwhile(&self.config, tokens) {
+        if !self.is_plain(tokens) || !(learns_alike || is_free) {
             return None;
         }
         let mut known = self.inference.borrow_mut();
@@ -185,6 +195,10 @@ impl Engine {
     ) -> Result<()> {
         if self.recompute || self.parameters.is_gathered() {
             return self.blockwise(x_t, t, condition, gradient);
+        }
+        if self.learns_plainly(n_tokens(x_t, condition)) {
+            let (config, parameters) = (&self.config, &self.parameters);
+            return learning::forward_backward(config, parameters, [x_t, t], condition, gradient);
         }
         let v = self.forward(x_t, t, condition)?;
         let of_v = gradient(&v.detach())?;
@@ -246,6 +260,11 @@ impl Engine {
             guidance: float(&condition.guidance),
         }
     }
+}
+
+/// Tokens of a sample.
+fn n_tokens(x_t: &Tensor, condition: &Condition) -> usize {
+    (x_t.size()[1] + condition.text.size()[1]) as usize
 }
 
 struct OwnedInputs {

@@ -10,7 +10,7 @@ use super::lora::Adapters;
 use crate::tensor::parameters::Parameters;
 
 /// Tokens that go through the network together: as many as keep the products busy and stay in the cache.
-const TOKENS_AT_ONCE: usize = 384;
+const TOKENS_AT_ONCE: i64 = 384;
 /// Bytes of a sample's widest activation up to which it is done here: what lies in a core's caches, its share
 /// of the common one included. With AVX-512 the products keep ahead of libtorch's beyond that.
 const WIDEST: usize = 1 << 22;
@@ -45,45 +45,64 @@ impl Inference {
 
     /// Velocity `[B, S, C]` of `x_t` `[B, S, C]` at times `t` `[B]`, on all threads.
     pub(crate) fn velocity(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Tensor {
+        let batch = Batch::cut(x_t, t, condition);
+        let part = |sample| {
+            self.config.forward(&Interpreter::new(&self.parameters), &batch.inputs(sample))
+        };
+        joined(&batch.samples.par_iter().map(part).collect::<Vec<host::Tensor>>(), x_t)
+    }
+}
+
+/// What a network takes, cut into samples that go through it together.
+pub(super) struct Batch {
+    /// Of each part: x_t, text, pooled text, t, guidance.
+    pub(super) samples: Vec<[host::Tensor; 5]>,
+    img_ids: host::Tensor,
+    txt_ids: host::Tensor,
+}
+
+impl Batch {
+    /// Parts for all threads.
+    pub(super) fn cut(x_t: &Tensor, t: &Tensor, condition: &Condition) -> Self {
         let (size, n_text) = (x_t.size(), condition.text.size()[1]);
-        let at_once = (TOKENS_AT_ONCE as i64 / (size[1] + n_text)).max(1);
-        let samples: Vec<[host::Tensor; 5]> = (0..size[0])
-            .step_by(at_once as usize)
-            .map(|from| {
-                let rows = at_once.min(size[0] - from);
-                [x_t, t, &condition.text, &condition.pooled, &condition.guidance]
-                    .map(|x| copied(&x.narrow(0, from, rows)))
-            })
-            .collect();
-        let ids = [
-            copied(&condition.img_ids),
-            host::Tensor::new(&[n_text as usize, 3], vec![0.0; 3 * n_text as usize]),
-        ];
-        let part = |sample| self.part(sample, &ids);
-        let parts: Vec<host::Tensor> = samples.par_iter().map(part).collect();
-        let values: Vec<f32> = parts.iter().flat_map(host::Tensor::values).copied().collect();
-        Tensor::from_slice(&values).reshape(&size)
+        let of_a_thread = (size[0] as usize).div_ceil(rayon::current_num_threads()) as i64;
+        let at_once = (TOKENS_AT_ONCE / (size[1] + n_text)).clamp(1, of_a_thread.max(1));
+        let part = |from| {
+            let rows = at_once.min(size[0] - from);
+            [x_t, &condition.text, &condition.pooled, t, &condition.guidance]
+                .map(|x| copied(&x.narrow(0, from, rows)))
+        };
+        Self {
+            samples: (0..size[0]).step_by(at_once as usize).map(part).collect(),
+            img_ids: copied(&condition.img_ids),
+            txt_ids: host::Tensor::new(&[n_text as usize, 3], vec![0.0; 3 * n_text as usize]),
+        }
     }
 
-    fn part(
-        &self,
-        [x_t, t, text, pooled, guidance]: &[host::Tensor; 5],
-        [img_ids, txt_ids]: &[host::Tensor; 2],
-    ) -> host::Tensor {
-        let inputs = Inputs {
+    /// Of one part.
+    pub(super) fn inputs<'a>(
+        &'a self,
+        [x_t, text, pooled, t, guidance]: &'a [host::Tensor; 5],
+    ) -> Inputs<'a, host::Tensor> {
+        Inputs {
             hidden_states: x_t,
             encoder_hidden_states: text,
             pooled_projections: pooled,
             timestep: t,
-            img_ids,
-            txt_ids,
+            img_ids: &self.img_ids,
+            txt_ids: &self.txt_ids,
             guidance: Some(guidance),
-        };
-        self.config.forward(&Interpreter::new(&self.parameters), &inputs)
+        }
     }
 }
 
-fn copied(x: &Tensor) -> host::Tensor {
+/// Parts of a batch as one tensor in the shape of `like`.
+pub(super) fn joined(parts: &[host::Tensor], like: &Tensor) -> Tensor {
+    let values: Vec<f32> = parts.iter().flat_map(host::Tensor::values).copied().collect();
+    Tensor::from_slice(&values).reshape(like.size())
+}
+
+pub(super) fn copied(x: &Tensor) -> host::Tensor {
     let shape: Vec<usize> = x.size().iter().map(|&n| n as usize).collect();
     let flat = x.to_kind(Kind::Float).reshape([-1]);
     host::Tensor::new(&shape, Vec::try_from(&flat).expect("a tensor of f32 on the processor"))

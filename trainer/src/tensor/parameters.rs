@@ -11,12 +11,14 @@ mod division;
 mod gathering;
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::rc::Rc;
 
 use anyhow::{Context, Result};
 use cluster::Group;
 use flow::checkpoint::{Dtype, Entry, Weights};
 use flow::ops::shapes::Manifest;
+use rayon::prelude::*;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use self::division::fingerprint;
@@ -114,6 +116,8 @@ pub(crate) type Changed = Box<dyn Fn(&str) -> Result<Option<Vec<f32>>>>;
 pub(crate) struct Parameters {
     pub(crate) segments: Vec<Segment>,
     views: RefCell<Named>,
+    /// Gradients that libtorch did not find, by name.
+    learned: RefCell<HashMap<String, Tensor>>,
     /// Where streamed values are.
     source: Option<Weights>,
     /// What stands in place of some of them.
@@ -187,6 +191,7 @@ impl Parameters {
         Self {
             segments: Vec::new(),
             views: RefCell::default(),
+            learned: RefCell::default(),
             source: None,
             changed: None,
             device,
@@ -312,6 +317,41 @@ impl Parameters {
         self.kind
     }
 
+    /// Lends the values that networks see to `of`, by name.
+    ///
+    /// # Panics
+    /// Where they are not held in f32 on the processor.
+    #[expect(unsafe_code, reason = "libtorch's bindings only copy")]
+    pub(crate) fn lend<R>(&self, of: impl FnOnce(&host::Weights<'_>) -> R) -> R {
+        let views = self.views.borrow();
+        let mut lent: Vec<(&String, Tensor)> =
+            views.iter().map(|(name, view)| (name, view.shallow_clone())).collect();
+        // SAFETY: values change between passes alone, and this one lasts until `of` returns.
+        let lent =
+            lent.iter_mut().map(|(name, view)| (name.as_str(), &*unsafe { numbers_of(view) }));
+        of(&lent.collect())
+    }
+
+    /// Adds to the gradients what each part of a batch has learnt, in order.
+    #[expect(unsafe_code, reason = "libtorch's bindings only copy")]
+    pub(crate) fn learn(&self, parts: &[host::Learned]) {
+        let mut learned = self.learned.borrow_mut();
+        for place in self.segments.iter().flat_map(|segment| &segment.places) {
+            let zeros = || Tensor::zeros([place.len()], (Kind::Float, self.device));
+            learned.entry(place.name.clone()).or_insert_with(zeros);
+        }
+        let sums: Vec<(&String, &mut [f32])> = learned
+            .iter_mut()
+            // SAFETY: they are ours alone.
+            .map(|(name, sums)| (name, unsafe { numbers_of(sums) }))
+            .collect();
+        sums.into_par_iter().with_max_len(1).for_each(|(name, sums)| {
+            for part in parts {
+                part.add_to(name, sums);
+            }
+        });
+    }
+
     /// The sum over ranks of the gradients that have accumulated, a list a segment that covers its master in
     /// order; they start anew.
     ///
@@ -325,16 +365,18 @@ impl Parameters {
             let take = |index| Ok(vec![self.of_all(gathering.take_gradient(index))?]);
             return (0..self.segments.len()).map(take).collect();
         }
-        let mut views = self.views.borrow_mut();
+        let (mut views, mut learned) = (self.views.borrow_mut(), self.learned.borrow_mut());
         let mut take = |place: &Place| {
+            let learned = learned.remove(&place.name);
             let view = views.get_mut(&place.name).expect("what trains is held");
             let grad = view.grad();
             // A leaf without a past: the next gradient to arrive is kept, not added to zeros.
             *view = Rc::new(view.detach().set_requires_grad(true));
-            let values = if grad.defined() {
-                grad.detach().reshape([-1])
-            } else {
-                Tensor::zeros([place.len()], (Kind::Float, self.device))
+            let found = grad.defined().then(|| grad.detach().reshape([-1]));
+            let values = match (found, learned) {
+                (Some(found), Some(learned)) => found + learned,
+                (Some(values), None) | (None, Some(values)) => values,
+                (None, None) => Tensor::zeros([place.len()], (Kind::Float, self.device)),
             };
             Gradient { offset: place.offset, values }
         };
