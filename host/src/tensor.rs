@@ -27,6 +27,11 @@ impl Tensor {
         &self.values
     }
 
+    /// All values, without a copy where nothing shares them.
+    pub(crate) fn into_values(self) -> Vec<f32> {
+        Arc::try_unwrap(self.values).unwrap_or_else(|shared| shared.to_vec())
+    }
+
     /// Length of the last axis.
     pub(crate) fn width(&self) -> usize {
         self.shape.last().copied().unwrap_or(1)

@@ -156,9 +156,9 @@ fn constant<const N: usize>(inputs: [&Traced; N], value: Tensor) -> Traced {
 }
 
 /// Sums over the axes along which `shape` repeated.
-fn summed(dy: &Tensor, shape: &[usize]) -> Vec<f32> {
+fn summed(dy: Tensor, shape: &[usize]) -> Vec<f32> {
     if dy.shape() == shape {
-        return dy.values().to_vec();
+        return dy.into_values();
     }
     let steps = repeated(shape, dy.shape());
     let (width, is_one) = (dy.width(), steps.last() == Some(&0));
@@ -171,6 +171,12 @@ fn summed(dy: &Tensor, shape: &[usize]) -> Vec<f32> {
         }
     }
     sums
+}
+
+/// Part `index` of `n` equal ones.
+fn part(x: &[f32], index: usize, n: usize) -> &[f32] {
+    let length = x.len() / n;
+    &x[index * length..][..length]
 }
 
 /// The product with the slopes of a function, in place.
@@ -241,7 +247,7 @@ impl Ops for Trace<'_> {
         self.step(value, move |dy, back| {
             let dy = Tensor::new(&shape, dy);
             for input in inputs.iter().filter(|input| input.step.is_some()) {
-                back.reach(input.step, summed(&dy, &input.shape));
+                back.reach(input.step, summed(dy.clone(), &input.shape));
             }
         })
     }
@@ -265,11 +271,11 @@ impl Ops for Trace<'_> {
             for (input, other) in [(&b, &c), (&c, &b)] {
                 if input.step.is_some() {
                     let dx = zipped([&dy, &other.value], kernels::mul);
-                    back.reach(input.step, summed(&dx, input.value.shape()));
+                    back.reach(input.step, summed(dx, input.value.shape()));
                 }
             }
             if of_a.step.is_some() {
-                back.reach(of_a.step, summed(&dy, &of_a.shape));
+                back.reach(of_a.step, summed(dy, &of_a.shape));
             }
         })
     }
@@ -355,21 +361,16 @@ impl Ops for Trace<'_> {
         let inputs = [q, k, v].map(|x| x.value.clone());
         let [q_in, k_in, v_in] = &inputs;
         let value = plain().attention(q_in, k_in, v_in, scale, Mask::None);
-        let steps = [q.step, k.step, v.step];
+        let (steps, width) = ([q.step, k.step, v.step], q_in.width());
+        let n_heads = q_in.shape()[0] * q_in.shape()[1];
         self.step(value, move |dy, back| {
-            let &[batch, heads, _, width] = inputs[0].shape() else { unreachable!("heads") };
             let mut reached = inputs.each_ref().map(|x| Vec::with_capacity(x.values().len()));
-            for head in 0..batch * heads {
-                let of_head = |x: &'_ [f32]| x.len() / (batch * heads);
-                let part = |x: &Tensor| {
-                    let n = of_head(x.values());
-                    head * n..(head + 1) * n
-                };
-                let n = of_head(&dy);
-                let rows = inputs.each_ref().map(|x| &x.values()[part(x)]);
-                let parts = attention_slopes(&dy[head * n..][..n], rows, width, scale as f32);
-                for (reached, part) in reached.iter_mut().zip(parts) {
-                    reached.extend(part);
+            for head in 0..n_heads {
+                let rows = inputs.each_ref().map(|x| part(x.values(), head, n_heads));
+                let of_head = part(&dy, head, n_heads);
+                let slopes = attention_slopes(of_head, rows, width, scale as f32);
+                for (reached, slopes) in reached.iter_mut().zip(slopes) {
+                    reached.extend(slopes);
                 }
             }
             for (step, reached) in steps.into_iter().zip(reached) {
@@ -414,7 +415,7 @@ impl Ops for Trace<'_> {
         let value = x.value.permuted(axes);
         let (shape, mut back) = (value.shape().to_vec(), vec![0; axes.len()]);
         axes.iter().enumerate().for_each(|(to, &from)| back[from] = to);
-        self.of_one(x, value, move |dy| Tensor::new(&shape, dy).permuted(&back).values().to_vec())
+        self.of_one(x, value, move |dy| Tensor::new(&shape, dy).permuted(&back).into_values())
     }
 
     fn concat(&self, parts: &[&Traced], axis: usize) -> Traced {
@@ -430,7 +431,7 @@ impl Ops for Trace<'_> {
             let mut from = 0;
             for part in parts {
                 let length = part.shape[axis];
-                back.reach(part.step, dy.narrowed(axis, from, length).values().to_vec());
+                back.reach(part.step, dy.narrowed(axis, from, length).into_values());
                 from += length;
             }
         })
