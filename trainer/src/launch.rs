@@ -9,10 +9,10 @@ use std::process::{Command, ExitCode, Stdio};
 
 /// Beside this program.
 const PROGRAM: &str = "ng-train-libtorch";
-/// Settings of glibc's heap: what tensors of a few megabytes leave is used again, instead of going back to
-/// the system and being cleared anew; larger ones go back at once.
+/// Settings of glibc's heap: what tensors of up to 32 MB leave, its largest bound, is used again, instead of going
+/// back to the system and being cleared anew; larger ones go back at once.
 const HEAP: [(&str, &str); 3] = [
-    ("MALLOC_MMAP_THRESHOLD_", "16777216"),
+    ("MALLOC_MMAP_THRESHOLD_", "33554432"),
     ("MALLOC_TRIM_THRESHOLD_", "536870912"),
     ("MALLOC_TOP_PAD_", "67108864"),
 ];
