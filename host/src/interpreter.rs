@@ -5,7 +5,7 @@ use flow::ops::{Conv, Dim, Gelu, Mask, Ops, ParamPath, Rope};
 use crate::attention::attention;
 use crate::kernels;
 use crate::parameters::{Parameter, Parameters};
-use crate::product::{Added, Matrix, product};
+use crate::product::{Matrix, linear};
 use crate::tensor::{Tensor, offsets, strides};
 
 /// Runs networks over parameters.
@@ -121,18 +121,13 @@ impl Ops for Interpreter<'_> {
         &self,
         path: &ParamPath,
         x: &Tensor,
-        n_in: usize,
+        _n_in: usize,
         n_out: usize,
         bias: bool,
     ) -> Tensor {
         let weight = Matrix::Panels(self.parameter(&path.at("weight")).panels());
-        let bias = bias.then(|| self.named(&path.at("bias")));
-        let added = bias.map_or(Added::Zero, |bias| Added::Bias(bias.values()));
-        let mut shape = x.shape().to_vec();
-        *shape.last_mut().expect("a tensor with an axis") = n_out;
-        let mut out = vec![0.0; shape.iter().product()];
-        product(&mut out, x.values(), n_in, weight, added, n_out);
-        Tensor::new(&shape, out)
+        let bias = bias.then(|| self.named(&path.at("bias")).values());
+        linear(x, n_out, weight, bias)
     }
 
     fn conv2d(&self, path: &ParamPath, x: &Tensor, conv: Conv) -> Tensor {

@@ -4,6 +4,7 @@
 use multiversion::multiversion;
 
 use crate::kernels::LANES;
+use crate::tensor::Tensor;
 
 /// Rows of a product that go side by side.
 const ROWS: usize = 6;
@@ -58,6 +59,15 @@ pub(crate) fn turned(x: &[f32], n: usize, from: usize, width: usize) -> Vec<f32>
         }
     }
     out
+}
+
+/// `x·Wᵀ` over the last axis of `x`, and `bias`: W `[n, k]` is `weight`.
+pub(crate) fn linear(x: &Tensor, n: usize, weight: Matrix<'_>, bias: Option<&[f32]>) -> Tensor {
+    let mut shape = x.shape().to_vec();
+    *shape.last_mut().expect("a tensor with an axis") = n;
+    let mut out = vec![0.0; shape.iter().product()];
+    product(&mut out, x.values(), x.width(), weight, bias.map_or(Added::Zero, Added::Bias), n);
+    Tensor::new(&shape, out)
 }
 
 /// `out` `[m, n]` = `x·Wᵀ + added` of rows `x` `[m, k]` and a matrix `[n, k]`.

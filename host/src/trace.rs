@@ -10,7 +10,7 @@ use crate::attention::attention_slopes;
 use crate::interpreter::{Interpreter, repeated, zipped};
 use crate::learned::{Learned, Share};
 use crate::parameters::Parameters;
-use crate::product::{Added, Matrix, product};
+use crate::product::{Added, Matrix, linear, product};
 use crate::tensor::{Tensor, offsets};
 use crate::{kernels, slopes};
 
@@ -210,13 +210,9 @@ impl Ops for Trace<'_> {
     ) -> Traced {
         let (weight, of_bias) = (path.at("weight"), path.at("bias"));
         let w = self.named(&weight);
-        let added = if bias { Added::Bias(self.named(&of_bias)) } else { Added::Zero };
-        let mut shape = x.value.shape().to_vec();
-        *shape.last_mut().expect("a tensor with an axis") = n_out;
-        let mut y = vec![0.0; shape.iter().product()];
-        product(&mut y, x.value.values(), n_in, Matrix::Rows(w), added, n_out);
+        let y = linear(&x.value, n_out, Matrix::Rows(w), bias.then(|| self.named(&of_bias)));
         let Traced { value: x, step } = x.clone();
-        self.step(Tensor::new(&shape, y), move |dy, back| {
+        self.step(y, move |dy, back| {
             if step.is_some() {
                 let mut dx = vec![0.0; x.values().len()];
                 product(&mut dx, &dy, n_out, Matrix::Columns(w), Added::Zero, n_in);

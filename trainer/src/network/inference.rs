@@ -47,7 +47,8 @@ impl Inference {
     pub(crate) fn velocity(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Tensor {
         let batch = Batch::cut(x_t, t, condition);
         let part = |sample| {
-            self.config.forward(&Interpreter::new(&self.parameters), &batch.inputs(sample))
+            let interpreter = Interpreter::new(&self.parameters);
+            self.config.forward(&interpreter, &inputs(&batch.values(sample)))
         };
         joined(&batch.samples.par_iter().map(part).collect::<Vec<host::Tensor>>(), x_t)
     }
@@ -79,20 +80,24 @@ impl Batch {
         }
     }
 
-    /// Of one part.
-    pub(super) fn inputs<'a>(
-        &'a self,
-        [x_t, text, pooled, t, guidance]: &'a [host::Tensor; 5],
-    ) -> Inputs<'a, host::Tensor> {
-        Inputs {
-            hidden_states: x_t,
-            encoder_hidden_states: text,
-            pooled_projections: pooled,
-            timestep: t,
-            img_ids: &self.img_ids,
-            txt_ids: &self.txt_ids,
-            guidance: Some(guidance),
-        }
+    /// Of one part, as [`inputs`] takes them.
+    pub(super) fn values(&self, part: &[host::Tensor; 5]) -> [host::Tensor; 7] {
+        let [x_t, text, pooled, t, guidance] = part.clone();
+        [x_t, text, pooled, t, guidance, self.img_ids.clone(), self.txt_ids.clone()]
+    }
+}
+
+/// Inputs of x_t, text, pooled text, t, guidance and the ids of image and text.
+pub(super) fn inputs<T>(values: &[T; 7]) -> Inputs<'_, T> {
+    let [x_t, text, pooled, t, guidance, img_ids, txt_ids] = values;
+    Inputs {
+        hidden_states: x_t,
+        encoder_hidden_states: text,
+        pooled_projections: pooled,
+        timestep: t,
+        img_ids,
+        txt_ids,
+        guidance: Some(guidance),
     }
 }
 

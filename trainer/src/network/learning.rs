@@ -1,13 +1,13 @@
 //! Gradients of small networks on the processor, by the interpreter in plain Rust.
 
 use anyhow::Result;
-use flow::models::transformer::{Inputs, TransformerConfig};
+use flow::models::transformer::TransformerConfig;
 use host::{Learned, Trace, Traced};
 use rayon::prelude::*;
 use tch::Tensor;
 
 use super::condition::Condition;
-use super::inference::{Batch, copied, joined};
+use super::inference::{Batch, copied, inputs, joined};
 use crate::tensor::parameters::Parameters;
 
 /// Runs the network forward, asks `gradient` for dJ/dv and adds its product with dv/dθ to what `parameters` have
@@ -27,7 +27,8 @@ pub(super) fn forward_backward(
     let learned = parameters.lend(|weights| {
         let forward = |sample| {
             let trace = Trace::new(weights);
-            let v = config.forward(&trace, &constants(&batch.inputs(sample)).borrow());
+            let constants = batch.values(sample).each_ref().map(Traced::from);
+            let v = config.forward(&trace, &inputs(&constants));
             (trace, v)
         };
         let traces: Vec<(Trace<'_>, Traced)> = batch.samples.par_iter().map(forward).collect();
@@ -47,40 +48,6 @@ pub(super) fn forward_backward(
     })?;
     parameters.learn(&learned);
     Ok(())
-}
-
-/// Inputs as a trace takes them.
-struct Constants([Traced; 7]);
-
-fn constants(inputs: &Inputs<'_, host::Tensor>) -> Constants {
-    let guidance = inputs.guidance.expect("a batch has guidance");
-    Constants(
-        [
-            inputs.hidden_states,
-            inputs.encoder_hidden_states,
-            inputs.pooled_projections,
-            inputs.timestep,
-            inputs.img_ids,
-            inputs.txt_ids,
-            guidance,
-        ]
-        .map(Traced::from),
-    )
-}
-
-impl Constants {
-    fn borrow(&self) -> Inputs<'_, Traced> {
-        let [x_t, text, pooled, t, img_ids, txt_ids, guidance] = &self.0;
-        Inputs {
-            hidden_states: x_t,
-            encoder_hidden_states: text,
-            pooled_projections: pooled,
-            timestep: t,
-            img_ids,
-            txt_ids,
-            guidance: Some(guidance),
-        }
-    }
 }
 
 #[cfg(test)]
