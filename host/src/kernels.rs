@@ -5,6 +5,9 @@ use multiversion::multiversion;
 
 /// Numbers that go side by side.
 pub(crate) const LANES: usize = 16;
+/// 2·√(2/π) and the factor of x³ in the tanh form of gelu.
+pub(crate) const TWICE: f32 = 2.0 * 0.797_884_6;
+pub(crate) const CUBIC: f32 = 0.044_715;
 
 /// e^x within 2 ulp; at the ends of f32's range the value there.
 #[inline(always)]
@@ -84,8 +87,7 @@ pub(crate) fn add_product(out: &mut Vec<f32>, [a, b, c]: [&[f32]; 3]) {
 /// The tanh form: x·sigmoid(2·√(2/π)·(x + 0.044715·x³)).
 #[multiversion(targets = "simd")]
 pub(crate) fn gelu_tanh(x: &[f32]) -> Vec<f32> {
-    const TWICE: f32 = 2.0 * 0.797_884_6;
-    x.iter().map(|&x| x / (1.0 + exp(-TWICE * (x + 0.044_715 * x * x * x)))).collect()
+    x.iter().map(|&x| x / (1.0 + exp(-TWICE * (x + CUBIC * x * x * x)))).collect()
 }
 
 /// 1 / (1 + e^−x).
@@ -100,14 +102,20 @@ pub(crate) fn silu(x: &[f32]) -> Vec<f32> {
     x.iter().map(|&x| x / (1.0 + exp(-x))).collect()
 }
 
+/// The mean of a row, and the factor that brings its variance to 1.
+#[inline(always)]
+pub(crate) fn standard(row: &[f32], eps: f32) -> (f32, f32) {
+    let mean = sum(row, |x| x) / row.len() as f32;
+    let variance = sum(row, |x| (x - mean) * (x - mean)) / row.len() as f32;
+    (mean, 1.0 / (variance + eps).sqrt())
+}
+
 /// Rows of `width` to mean 0 and variance 1.
 #[multiversion(targets = "simd")]
 pub(crate) fn standardise(x: &[f32], width: usize, eps: f32) -> Vec<f32> {
     let mut out = Vec::with_capacity(x.len());
     for row in x.chunks_exact(width) {
-        let mean = sum(row, |x| x) / width as f32;
-        let variance = sum(row, |x| (x - mean) * (x - mean)) / width as f32;
-        let scale = 1.0 / (variance + eps).sqrt();
+        let (mean, scale) = standard(row, eps);
         out.extend(row.iter().map(|x| (x - mean) * scale));
     }
     out

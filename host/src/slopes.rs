@@ -2,7 +2,7 @@
 
 use multiversion::multiversion;
 
-use crate::kernels::{dot, exp, sum};
+use crate::kernels::{CUBIC, TWICE, dot, exp, standard, sum};
 
 /// Of x·sigmoid(x).
 #[multiversion(targets = "simd")]
@@ -16,10 +16,9 @@ pub(crate) fn silu(dy: &mut [f32], x: &[f32]) {
 /// Of the tanh form: x·sigmoid(u) with u = 2·√(2/π)·(x + 0.044715·x³).
 #[multiversion(targets = "simd")]
 pub(crate) fn gelu_tanh(dy: &mut [f32], x: &[f32]) {
-    const TWICE: f32 = 2.0 * 0.797_884_6;
     for (dy, &x) in dy.iter_mut().zip(x) {
-        let s = 1.0 / (1.0 + exp(-TWICE * (x + 0.044_715 * x * x * x)));
-        *dy *= s * (1.0 + x * (1.0 - s) * TWICE * (1.0 + 3.0 * 0.044_715 * x * x));
+        let s = 1.0 / (1.0 + exp(-TWICE * (x + CUBIC * x * x * x)));
+        *dy *= s * (1.0 + x * (1.0 - s) * TWICE * (1.0 + 3.0 * CUBIC * x * x));
     }
 }
 
@@ -28,9 +27,7 @@ pub(crate) fn gelu_tanh(dy: &mut [f32], x: &[f32]) {
 pub(crate) fn standardise(dy: &mut [f32], x: &[f32], width: usize, eps: f32) {
     let mut y = vec![0.0; width];
     for (dy, x) in dy.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-        let mean = sum(x, |x| x) / width as f32;
-        let variance = sum(x, |x| (x - mean) * (x - mean)) / width as f32;
-        let scale = 1.0 / (variance + eps).sqrt();
+        let (mean, scale) = standard(x, eps);
         y.iter_mut().zip(x).for_each(|(y, x)| *y = (x - mean) * scale);
         let mean = sum(dy, |dy| dy) / width as f32;
         let along = dot(dy, &y) / width as f32;
