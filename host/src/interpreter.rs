@@ -4,7 +4,7 @@ use flow::ops::{Conv, Dim, Gelu, Mask, Ops, ParamPath, Rope};
 
 use crate::attention::attention;
 use crate::kernels;
-use crate::parameters::{Parameter, Parameters};
+use crate::parameters::Parameters;
 use crate::product::{Matrix, linear};
 use crate::tensor::{Tensor, offsets, strides};
 
@@ -19,13 +19,8 @@ impl<'a> Interpreter<'a> {
         Self { parameters }
     }
 
-    fn parameter(&self, path: &ParamPath) -> &'a Parameter {
-        // The manifest check at the border leaves no way for a name to be absent.
-        self.parameters.get(path.as_str()).unwrap_or_else(|| panic!("no parameter {path}"))
-    }
-
     fn named(&self, path: &ParamPath) -> &'a Tensor {
-        &self.parameter(path).tensor
+        &self.parameters.named(path).tensor
     }
 
     fn scaled_and_shifted(&self, path: &ParamPath, values: &mut [f32], per_channel: usize) {
@@ -125,7 +120,7 @@ impl Ops for Interpreter<'_> {
         n_out: usize,
         bias: bool,
     ) -> Tensor {
-        let weight = Matrix::Panels(self.parameter(&path.at("weight")).panels());
+        let weight = Matrix::Panels(self.parameters.named(&path.at("weight")).panels());
         let bias = bias.then(|| self.named(&path.at("bias")).values());
         linear(x, n_out, weight, bias)
     }

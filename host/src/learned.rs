@@ -11,7 +11,7 @@ use crate::tensor::Tensor;
 /// Rows of a product at a time, which stay in a core's cache while the other factor passes by.
 const STRIP: usize = 96;
 
-/// What reached the parameters of a network in one [`Trace`](crate::Trace), by name, not yet added up.
+/// What reached the parameters of a network in one [`Passage`](crate::Passage), by name, not yet added up.
 #[derive(Default)]
 pub struct Learned(HashMap<String, Vec<Share>>);
 

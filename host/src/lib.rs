@@ -4,7 +4,8 @@
 //! libtorch takes a whole batch through each operator; in a small network every activation then goes out
 //! to memory and back, and an operator's call costs as much as its arithmetic. Here a few samples go
 //! through all operators, and weights are laid out once as products read them. Integers are held as f32,
-//! exact below 2²⁴. [`Interpreter`] keeps nothing; [`Trace`] keeps what slopes need, and gives them.
+//! exact below 2²⁴. [`Interpreter`] keeps nothing; [`Trace`] keeps what slopes need, a
+//! [`Passage`] that gives them.
 //!
 //! Beside it, what an optimiser does to flat f32 parameters, for the same reason: each number is read once.
 
@@ -14,6 +15,7 @@ mod interpreter;
 mod kernels;
 mod learned;
 mod parameters;
+mod passage;
 mod product;
 mod slopes;
 mod tensor;
@@ -23,8 +25,9 @@ pub use adamw::{AdamW, sum_of_squares};
 pub use interpreter::Interpreter;
 pub use learned::Learned;
 pub use parameters::Parameters;
+pub use passage::{Passage, Weights};
 pub use tensor::Tensor;
-pub use trace::{Trace, Traced, Weights};
+pub use trace::{Trace, Traced};
 
 /// Whether this processor has the fused multiply-add that the products are made of; where it has not, each
 /// costs a call. `ATEN_CPU_CAPABILITY=default`, which keeps libtorch from it, keeps this interpreter out too.

@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::sync::OnceLock;
 
+use flow::ops::ParamPath;
+
 use crate::product::{Matrix, panels};
 use crate::tensor::Tensor;
 
@@ -25,8 +27,9 @@ impl FromIterator<(String, Tensor)> for Parameters {
 }
 
 impl Parameters {
-    pub(crate) fn get(&self, name: &str) -> Option<&Parameter> {
-        self.0.get(name)
+    pub(crate) fn named(&self, path: &ParamPath) -> &Parameter {
+        // The manifest check at the border leaves no way for a name to be absent.
+        self.0.get(path.as_str()).unwrap_or_else(|| panic!("no parameter {path}"))
     }
 }
 

@@ -1,21 +1,18 @@
 //! A network that is run and then walked back, for its slopes.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::sync::LazyLock;
 
 use flow::ops::{Conv, Dim, Gelu, Mask, Ops, ParamPath, Rope};
 
 use crate::attention::attention_slopes;
 use crate::interpreter::{Interpreter, repeated, zipped};
-use crate::learned::{Learned, Share};
+use crate::learned::Share;
 use crate::parameters::Parameters;
+use crate::passage::{Back, Passage, Step, Weights, named};
 use crate::product::{Added, Matrix, linear, product};
 use crate::tensor::{Tensor, offsets};
 use crate::{kernels, slopes};
-
-/// Values of parameters by their names in a checkpoint, row-major.
-pub type Weights<'a> = HashMap<&'a str, &'a [f32]>;
 
 /// Runs a network on weights that train and remembers its steps. It knows the slopes of what the velocity
 /// network does.
@@ -23,8 +20,14 @@ pub type Weights<'a> = HashMap<&'a str, &'a [f32]>;
 /// # Panics
 /// Where a value that depends on the weights goes through any other operator.
 pub struct Trace<'a> {
-    weights: &'a Weights<'a>,
-    steps: RefCell<Vec<Step<'a>>>,
+    source: Source<'a>,
+    steps: RefCell<Vec<Step>>,
+}
+
+/// What has the values of parameters.
+enum Source<'a> {
+    Weights(&'a Weights<'a>),
+    Parameters(&'a Parameters),
 }
 
 /// A value, and the step that made it where it depends on the weights.
@@ -32,15 +35,6 @@ pub struct Trace<'a> {
 pub struct Traced {
     value: Tensor,
     step: Option<usize>,
-}
-
-/// Carries what reached a step's result on to its inputs and parameters.
-type Step<'a> = Box<dyn FnOnce(Vec<f32>, &mut Back) + Send + 'a>;
-
-/// A walk back: what has reached each step, and the parameters.
-struct Back {
-    reached: Vec<Option<Vec<f32>>>,
-    learned: Learned,
 }
 
 /// An input whose values no slope needs.
@@ -57,13 +51,6 @@ impl From<&Tensor> for Traced {
     }
 }
 
-impl Traced {
-    /// What was computed.
-    pub fn value(&self) -> &Tensor {
-        &self.value
-    }
-}
-
 impl Shape {
     fn of(x: &Traced) -> Self {
         Self { shape: x.value.shape().to_vec(), step: x.step }
@@ -73,30 +60,39 @@ impl Shape {
 impl<'a> Trace<'a> {
     /// A network over `weights`, which hold what its manifest names.
     pub fn new(weights: &'a Weights<'a>) -> Self {
-        Self { weights, steps: RefCell::default() }
+        Self { source: Source::Weights(weights), steps: RefCell::default() }
     }
 
-    /// What reaches the parameters when `dy` reaches `y`.
-    pub fn back(self, y: &Traced, dy: Vec<f32>) -> Learned {
-        let mut steps = self.steps.into_inner();
-        let reached = steps.iter().map(|_| None).collect();
-        let mut back = Back { reached, learned: Learned::default() };
-        back.reach(y.step, dy);
-        while let Some(step) = steps.pop() {
-            if let Some(dy) = back.reached[steps.len()].take() {
-                step(dy, &mut back);
-            }
+    /// The same, over what an [`Interpreter`] reads.
+    pub fn over(parameters: &'a Parameters) -> Self {
+        Self { source: Source::Parameters(parameters), steps: RefCell::default() }
+    }
+
+    /// The way to `y`.
+    pub fn passage(self, y: &Traced) -> Passage {
+        Passage { steps: self.steps.into_inner(), value: y.value.clone(), last: y.step }
+    }
+
+    fn values(&self, path: &ParamPath) -> &'a [f32] {
+        match self.source {
+            Source::Weights(weights) => named(weights, path),
+            Source::Parameters(parameters) => parameters.named(path).tensor.values(),
         }
-        back.learned
     }
 
-    fn named(&self, path: &ParamPath) -> &'a [f32] {
-        // The manifest check at the border leaves no way for a name to be absent.
-        self.weights.get(path.as_str()).copied().unwrap_or_else(|| panic!("no parameter {path}"))
+    fn matrix(&self, path: &ParamPath) -> Matrix<'a> {
+        match self.source {
+            Source::Weights(weights) => Matrix::Rows(named(weights, path)),
+            Source::Parameters(parameters) => Matrix::Panels(parameters.named(path).panels()),
+        }
     }
 
     /// A value that depends on the weights.
-    fn step(&self, value: Tensor, step: impl FnOnce(Vec<f32>, &mut Back) + Send + 'a) -> Traced {
+    fn step(
+        &self,
+        value: Tensor,
+        step: impl FnOnce(Vec<f32>, &mut Back<'_>) + Send + 'static,
+    ) -> Traced {
         let mut steps = self.steps.borrow_mut();
         steps.push(Box::new(step));
         Traced { value, step: Some(steps.len() - 1) }
@@ -107,7 +103,7 @@ impl<'a> Trace<'a> {
         &self,
         x: &Traced,
         value: Tensor,
-        slope: impl FnOnce(Vec<f32>) -> Vec<f32> + Send + 'a,
+        slope: impl FnOnce(Vec<f32>) -> Vec<f32> + Send + 'static,
     ) -> Traced {
         let Some(of_x) = x.step else { return Traced { value, step: None } };
         self.step(value, move |dy, back| back.reach(Some(of_x), slope(dy)))
@@ -127,21 +123,6 @@ impl<'a> Trace<'a> {
                 sums.iter_mut().zip(dy).for_each(|(sum, dy)| *sum += dy);
             }
         })
-    }
-}
-
-impl Back {
-    fn reach(&mut self, step: Option<usize>, dy: Vec<f32>) {
-        let Some(step) = step else { return };
-        match &mut self.reached[step] {
-            Some(sums) => sums.iter_mut().zip(dy).for_each(|(sum, dy)| *sum += dy),
-            reached => *reached = Some(dy),
-        }
-    }
-
-    /// What has reached a step of `n` values so far.
-    fn sums(&mut self, step: usize, n: usize) -> &mut [f32] {
-        self.reached[step].get_or_insert_with(|| vec![0.0; n])
     }
 }
 
@@ -209,20 +190,20 @@ impl Ops for Trace<'_> {
         bias: bool,
     ) -> Traced {
         let (weight, of_bias) = (path.at("weight"), path.at("bias"));
-        let w = self.named(&weight);
-        let y = linear(&x.value, n_out, Matrix::Rows(w), bias.then(|| self.named(&of_bias)));
+        let bias_values = bias.then(|| self.values(&of_bias));
+        let y = linear(&x.value, n_out, self.matrix(&weight), bias_values);
         let Traced { value: x, step } = x.clone();
         self.step(y, move |dy, back| {
             if step.is_some() {
-                let mut dx = vec![0.0; x.values().len()];
+                let (w, mut dx) = (back.weight(&weight), vec![0.0; x.values().len()]);
                 product(&mut dx, &dy, n_out, Matrix::Columns(w), Added::Zero, n_in);
                 back.reach(step, dx);
             }
             let dy = Tensor::new(&[dy.len() / n_out, n_out], dy);
             if bias {
-                back.learned.keep(&of_bias, Share::Rows(dy.clone()));
+                back.keep(&of_bias, Share::Rows(dy.clone()));
             }
-            back.learned.keep(&weight, Share::Product { dy, x });
+            back.keep(&weight, Share::Product { dy, x });
         })
     }
 
@@ -323,13 +304,13 @@ impl Ops for Trace<'_> {
 
     fn rms_norm(&self, path: &ParamPath, x: &Traced, width: usize, eps: f64) -> Traced {
         let path = path.at("weight");
-        let (weight, eps) = (self.named(&path), eps as f32);
-        let y = kernels::rms_norm(x.value.values(), weight, eps);
+        let eps = eps as f32;
+        let y = kernels::rms_norm(x.value.values(), self.values(&path), eps);
         let Traced { value: x, step } = x.clone();
         self.step(Tensor::new(x.shape(), y), move |mut dy, back| {
             let mut of_weight = vec![0.0; width];
-            slopes::rms_norm(&mut dy, &mut of_weight, x.values(), weight, eps);
-            back.learned.keep(&path, Share::Rows(Tensor::new(&[1, width], of_weight)));
+            slopes::rms_norm(&mut dy, &mut of_weight, x.values(), back.weight(&path), eps);
+            back.keep(&path, Share::Rows(Tensor::new(&[1, width], of_weight)));
             back.reach(step, dy);
         })
     }

@@ -28,7 +28,7 @@ use super::{
     stack,
 };
 use crate::group::experience::{Experience, Sources};
-use crate::group::rollout::{Rollout, Start};
+use crate::group::rollout::{self, Rollout, Start};
 use crate::group::seeds::{Use, family};
 use crate::network::condition::Condition;
 
@@ -180,6 +180,21 @@ struct Neighbor<'a> {
 }
 
 impl Neighbor<'_> {
+    /// Anchors of the group with the number `stream` in the run, and those of `possible` that train, drawn from the
+    /// run's seed.
+    fn drawn(&self, stream: u64, possible: &[usize]) -> [Vec<usize>; 2] {
+        let Setting { group: config, n_anchors, n_train_steps, .. } = self.setting;
+        let steps = match self.config.steps {
+            Steps::Drawn => {
+                family(config.seed, Use::Steps).choose(stream, possible.len(), n_train_steps)
+            }
+            Steps::Last => (possible.len() - n_train_steps..possible.len()).collect(),
+        };
+        let anchors = family(config.seed, Use::Anchors);
+        let anchors = anchors.choose(stream, config.group_size, n_anchors);
+        [anchors, steps.into_iter().map(|step| possible[step]).collect()]
+    }
+
     fn transitions(&self, experience: &Experience, items: &[Item]) -> Transitions {
         let calls = &experience.trajectory.calls;
         let g = experience.group_size as i64;
@@ -216,33 +231,33 @@ impl Neighbor<'_> {
 }
 
 impl Algorithm for Neighbor<'_> {
-    fn rollout(&self, _: usize) -> Result<Rollout> {
-        let group = self.setting.group;
-        Ok(Rollout::apart(Start::Neighbourhood(group.sigma), group.rollout.steps(self.grid)?))
+    fn rollout(&self, iteration: usize) -> Result<Rollout> {
+        let Setting { group, n_updates, .. } = self.setting;
+        let rollout =
+            Rollout::apart(Start::Neighbourhood(group.sigma), group.rollout.steps(self.grid)?);
+        let transitions = rollout::transitions(&rollout.steps);
+        let possible = &transitions[..transitions.len() - 1];
+        let n = group.prompts_per_iteration;
+        let first_update = |index: usize| {
+            let [anchors, calls] = self.drawn((iteration * n + index) as u64, possible);
+            let of_anchor = |&anchor| calls.iter().map(move |&call| (anchor, call));
+            part(&anchors, n_updates, 0).iter().flat_map(of_anchor).collect()
+        };
+        let foreseen = (0..n).map(first_update).collect();
+        Ok(Rollout { foreseen, ..rollout })
     }
 
-    /// Anchors and steps of each group are drawn from the run's seed and the group's number.
     fn updates(&self, experience: &Experience) -> Vec<Vec<Item>> {
-        let Setting { group: config, n_anchors, n_updates, n_train_steps, .. } = self.setting;
+        let n_updates = self.setting.n_updates;
         let transitions = experience.trajectory.transitions();
         let possible = &transitions[..transitions.len() - 1];
-        let (of_anchors, of_steps) =
-            (family(config.seed, Use::Anchors), family(config.seed, Use::Steps));
-        let drawn: Vec<(usize, Vec<usize>, Vec<usize>)> = experience
+        let drawn: Vec<(usize, [Vec<usize>; 2])> = experience
             .live()
             .into_iter()
-            .map(|group| {
-                let stream = experience.first_group + group as u64;
-                let steps = match self.config.steps {
-                    Steps::Drawn => of_steps.choose(stream, possible.len(), n_train_steps),
-                    Steps::Last => (possible.len() - n_train_steps..possible.len()).collect(),
-                };
-                let anchors = of_anchors.choose(stream, config.group_size, n_anchors);
-                (group, anchors, steps.into_iter().map(|step| possible[step]).collect())
-            })
+            .map(|group| (group, self.drawn(experience.first_group + group as u64, possible)))
             .collect();
         let items = |index: usize| {
-            drawn.iter().flat_map(move |(group, anchors, calls)| {
+            drawn.iter().flat_map(move |(group, [anchors, calls])| {
                 part(anchors, n_updates, index).iter().flat_map(move |&member| {
                     let advantage = experience.advantages[*group].values[member];
                     calls.iter().map(move |&call| Item {

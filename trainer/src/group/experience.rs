@@ -158,6 +158,7 @@ pub(crate) fn gather(
 ) -> Result<Experience> {
     let Sources { config, model, rewards, size, watch } = sources;
     watch.enter(Stage::Rollout)?;
+    model.engine.forget();
     let ranks = model.engine.trained().group();
     let division = Division::new(ranks, config, prompts.len())?;
     let held = division.groups();
@@ -243,6 +244,29 @@ impl Experience {
         Ok(decoded)
     }
 
+    /// For each network call of a rollout of `groups`, the rows of it that are known to train, group after group; in
+    /// the whole iteration no more than an update takes at a time.
+    fn foreseen(&self, config: &GroupConfig, groups: Range<usize>) -> Vec<Vec<Vec<i64>>> {
+        let mut calls = vec![Vec::new(); self.rollout.steps.len()];
+        let mut n_before = 0;
+        for group in self.held() {
+            let foreseen = self.rollout.foreseen.get(group).map_or(&[][..], Vec::as_slice);
+            n_before += foreseen.len();
+            if n_before > config.rollout.batch {
+                break;
+            }
+            if !groups.contains(&group) {
+                continue;
+            }
+            let row = |member: usize| ((group - groups.start) * self.group_size + member) as i64;
+            for (call, sets) in calls.iter_mut().enumerate() {
+                let of_call = foreseen.iter().filter(|(_, of)| *of == call);
+                sets.push(of_call.map(|&(member, _)| row(member)).collect());
+            }
+        }
+        calls
+    }
+
     /// The images of the own members among those of `trajectory`.
     fn decode(&self, sources: &Sources<'_>, trajectory: &Trajectory) -> Result<Vec<RgbImage>> {
         let Sources { model, size, watch, .. } = sources;
@@ -282,9 +306,9 @@ fn trajectory(
     let Experience { rollout, division, .. } = experience;
     let condition = &experience.conditions(groups.clone());
     let (group_size, widths) = (config.group_size, rollout.widths(config.group_size));
-    let groups = || groups.clone().map(|group| experience.first_group + group as u64);
+    let numbers = || groups.clone().map(|group| experience.first_group + group as u64);
     let start = family(config.seed, Use::Neighbourhood);
-    let eps: Vec<Vec<f32>> = groups()
+    let eps: Vec<Vec<f32>> = numbers()
         .flat_map(|group| rollout.start.noises(start, group, group_size, widths[0], size))
         .collect();
     let added = family(config.seed, Use::Transitions);
@@ -297,7 +321,7 @@ fn trajectory(
             (width, scale) = (2 * width, rollout.split_noise);
             x = x.repeat_interleave_self_int(2, 0, None);
         }
-        let rows: Vec<Vec<f32>> = groups()
+        let rows: Vec<Vec<f32>> = numbers()
             .flat_map(|group| (0..width as u64).map(move |row| (group, row)))
             .map(|(group, row)| {
                 let call = group * rollout.steps.len() as u64 + index as u64;
@@ -307,13 +331,15 @@ fn trajectory(
         x + model.pack(&rows, size) * (step.noise * scale)
     };
     let mut network = Batched::new(model, condition, config.rollout.batch);
+    let mut trained = experience.foreseen(config, groups.clone()).into_iter();
     let velocity = |x_t: &Tensor, t: f64| {
+        let trained = trained.next().unwrap_or_default();
         if watch.is_stopped() {
             Ok(x_t.zeros_like())
         } else if division.is_spread() {
             network.shared(x_t, rollout.time(t), division)
         } else {
-            network.velocity(x_t, rollout.time(t))
+            network.velocity(x_t, rollout.time(t), &trained)
         }
     };
     rollout::solve(&rollout.steps, model.pack(&eps, size), velocity, disturb)
@@ -331,7 +357,7 @@ pub(crate) fn solve_in_batches(
     batch: usize,
 ) -> Result<Trajectory> {
     let mut network = Batched::new(model, condition, batch);
-    rollout::solve(plan, eps, |x_t, t| network.velocity(x_t, t), |_, x| x)
+    rollout::solve(plan, eps, |x_t, t| network.velocity(x_t, t, &[]), |_, x| x)
 }
 
 /// The network a few rows at a time.
@@ -350,24 +376,30 @@ impl<'a> Batched<'a> {
     }
 
     /// Velocity of `x_t` `[B, S, C]` at `t`; B is a multiple of the conditions' rows, each of which is for
-    /// as many neighbouring rows of `x_t`.
-    fn velocity(&mut self, x_t: &Tensor, t: f64) -> Result<Tensor> {
+    /// as many neighbouring rows of `x_t`. The rows `trained` train before the weights change.
+    fn velocity(&mut self, x_t: &Tensor, t: f64, trained: &[Vec<i64>]) -> Result<Tensor> {
         let n_rows = x_t.size()[0];
-        self.of_rows(x_t, t, 0..n_rows)
+        self.of_rows(x_t, t, 0..n_rows, trained)
     }
 
     /// The same of states of held groups, each rank computing its part.
     fn shared(&mut self, x_t: &Tensor, t: f64, division: &Division) -> Result<Tensor> {
         let width = x_t.size()[0] as usize / division.groups().len();
         let own = division.own_nodes(width);
-        let v = self.of_rows(x_t, t, own.start as i64..own.end as i64)?;
+        let v = self.of_rows(x_t, t, own.start as i64..own.end as i64, &[])?;
         let engine = &self.model.engine;
         engine.attend()?;
         division.gathered(engine.trained().group(), &v, width)
     }
 
     /// That of some `rows`, of which there are as many whenever `x_t` has as many.
-    fn of_rows(&mut self, x_t: &Tensor, t: f64, rows: Range<i64>) -> Result<Tensor> {
+    fn of_rows(
+        &mut self,
+        x_t: &Tensor,
+        t: f64,
+        rows: Range<i64>,
+        trained: &[Vec<i64>],
+    ) -> Result<Tensor> {
         let (n_rows, n_own) = (x_t.size()[0], rows.end - rows.start);
         if n_rows != self.n_rows {
             let n_prompts = self.condition.pooled.size()[0];
@@ -381,13 +413,14 @@ impl<'a> Batched<'a> {
         if n_own == 0 {
             return Ok(x_t.zeros_like());
         }
+        let trained = if n_own <= self.batch { trained } else { &[] };
         let velocities = x_t
             .split(self.batch, 0)
             .iter()
             .zip(&self.parts)
             .map(|(x_t, condition)| {
                 let times = Tensor::full([x_t.size()[0]], t, (Kind::Float, x_t.device()));
-                self.model.engine.velocity(x_t, &times, condition)
+                self.model.engine.velocity_to_train(x_t, &times, condition, trained)
             })
             .collect::<Result<Vec<Tensor>>>()?;
         Ok(match &velocities[..] {

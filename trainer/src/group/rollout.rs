@@ -99,6 +99,8 @@ pub(crate) struct Rollout {
     pub(crate) split_noise: f64,
     /// Whether the network is told times cut to thousandths.
     pub(crate) truncate: bool,
+    /// Of each group, what the first update learns from, where it does not hang on rewards: member and network call.
+    pub(crate) foreseen: Vec<Vec<(usize, usize)>>,
 }
 
 /// Initial noises of a group.
@@ -115,7 +117,8 @@ pub(crate) enum Start {
 impl Rollout {
     /// Trajectories that all solve their own ODE or SDE.
     pub(crate) fn apart(start: Start, steps: Vec<Step>) -> Self {
-        Self { start, steps, splits: Vec::new(), split_noise: 1.0, truncate: false }
+        let (splits, foreseen) = (Vec::new(), Vec::new());
+        Self { start, steps, splits, split_noise: 1.0, truncate: false, foreseen }
     }
 
     /// Trajectories of a group before each step.
@@ -179,11 +182,9 @@ impl Trajectory {
         Self { calls: (0..parts[0].calls.len()).map(call).collect(), x0: rows(&|part| &part.x0) }
     }
 
-    /// Indices of the calls that begin a transition (a corrector's call does not), in order.
+    /// Indices of the calls that begin a transition, in order.
     pub(crate) fn transitions(&self) -> Vec<usize> {
-        (0..self.calls.len())
-            .filter(|&i| self.calls[i].step.t_next < self.calls[i].step.t)
-            .collect()
+        transitions(self.calls.iter().map(|call| &call.step))
     }
 
     /// The state where the transition that `call` begins ended.
@@ -193,6 +194,12 @@ impl Trajectory {
             .find(|next| next.step.t_next < next.step.t)
             .map_or(&self.x0, |next| &next.x_t)
     }
+}
+
+/// Indices of the steps that begin a transition (a corrector does not), in order.
+pub(crate) fn transitions<'a>(steps: impl IntoIterator<Item = &'a Step>) -> Vec<usize> {
+    let numbered = steps.into_iter().enumerate();
+    numbered.filter(|(_, step)| step.t_next < step.t).map(|(index, _)| index).collect()
 }
 
 /// Applies `steps` from `eps` `[B, S, C]`. `velocity(x_t, t)` is the network; `disturb(index, x)` may add

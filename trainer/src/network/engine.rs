@@ -15,7 +15,7 @@ use tch::{Tensor, no_grad};
 
 use super::condition::Condition;
 use super::inference::Inference;
-use super::learning;
+use super::learning::{Kept, Learner};
 use super::lora::Adapters;
 use crate::tensor::eager::{Addition, Eager};
 use crate::tensor::parameters::{Changed, Parameters, Pass};
@@ -28,6 +28,8 @@ pub(crate) struct Engine {
     adapters: Option<Adapters>,
     /// The network without gradients where libtorch is slower, and the version of its parameters.
     inference: RefCell<Option<(u64, Rc<Inference>)>>,
+    /// Ways forward of what is going to train.
+    kept: RefCell<Kept>,
     /// Whether velocities without gradients must round as those with gradients do.
     pub(crate) rounds_alike: bool,
     /// Whether backward recomputes each block from its input, so that activations of one block at a
@@ -68,8 +70,9 @@ type T = Rc<Tensor>;
 
 impl Engine {
     pub(crate) fn new(config: TransformerConfig, parameters: Parameters) -> Self {
-        let (adapters, inference) = (None, RefCell::new(None));
-        Self { config, parameters, adapters, inference, rounds_alike: false, recompute: false }
+        let (inference, kept) = (RefCell::new(None), RefCell::default());
+        let (rounds_alike, recompute) = (false, false);
+        Self { config, parameters, adapters: None, inference, kept, rounds_alike, recompute }
     }
 
     /// Puts adapters on the linear layers.
@@ -124,6 +127,45 @@ impl Engine {
             Some(inference) => Ok(inference.velocity(x_t, t, condition)),
             None => no_grad(|| self.forward(x_t, t, condition)),
         }
+    }
+
+    /// The same, of whose rows `sets` are going to train before the parameters change, each set in one batch: where
+    /// libtorch is slower, the network remembers them, and they go forward once.
+    ///
+    /// # Errors
+    /// As [`Engine::velocity`].
+    pub(crate) fn velocity_to_train(
+        &self,
+        x_t: &Tensor,
+        t: &Tensor,
+        condition: &Condition,
+        sets: &[Vec<i64>],
+    ) -> Result<Tensor> {
+        let (trained, tokens) = (sets.concat(), n_tokens(x_t, condition));
+        let is_kept = !trained.is_empty() && self.learns_plainly(tokens);
+        let Some(inference) = self.inference(tokens).filter(|_| is_kept) else {
+            return self.velocity(x_t, t, condition);
+        };
+        let (learner, kept) = (self.learner(), &mut self.kept.borrow_mut());
+        let v = x_t.zeros_like();
+        let of_trained = learner.velocity(kept, &inference, [x_t, t], condition, sets);
+        let others: Vec<i64> = (0..x_t.size()[0]).filter(|row| !trained.contains(row)).collect();
+        let v = v.index_copy(0, &Tensor::from_slice(&trained), &of_trained);
+        if others.is_empty() {
+            return Ok(v);
+        }
+        let rows = Tensor::from_slice(&others);
+        let [x_t, t] = [x_t, t].map(|x| x.index_select(0, &rows));
+        Ok(v.index_copy(0, &rows, &self.velocity(&x_t, &t, &condition.rows(&rows))?))
+    }
+
+    /// Drops what is remembered.
+    pub(crate) fn forget(&self) {
+        self.kept.take();
+    }
+
+    fn learner(&self) -> Learner<'_> {
+        Learner { config: &self.config, parameters: &self.parameters }
     }
 
     /// Stands wherever ranks may have computed different numbers of velocities and gradients, before they do
@@ -200,8 +242,8 @@ impl Engine {
             return self.blockwise(x_t, t, condition, gradient);
         }
         if self.learns_plainly(n_tokens(x_t, condition)) {
-            let (config, parameters) = (&self.config, &self.parameters);
-            return learning::forward_backward(config, parameters, [x_t, t], condition, gradient);
+            let mut kept = self.kept.borrow_mut();
+            return self.learner().forward_backward(&mut kept, [x_t, t], condition, gradient);
         }
         let v = self.forward(x_t, t, condition)?;
         let of_v = gradient(&v.detach())?;

@@ -1,7 +1,7 @@
 //! Velocities of small networks on the processor, without gradients, by the interpreter in plain Rust.
 
 use flow::models::transformer::{Inputs, TransformerConfig};
-use host::Interpreter;
+use host::{Interpreter, Trace};
 use rayon::prelude::*;
 use tch::{Kind, Tensor};
 
@@ -45,44 +45,60 @@ impl Inference {
 
     /// Velocity `[B, S, C]` of `x_t` `[B, S, C]` at times `t` `[B]`, on all threads.
     pub(crate) fn velocity(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Tensor {
-        let batch = Batch::cut(x_t, t, condition);
-        let part = |sample| {
+        let batch = Batch::cut([x_t, t], condition, &[(0..x_t.size()[0]).collect()]);
+        let velocity = |part| {
             let interpreter = Interpreter::new(&self.parameters);
-            self.config.forward(&interpreter, &inputs(&batch.values(sample)))
+            self.config.forward(&interpreter, &inputs(&batch.values(part)))
         };
-        joined(&batch.samples.par_iter().map(part).collect::<Vec<host::Tensor>>(), x_t)
+        let velocities: Vec<host::Tensor> = batch.parts.par_iter().map(velocity).collect();
+        joined(&velocities).reshape(x_t.size())
+    }
+
+    /// The network about to be run, remembering its steps.
+    pub(super) fn trace(&self) -> Trace<'_> {
+        Trace::over(&self.parameters)
     }
 }
 
-/// What a network takes, cut into samples that go through it together.
+/// What a network takes, cut into parts.
 pub(super) struct Batch {
-    /// Of each part: x_t, text, pooled text, t, guidance.
-    pub(super) samples: Vec<[host::Tensor; 5]>,
+    pub(super) parts: Vec<Part>,
     img_ids: host::Tensor,
     txt_ids: host::Tensor,
 }
 
+/// Samples that go through a network together.
+#[derive(Clone)]
+pub(super) struct Part {
+    /// Which of the batch they are.
+    pub(super) rows: Vec<i64>,
+    /// x_t, text, pooled text, t, guidance.
+    pub(super) of: [host::Tensor; 5],
+}
+
 impl Batch {
-    /// Parts for all threads.
-    pub(super) fn cut(x_t: &Tensor, t: &Tensor, condition: &Condition) -> Self {
-        let (size, n_text) = (x_t.size(), condition.text.size()[1]);
-        let of_a_thread = (size[0] as usize).div_ceil(rayon::current_num_threads()) as i64;
-        let at_once = (TOKENS_AT_ONCE / (size[1] + n_text)).clamp(1, of_a_thread.max(1));
-        let part = |from| {
-            let rows = at_once.min(size[0] - from);
-            [x_t, &condition.text, &condition.pooled, t, &condition.guidance]
-                .map(|x| copied(&x.narrow(0, from, rows)))
+    /// Parts for all threads, of `x_t` and `t`; none has rows of two `sets`.
+    pub(super) fn cut([x_t, t]: [&Tensor; 2], condition: &Condition, sets: &[Vec<i64>]) -> Self {
+        let (tokens, n_text) = (x_t.size()[1], condition.text.size()[1]);
+        let n_rows: usize = sets.iter().map(Vec::len).sum();
+        let of_a_thread = n_rows.div_ceil(rayon::current_num_threads()).max(1);
+        let at_once = ((TOKENS_AT_ONCE / (tokens + n_text)) as usize).clamp(1, of_a_thread);
+        let part = |rows: &[i64]| {
+            let index = Tensor::from_slice(rows);
+            let of = [x_t, &condition.text, &condition.pooled, t, &condition.guidance]
+                .map(|x| copied(&x.index_select(0, &index)));
+            Part { rows: rows.to_vec(), of }
         };
         Self {
-            samples: (0..size[0]).step_by(at_once as usize).map(part).collect(),
+            parts: sets.iter().flat_map(|rows| rows.chunks(at_once).map(part)).collect(),
             img_ids: copied(&condition.img_ids),
             txt_ids: host::Tensor::new(&[n_text as usize, 3], vec![0.0; 3 * n_text as usize]),
         }
     }
 
     /// Of one part, as [`inputs`] takes them.
-    pub(super) fn values(&self, part: &[host::Tensor; 5]) -> [host::Tensor; 7] {
-        let [x_t, text, pooled, t, guidance] = part.clone();
+    pub(super) fn values(&self, part: &Part) -> [host::Tensor; 7] {
+        let [x_t, text, pooled, t, guidance] = part.of.clone();
         [x_t, text, pooled, t, guidance, self.img_ids.clone(), self.txt_ids.clone()]
     }
 }
@@ -101,10 +117,10 @@ pub(super) fn inputs<T>(values: &[T; 7]) -> Inputs<'_, T> {
     }
 }
 
-/// Parts of a batch as one tensor in the shape of `like`.
-pub(super) fn joined(parts: &[host::Tensor], like: &Tensor) -> Tensor {
-    let values: Vec<f32> = parts.iter().flat_map(host::Tensor::values).copied().collect();
-    Tensor::from_slice(&values).reshape(like.size())
+/// The values of all parts, flat.
+pub(super) fn joined<'a>(parts: impl IntoIterator<Item = &'a host::Tensor>) -> Tensor {
+    let values: Vec<f32> = parts.into_iter().flat_map(host::Tensor::values).copied().collect();
+    Tensor::from_slice(&values)
 }
 
 pub(super) fn copied(x: &Tensor) -> host::Tensor {

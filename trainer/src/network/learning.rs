@@ -1,53 +1,159 @@
 //! Gradients of small networks on the processor, by the interpreter in plain Rust.
 
+use std::collections::HashMap;
+
 use anyhow::Result;
 use flow::models::transformer::TransformerConfig;
-use host::{Learned, Trace, Traced};
+use host::{Learned, Passage, Trace, Traced};
 use rayon::prelude::*;
 use tch::Tensor;
 
 use super::condition::Condition;
-use super::inference::{Batch, copied, inputs, joined};
+use super::inference::{Batch, Inference, Part, copied, inputs, joined};
 use crate::tensor::parameters::Parameters;
 
-/// Runs the network forward, asks `gradient` for dJ/dv and adds its product with dv/dθ to what `parameters` have
-/// learnt, on all threads. Its velocities have the bits of [`super::inference::Inference`], and its gradients the
-/// same bits on any number of threads.
-///
-/// # Errors
-/// Those of `gradient`.
-pub(super) fn forward_backward(
-    config: &TransformerConfig,
-    parameters: &Parameters,
-    [x_t, t]: [&Tensor; 2],
-    condition: &Condition,
-    gradient: impl FnOnce(&Tensor) -> Result<Tensor>,
-) -> Result<()> {
-    let batch = Batch::cut(x_t, t, condition);
-    let learned = parameters.lend(|weights| {
-        let forward = |sample| {
-            let trace = Trace::new(weights);
-            let constants = batch.values(sample).each_ref().map(Traced::from);
-            let v = config.forward(&trace, &inputs(&constants));
-            (trace, v)
+/// A network that learns.
+#[derive(Clone, Copy)]
+pub(super) struct Learner<'a> {
+    pub(super) config: &'a TransformerConfig,
+    pub(super) parameters: &'a Parameters,
+}
+
+/// Ways forward that wait for their way back, through parameters as they were at a version.
+#[derive(Default)]
+pub(super) struct Kept {
+    version: u64,
+    ways: Vec<Way>,
+}
+
+/// Samples that have gone forward together.
+struct Way {
+    part: Part,
+    passage: Passage,
+}
+
+impl Learner<'_> {
+    /// Velocities by `inference`, which has the parameters as they are, of `sets` of rows of `x_t` `[B, S, C]` at
+    /// times `t` `[B]`, set after set. Their ways are kept; a set goes back as a whole.
+    pub(super) fn velocity(
+        self,
+        kept: &mut Kept,
+        inference: &Inference,
+        x: [&Tensor; 2],
+        condition: &Condition,
+        sets: &[Vec<i64>],
+    ) -> Tensor {
+        kept.renew(self.parameters);
+        let ways = self.forward(|| inference.trace(), x, condition, sets);
+        let velocities = joined(ways.iter().map(|way| way.passage.value()));
+        kept.ways.extend(ways);
+        velocities.reshape([-1, x[0].size()[1], x[0].size()[2]])
+    }
+
+    /// Runs the network forward, asks `gradient` for dJ/dv and adds its product with dv/dθ to what the parameters
+    /// have learnt, on all threads; what `kept` has need not go forward again. Its velocities have the bits of
+    /// [`super::inference::Inference`], and its gradients the same bits on any number of threads.
+    ///
+    /// # Errors
+    /// Those of `gradient`.
+    pub(super) fn forward_backward(
+        self,
+        kept: &mut Kept,
+        x: [&Tensor; 2],
+        condition: &Condition,
+        gradient: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<()> {
+        let (size, n) = (x[0].size(), x[0].size()[0]);
+        kept.renew(self.parameters);
+        let mut ways = kept.take(x, condition);
+        let has_gone = |row: &i64| ways.iter().any(|way| way.part.rows.contains(row));
+        let others: Vec<i64> = (0..n).filter(|row| !has_gone(row)).collect();
+        ways.extend(
+            self.parameters
+                .lend(|weights| self.forward(|| Trace::new(weights), x, condition, &[others])),
+        );
+        let order: Vec<i64> = ways.iter().flat_map(|way| &way.part.rows).copied().collect();
+        let order = Tensor::from_slice(&order);
+        let v = joined(ways.iter().map(|way| way.passage.value())).reshape(&size);
+        let v = v.index_select(0, &order.argsort(0, false));
+        let of_v = copied(&gradient(&v)?.index_select(0, &order));
+        let mut of_v = of_v.values();
+        let with_slopes = |way: Way| {
+            let (own, rest) = of_v.split_at(way.passage.value().values().len());
+            of_v = rest;
+            (way.passage, own)
         };
-        let traces: Vec<(Trace<'_>, Traced)> = batch.samples.par_iter().map(forward).collect();
-        let parts: Vec<host::Tensor> = traces.iter().map(|(_, v)| v.value().clone()).collect();
-        let of_v = copied(&gradient(&joined(&parts, x_t))?);
-        let mut from = 0;
-        let upstream: Vec<&[f32]> = parts
-            .iter()
-            .map(|part| {
-                let n = part.values().len();
-                from += n;
-                &of_v.values()[from - n..from]
-            })
-            .collect();
-        let back = |((trace, v), dv): ((Trace<'_>, Traced), &[f32])| trace.back(&v, dv.to_vec());
-        anyhow::Ok(traces.into_par_iter().zip(upstream).map(back).collect::<Vec<Learned>>())
-    })?;
-    parameters.learn(&learned);
-    Ok(())
+        let ways: Vec<(Passage, &[f32])> = ways.into_iter().map(with_slopes).collect();
+        let learned: Vec<Learned> = self.parameters.lend(|weights| {
+            ways.into_par_iter().map(|(passage, dv)| passage.back(weights, dv.to_vec())).collect()
+        });
+        self.parameters.learn(&learned);
+        Ok(())
+    }
+
+    fn forward<'t>(
+        self,
+        begun: impl Fn() -> Trace<'t> + Sync,
+        x: [&Tensor; 2],
+        condition: &Condition,
+        sets: &[Vec<i64>],
+    ) -> Vec<Way> {
+        let batch = Batch::cut(x, condition, sets);
+        let way = |part: &Part| {
+            let (trace, constants) = (begun(), batch.values(part).each_ref().map(Traced::from));
+            let v = self.config.forward(&trace, &inputs(&constants));
+            Way { part: part.clone(), passage: trace.passage(&v) }
+        };
+        batch.parts.par_iter().map(way).collect()
+    }
+}
+
+impl Kept {
+    /// Forgets what other values of `parameters` computed.
+    fn renew(&mut self, parameters: &Parameters) {
+        if self.version != parameters.version() {
+            *self = Self { version: parameters.version(), ways: Vec::new() };
+        }
+    }
+
+    /// The ways whose samples are all among `x`, with their rows there.
+    fn take(&mut self, x: [&Tensor; 2], condition: &Condition) -> Vec<Way> {
+        if self.ways.is_empty() {
+            return Vec::new();
+        }
+        let mut rows: HashMap<Vec<u32>, Vec<i64>> = HashMap::new();
+        let all = (0..x[0].size()[0]).collect();
+        for part in Batch::cut(x, condition, &[all]).parts {
+            for (&row, sample) in part.rows.iter().zip(part.samples()) {
+                rows.entry(sample).or_default().push(row);
+            }
+        }
+        let mut found = Vec::new();
+        for mut way in std::mem::take(&mut self.ways) {
+            let row = |sample: Vec<u32>| rows.get_mut(&sample)?.pop();
+            if let Some(rows) = way.part.samples().map(row).collect() {
+                way.part.rows = rows;
+                found.push(way);
+            } else {
+                self.ways.push(way);
+            }
+        }
+        found
+    }
+}
+
+impl Part {
+    /// The bits of all that a sample is.
+    fn samples(&self) -> impl Iterator<Item = Vec<u32>> {
+        let n = self.rows.len();
+        (0..n).map(move |i| {
+            let values = self.of.iter().flat_map(move |x| {
+                let width = x.values().len() / n;
+                &x.values()[i * width..][..width]
+            });
+            values.map(|x| x.to_bits()).collect()
+        })
+    }
 }
 
 #[cfg(test)]
@@ -109,6 +215,52 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn what_is_kept_goes_forward_once() {
+        let model = model("assets/signs");
+        let size = model.latent_size(None).unwrap();
+        let condition = model.encode(&["red \"CAT\""; 12], 3.5, &size).unwrap();
+        let x_t = normal(0, &[12, size.tokens() as i64, size.token_width() as i64]);
+        let t = Tensor::linspace(0.02, 1.0, 12, (Kind::Float, tch::Device::Cpu));
+        // Of the second set not all train, and of what trains not all were known to.
+        let sets = [vec![4, 1], vec![2, 0], vec![10, 7, 8]];
+        let trained = Tensor::from_slice(&[8, 1, 2, 4, 5, 10, 7]);
+        let [x_in, t_in] = [&x_t, &t].map(|x| x.index_select(0, &trained));
+        let parameters = model.engine.trained();
+        let learner = Learner { config: &model.pipeline.transformer, parameters };
+        let learn = |kept: &mut Kept| {
+            let mut seen = Tensor::new();
+            let gradient = |v: &Tensor| {
+                seen = v.shallow_clone();
+                Ok(v * 2.0 + normal(10, &v.size()))
+            };
+            learner
+                .forward_backward(kept, [&x_in, &t_in], &condition.rows(&trained), gradient)
+                .unwrap();
+            let learned = parameters.take_gradients().unwrap().into_iter().flatten();
+            (seen, learned.map(|found| found.values).collect::<Vec<Tensor>>())
+        };
+        let (v, learned) = learn(&mut Kept::default());
+        let mut kept = Kept::default();
+        let all = model.engine.velocity(&x_t, &t, &condition).unwrap();
+        let inference = Inference::new(&model.pipeline.transformer, parameters, None);
+        let v_kept = learner.velocity(&mut kept, &inference, [&x_t, &t], &condition, &sets);
+        assert!(v_kept.equal(&all.index_select(0, &Tensor::from_slice(&sets.concat()))));
+        let n_rows = |kept: &Kept| kept.ways.iter().map(|way| way.part.rows.len()).sum::<usize>();
+        assert_eq!(n_rows(&kept), 7);
+        let (v_again, learned_again) = learn(&mut kept);
+        assert_eq!(n_rows(&kept), 2, "the set that goes back as a whole");
+        assert!(v_again.equal(&v));
+        for (again, learned) in learned_again.iter().zip(&learned) {
+            let difference = (again - learned).abs().max().double_value(&[]);
+            assert!(difference <= 2e-6 * learned.abs().max().double_value(&[]));
+        }
+        // Other weights' ways lead nowhere.
+        parameters.refresh().unwrap();
+        let _ = learn(&mut kept);
+        assert_eq!(n_rows(&kept), 0);
     }
 
     #[test]

@@ -98,6 +98,7 @@ pub(crate) fn run(
         outcome.n_references += total * algorithm.n_references();
         statistics.into_mean(&mut outcome, n_updates as f64);
     }
+    model.engine.forget();
     outcome.seconds = started.elapsed().as_secs_f64();
     Ok(outcome)
 }
