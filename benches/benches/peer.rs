@@ -1,9 +1,12 @@
 //! Seconds of an iteration of Neighbor GRPO by `ng-train` against the same in plain PyTorch with
 //! diffusers (`peers/neighbor_grpo.py`): the embedded model and random ones of more width and tokens,
-//! groups of 12 members, DPM-Solver++ 2M with 8 steps, 4 anchors of 4 trained steps, an AdamW step an
-//! anchor, f32. The two take turns on one thread, so that other work on the machine disturbs both alike;
-//! the reward is the size as JPEG and its seconds are left out.
+//! groups of 12 members, DPM-Solver++ 2M with 8 steps, 4 anchors of 4 trained steps, one AdamW step, f32.
+//! The two take turns on one thread, so that other work on the machine disturbs both alike; the reward is
+//! the size as JPEG and its seconds are left out.
+//!
+//! `cargo bench -p benches --bench peer -- --updates=4` makes an AdamW step an anchor.
 
+use std::env;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -58,10 +61,9 @@ const SHARED: [[&str; 3]; 6] = [
     ["--learning-rate", "optimizer.learning_rate", "5e-5"],
 ];
 /// Ours alone: what the peer always does.
-const OURS: [&str; 6] = [
+const OURS: [&str; 5] = [
     r#"rewards=[{name = "jpeg", kind = "jpeg", prefer = "small", weight = 1.0, std_floor = 1e-9}]"#,
     "judges=[]",
-    "updates=4",
     "rollout.solver=dpmpp-2m",
     "optimizer.eps=1e-12",
     "optimizer.ema=0.0",
@@ -73,13 +75,16 @@ const STAGES: [&str; 4] = ["rollout", "decode", "update", "iteration"];
 type Seconds = [f64; 4];
 
 fn main() -> Result<()> {
+    let updates = env::args().find_map(|arg| arg.strip_prefix("--updates=").map(str::to_owned));
+    let updates = updates.as_deref().unwrap_or("1");
+    println!("optimiser steps an iteration: {updates}");
     for size in &SIZES {
-        compare(size).with_context(|| format!("cannot measure {}", size.name))?;
+        compare(size, updates).with_context(|| format!("cannot measure {}", size.name))?;
     }
     Ok(())
 }
 
-fn compare(size: &Size) -> Result<()> {
+fn compare(size: &Size, updates: &str) -> Result<()> {
     let folder = tempfile::tempdir().context("cannot make a folder for the runs")?;
     let model = size.model(folder.path())?;
     let run = folder.path().join("run");
@@ -88,8 +93,8 @@ fn compare(size: &Size) -> Result<()> {
     fs::write(&sheet, "red \"CAT\"\n")?;
     let turns = (0..size.turns)
         .map(|_| {
-            let ours = ours(size, &model, &sheet, &run)?;
-            Ok([ours, theirs(size, &model)?])
+            let ours = ours(size, updates, &model, &sheet, &run)?;
+            Ok([ours, theirs(size, updates, &model)?])
         })
         .collect::<Result<Vec<[(Seconds, Work); 2]>>>()?;
     let work = &turns[0][0].1;
@@ -161,7 +166,13 @@ struct Work {
     parameters: u64,
 }
 
-fn ours(size: &Size, model: &Path, sheet: &Path, folder: &Path) -> Result<(Seconds, Work)> {
+fn ours(
+    size: &Size,
+    updates: &str,
+    model: &Path,
+    sheet: &Path,
+    folder: &Path,
+) -> Result<(Seconds, Work)> {
     let shared = SHARED.map(|[_, setting, value]| format!("{setting}={value}"));
     let side = size.side;
     let own = [
@@ -169,6 +180,7 @@ fn ours(size: &Size, model: &Path, sheet: &Path, folder: &Path) -> Result<(Secon
         format!("sheet_prompts={}", sheet.display()),
         format!("prompts_per_iteration={}", size.prompts),
         format!("group_size={GROUP}"),
+        format!("updates={updates}"),
         format!("rollout.size=[{side},{side}]"),
     ];
     let settings: Vec<&str> = shared.iter().chain(&own).map(String::as_str).chain(OURS).collect();
@@ -183,7 +195,7 @@ fn ours(size: &Size, model: &Path, sheet: &Path, folder: &Path) -> Result<(Secon
     Ok(([rollout, decode, update, all], work))
 }
 
-fn theirs(size: &Size, model: &Path) -> Result<(Seconds, Work)> {
+fn theirs(size: &Size, updates: &str, model: &Path) -> Result<(Seconds, Work)> {
     let mut command = Command::new(program::python()?);
     command.args(["-B", "benches/peers/neighbor_grpo.py"]).arg(model);
     command.args(SHARED.iter().flat_map(|[flag, _, value]| [flag, value]));
@@ -196,7 +208,7 @@ fn theirs(size: &Size, model: &Path) -> Result<(Seconds, Work)> {
     ] {
         command.args([flag, &number.to_string()]);
     }
-    command.args(["--prompts", PROMPTS]).env("HF_HUB_OFFLINE", "1");
+    command.args(["--prompts", PROMPTS, "--updates", updates]).env("HF_HUB_OFFLINE", "1");
     let stdout = program::run(&mut command).context("cannot measure the peer")?.stdout;
     let told: Value =
         serde_json::from_str(&stdout).with_context(|| format!("no JSON: {stdout}"))?;

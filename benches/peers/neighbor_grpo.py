@@ -1,10 +1,10 @@
 """The peer of `ng-train align`: iterations of Neighbor GRPO in plain PyTorch with diffusers.
 
     python benches/peers/neighbor_grpo.py MODEL --prompts FILE --size 32 --prompts-per-iteration 4
-        --group 12 --steps 8 --anchors 4 --train-steps 4 --sigma 0.5 --shift 3 --learning-rate 5e-5
+        --group 12 --steps 8 --anchors 4 --updates 1 --train-steps 4 --sigma 0.5 --shift 3 --learning-rate 5e-5
 
 Whole groups are rolled out by DPM-Solver++ 2M and decoded in one batch each, scored by their size as JPEG,
-and each anchor's update is a batch of its trained steps of all groups: forward, surrogate policy (paper
+and each update is a batch of its anchors' trained steps of all groups: forward, surrogate policy (paper
 Eq. 8 to 10), backward, AdamW. Everything is f32 on the CPU. Prints one JSON object: medians of the seconds
 of rollout, decode and update over the iterations after the first, and of their sum, without the reward; the
 network passes an image; and the number of parameters that train.
@@ -93,28 +93,30 @@ def log_policy(candidates, x):
 
 
 def updates(transformer, optimizer, scheduler, condition, states, velocities, a, args):
-    """An optimiser step for each of B anchors, over its K trained steps of every group."""
+    """Optimiser steps, each for its part of B anchors, over their K trained steps of every group."""
     n, group, k = args.prompts_per_iteration, args.group, args.train_steps
     states, velocities = (x.unflatten(1, (n, group)) for x in (states, velocities))
     anchors = torch.stack([torch.randperm(group)[:args.anchors] for _ in range(n)])
     steps = torch.stack([torch.randperm(args.steps - 1)[:k] for _ in range(n)]).flatten()
-    prompts = torch.arange(n).repeat_interleave(k)
-    given = rows(condition, prompts)
-    t = scheduler.timesteps[steps] / 1000
-    dt = (scheduler.sigmas[steps + 1] - scheduler.sigmas[steps])[:, None, None]
-    candidates, a = states[steps + 1, prompts], a[prompts]
-    for slot in range(args.anchors):
-        members = anchors[prompts, slot]
-        x_t, v_old = states[steps, prompts, members], velocities[steps, prompts, members]
+    of_item = torch.arange(n).repeat_interleave(k)
+    for slots in torch.arange(args.anchors).chunk(args.updates):
+        item = torch.arange(n * k).repeat(len(slots))
+        prompt, step = of_item[item], steps[item]
+        member = anchors[prompt, slots.repeat_interleave(n * k)]
+        t = scheduler.timesteps[step] / 1000
+        dt = (scheduler.sigmas[step + 1] - scheduler.sigmas[step])[:, None, None]
+        candidates, of_group, given = states[step + 1, prompt], a[prompt], rows(condition, prompt)
+        x_t, v_old = states[step, prompt, member], velocities[step, prompt, member]
         old = log_policy(candidates, x_t + v_old * dt)
         new = log_policy(candidates, x_t + velocity(transformer, x_t, t, given) * dt)
         ratio = (new - old).exp()
-        loss = -torch.minimum(a * ratio, a * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
+        clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
+        loss = -torch.minimum(of_group * ratio, of_group * clipped).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return len(prompts) * args.anchors
+    return n * k * args.anchors
 
 
 def main():
@@ -126,6 +128,7 @@ def main():
     parser.add_argument("--group", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--anchors", type=int, required=True)
+    parser.add_argument("--updates", type=int, required=True)
     parser.add_argument("--train-steps", type=int, required=True)
     parser.add_argument("--sigma", type=float, required=True)
     parser.add_argument("--shift", type=float, required=True)

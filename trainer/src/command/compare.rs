@@ -36,12 +36,13 @@ mod report;
 const PERIOD: usize = 100;
 
 /// Presets of `ng-train compare`.
-pub const COMPARE_PRESETS: [(&str, &str); 5] = [
+pub const COMPARE_PRESETS: [(&str, &str); 6] = [
     ("signs", include_str!("../../presets/compare-signs.toml")),
     ("neighbor", include_str!("../../presets/compare-neighbor.toml")),
     ("rivals", include_str!("../../presets/compare-rivals.toml")),
     ("compressibility", include_str!("../../presets/compare-compressibility.toml")),
     ("parts", include_str!("../../presets/compare-parts.toml")),
+    ("emoji", include_str!("../../presets/compare-emoji.toml")),
 ];
 
 /// A comparison.
@@ -475,6 +476,7 @@ mod tests {
         let of_first = [100, 120, 22, 63].map(|n| format!("iterations={n}"));
         assert_eq!((&rivals[..4], rivals.len()), (&of_first[..], 17));
         assert_eq!(ends("compressibility", &["seeds=[0]"]), rivals);
+        assert_eq!(ends("emoji", &["seeds=[0]"]).len(), 4);
     }
 
     #[test]

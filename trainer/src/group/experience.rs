@@ -244,9 +244,9 @@ impl Experience {
         Ok(decoded)
     }
 
-    /// For each network call of a rollout of `groups`, the rows of it that are known to train, group after group; in
-    /// the whole iteration no more than an update takes at a time.
-    fn foreseen(&self, config: &GroupConfig, groups: Range<usize>) -> Vec<Vec<Vec<i64>>> {
+    /// For each network call of a rollout of `groups`, the rows of it that are known to train; in the whole iteration
+    /// no more than an update takes at a time.
+    fn foreseen(&self, config: &GroupConfig, groups: Range<usize>) -> Vec<Vec<i64>> {
         let mut calls = vec![Vec::new(); self.rollout.steps.len()];
         let mut n_before = 0;
         for group in self.held() {
@@ -258,10 +258,9 @@ impl Experience {
             if !groups.contains(&group) {
                 continue;
             }
-            let row = |member: usize| ((group - groups.start) * self.group_size + member) as i64;
-            for (call, sets) in calls.iter_mut().enumerate() {
-                let of_call = foreseen.iter().filter(|(_, of)| *of == call);
-                sets.push(of_call.map(|&(member, _)| row(member)).collect());
+            for &(member, call) in foreseen {
+                let row = (group - groups.start) * self.group_size + member;
+                calls[call].push(row as i64);
             }
         }
         calls
@@ -377,7 +376,7 @@ impl<'a> Batched<'a> {
 
     /// Velocity of `x_t` `[B, S, C]` at `t`; B is a multiple of the conditions' rows, each of which is for
     /// as many neighbouring rows of `x_t`. The rows `trained` train before the weights change.
-    fn velocity(&mut self, x_t: &Tensor, t: f64, trained: &[Vec<i64>]) -> Result<Tensor> {
+    fn velocity(&mut self, x_t: &Tensor, t: f64, trained: &[i64]) -> Result<Tensor> {
         let n_rows = x_t.size()[0];
         self.of_rows(x_t, t, 0..n_rows, trained)
     }
@@ -398,7 +397,7 @@ impl<'a> Batched<'a> {
         x_t: &Tensor,
         t: f64,
         rows: Range<i64>,
-        trained: &[Vec<i64>],
+        trained: &[i64],
     ) -> Result<Tensor> {
         let (n_rows, n_own) = (x_t.size()[0], rows.end - rows.start);
         if n_rows != self.n_rows {

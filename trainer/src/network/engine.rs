@@ -14,7 +14,7 @@ use flow::ops::shapes::{Manifest, Shapes};
 use tch::{Tensor, no_grad};
 
 use super::condition::Condition;
-use super::inference::Inference;
+use super::inference::{Inference, rows_of};
 use super::learning::{Kept, Learner};
 use super::lora::Adapters;
 use crate::tensor::eager::{Addition, Eager};
@@ -129,8 +129,8 @@ impl Engine {
         }
     }
 
-    /// The same, of whose rows `sets` are going to train before the parameters change, each set in one batch: where
-    /// libtorch is slower, the network remembers them, and they go forward once.
+    /// The same; its `trained` rows are going to train before the parameters change. Where libtorch is slower, the
+    /// network remembers them, and they go forward once.
     ///
     /// # Errors
     /// As [`Engine::velocity`].
@@ -139,18 +139,18 @@ impl Engine {
         x_t: &Tensor,
         t: &Tensor,
         condition: &Condition,
-        sets: &[Vec<i64>],
+        trained: &[i64],
     ) -> Result<Tensor> {
-        let (trained, tokens) = (sets.concat(), n_tokens(x_t, condition));
+        let tokens = n_tokens(x_t, condition);
         let is_kept = !trained.is_empty() && self.learns_plainly(tokens);
         let Some(inference) = self.inference(tokens).filter(|_| is_kept) else {
             return self.velocity(x_t, t, condition);
         };
         let (learner, kept) = (self.learner(), &mut self.kept.borrow_mut());
-        let v = x_t.zeros_like();
-        let of_trained = learner.velocity(kept, &inference, [x_t, t], condition, sets);
-        let others: Vec<i64> = (0..x_t.size()[0]).filter(|row| !trained.contains(row)).collect();
-        let v = v.index_copy(0, &Tensor::from_slice(&trained), &of_trained);
+        let of_trained = learner.velocity(kept, &inference, [x_t, t], condition, trained);
+        let v = x_t.zeros_like().index_copy(0, &Tensor::from_slice(trained), &of_trained);
+        let others: Vec<i64> =
+            rows_of(x_t).into_iter().filter(|row| !trained.contains(row)).collect();
         if others.is_empty() {
             return Ok(v);
         }

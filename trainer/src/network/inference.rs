@@ -45,10 +45,10 @@ impl Inference {
 
     /// Velocity `[B, S, C]` of `x_t` `[B, S, C]` at times `t` `[B]`, on all threads.
     pub(crate) fn velocity(&self, x_t: &Tensor, t: &Tensor, condition: &Condition) -> Tensor {
-        let batch = Batch::cut([x_t, t], condition, &[(0..x_t.size()[0]).collect()]);
-        let velocity = |part| {
+        let batch = Batch::cut([x_t, t], condition, &rows_of(x_t));
+        let velocity = |part: &Part| {
             let interpreter = Interpreter::new(&self.parameters);
-            self.config.forward(&interpreter, &inputs(&batch.values(part)))
+            self.config.forward(&interpreter, &inputs(&part.values(&batch.ids)))
         };
         let velocities: Vec<host::Tensor> = batch.parts.par_iter().map(velocity).collect();
         joined(&velocities).reshape(x_t.size())
@@ -63,12 +63,11 @@ impl Inference {
 /// What a network takes, cut into parts.
 pub(super) struct Batch {
     pub(super) parts: Vec<Part>,
-    img_ids: host::Tensor,
-    txt_ids: host::Tensor,
+    /// Position ids of image and text.
+    pub(super) ids: [host::Tensor; 2],
 }
 
 /// Samples that go through a network together.
-#[derive(Clone)]
 pub(super) struct Part {
     /// Which of the batch they are.
     pub(super) rows: Vec<i64>,
@@ -77,11 +76,10 @@ pub(super) struct Part {
 }
 
 impl Batch {
-    /// Parts for all threads, of `x_t` and `t`; none has rows of two `sets`.
-    pub(super) fn cut([x_t, t]: [&Tensor; 2], condition: &Condition, sets: &[Vec<i64>]) -> Self {
+    /// The `rows` of `x_t` and `t`, for all threads.
+    pub(super) fn cut([x_t, t]: [&Tensor; 2], condition: &Condition, rows: &[i64]) -> Self {
         let (tokens, n_text) = (x_t.size()[1], condition.text.size()[1]);
-        let n_rows: usize = sets.iter().map(Vec::len).sum();
-        let of_a_thread = n_rows.div_ceil(rayon::current_num_threads()).max(1);
+        let of_a_thread = rows.len().div_ceil(rayon::current_num_threads()).max(1);
         let at_once = ((TOKENS_AT_ONCE / (tokens + n_text)) as usize).clamp(1, of_a_thread);
         let part = |rows: &[i64]| {
             let index = Tensor::from_slice(rows);
@@ -89,17 +87,19 @@ impl Batch {
                 .map(|x| copied(&x.index_select(0, &index)));
             Part { rows: rows.to_vec(), of }
         };
+        let txt_ids = host::Tensor::new(&[n_text as usize, 3], vec![0.0; 3 * n_text as usize]);
         Self {
-            parts: sets.iter().flat_map(|rows| rows.chunks(at_once).map(part)).collect(),
-            img_ids: copied(&condition.img_ids),
-            txt_ids: host::Tensor::new(&[n_text as usize, 3], vec![0.0; 3 * n_text as usize]),
+            parts: rows.chunks(at_once).map(part).collect(),
+            ids: [copied(&condition.img_ids), txt_ids],
         }
     }
+}
 
-    /// Of one part, as [`inputs`] takes them.
-    pub(super) fn values(&self, part: &Part) -> [host::Tensor; 7] {
-        let [x_t, text, pooled, t, guidance] = part.of.clone();
-        [x_t, text, pooled, t, guidance, self.img_ids.clone(), self.txt_ids.clone()]
+impl Part {
+    /// With the `ids` of its batch, as [`inputs`] takes them.
+    pub(super) fn values(&self, ids: &[host::Tensor; 2]) -> [host::Tensor; 7] {
+        let ([x_t, text, pooled, t, guidance], [img_ids, txt_ids]) = (self.of.clone(), ids.clone());
+        [x_t, text, pooled, t, guidance, img_ids, txt_ids]
     }
 }
 
@@ -115,6 +115,11 @@ pub(super) fn inputs<T>(values: &[T; 7]) -> Inputs<'_, T> {
         txt_ids,
         guidance: Some(guidance),
     }
+}
+
+/// Numbers of all rows of a batch.
+pub(super) fn rows_of(x: &Tensor) -> Vec<i64> {
+    (0..x.size()[0]).collect()
 }
 
 /// The values of all parts, flat.
