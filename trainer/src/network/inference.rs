@@ -10,7 +10,7 @@ use super::lora::Adapters;
 use crate::tensor::parameters::Parameters;
 
 /// Tokens that go through the network together: as many as keep the products busy and stay in the cache.
-const TOKENS_AT_ONCE: i64 = 384;
+const TOKENS_AT_ONCE: i64 = 480;
 /// Bytes of a sample's widest activation up to which it is done here: what lies in a core's caches, its share
 /// of the common one included. With AVX-512 the products keep ahead of libtorch's beyond that.
 const WIDEST: usize = 1 << 22;
@@ -80,7 +80,8 @@ impl Batch {
     pub(super) fn cut([x_t, t]: [&Tensor; 2], condition: &Condition, rows: &[i64]) -> Self {
         let (tokens, n_text) = (x_t.size()[1], condition.text.size()[1]);
         let of_a_thread = rows.len().div_ceil(rayon::current_num_threads()).max(1);
-        let at_once = ((TOKENS_AT_ONCE / (tokens + n_text)) as usize).clamp(1, of_a_thread);
+        let most = ((TOKENS_AT_ONCE / (tokens + n_text)) as usize).clamp(1, of_a_thread);
+        let at_once = rows.len().div_ceil(rows.len().div_ceil(most).max(1)).max(1);
         let part = |rows: &[i64]| {
             let index = Tensor::from_slice(rows);
             let of = [x_t, &condition.text, &condition.pooled, t, &condition.guidance]

@@ -83,16 +83,19 @@ impl Learner<'_> {
         let width = (size[1] * size[2]) as usize;
         let mut v = vec![0.0; x[0].numel()];
         for (way, rows) in &found {
-            for (row, of_row) in rows.iter().zip(way.passage.value().values().chunks_exact(width)) {
-                row.iter().for_each(|row| v[row * width..][..width].copy_from_slice(of_row));
+            for (row, values) in rows.iter().zip(way.passage.value().values().chunks_exact(width)) {
+                if let Some(row) = row {
+                    v[row * width..][..width].copy_from_slice(values);
+                }
             }
         }
         let of_v = copied(&gradient(&Tensor::from_slice(&v).reshape(size))?);
         let with_slopes = |(way, rows): Found| {
             let mut dv = vec![0.0; rows.len() * width];
             for (row, dv) in rows.iter().zip(dv.chunks_exact_mut(width)) {
-                row.iter()
-                    .for_each(|row| dv.copy_from_slice(&of_v.values()[row * width..][..width]));
+                if let Some(row) = row {
+                    dv.copy_from_slice(&of_v.values()[row * width..][..width]);
+                }
             }
             (way.passage, dv)
         };
