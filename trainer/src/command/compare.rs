@@ -36,11 +36,12 @@ mod report;
 const PERIOD: usize = 100;
 
 /// Presets of `ng-train compare`.
-pub const COMPARE_PRESETS: [(&str, &str); 6] = [
+pub const COMPARE_PRESETS: [(&str, &str); 7] = [
     ("signs", include_str!("../../presets/compare-signs.toml")),
     ("neighbor", include_str!("../../presets/compare-neighbor.toml")),
     ("rivals", include_str!("../../presets/compare-rivals.toml")),
     ("compressibility", include_str!("../../presets/compare-compressibility.toml")),
+    ("rates", include_str!("../../presets/compare-rates.toml")),
     ("parts", include_str!("../../presets/compare-parts.toml")),
     ("emoji", include_str!("../../presets/compare-emoji.toml")),
 ];
@@ -61,7 +62,8 @@ pub struct CompareConfig {
     #[serde(default)]
     pub minutes: Option<f64>,
     /// Forward passes of the network that a run spends in rollouts and updates, a backward pass being two; its
-    /// iterations follow. What else a machine does changes nothing of such a run.
+    /// iterations follow. What else a machine does changes nothing of such a run, nor that a small network remembers a
+    /// pass of the rollout for its update.
     #[serde(default)]
     pub passes: Option<f64>,
     /// Curves and tables of the reward come from held-out prompts, scored every so many iterations.
@@ -476,7 +478,7 @@ mod tests {
         let of_first = [100, 120, 22, 63].map(|n| format!("iterations={n}"));
         assert_eq!((&rivals[..4], rivals.len()), (&of_first[..], 17));
         assert_eq!(ends("compressibility", &["seeds=[0]"]), rivals);
-        assert_eq!(ends("emoji", &["seeds=[0]"]).len(), 4);
+        assert_eq!(["rates", "emoji"].map(|preset| ends(preset, &["seeds=[0]"]).len()), [17, 4]);
     }
 
     #[test]

@@ -259,8 +259,8 @@ mod tests {
         };
         let (v, learned) = learn(&mut Kept::default());
         let mut kept = Kept::default();
-        let all = model.engine.velocity(&x_t, &t, &condition).unwrap();
         let inference = Inference::new(&model.pipeline.transformer, parameters, None);
+        let all = inference.velocity(&x_t, &t, &condition);
         for rows in &calls {
             let v = learner.velocity(&mut kept, &inference, [&x_t, &t], &condition, rows);
             assert!(v.equal(&all.index_select(0, &Tensor::from_slice(rows))));
