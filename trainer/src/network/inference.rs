@@ -79,9 +79,10 @@ impl Batch {
     /// The `rows` of `x_t` and `t`, for all threads.
     pub(super) fn cut([x_t, t]: [&Tensor; 2], condition: &Condition, rows: &[i64]) -> Self {
         let (tokens, n_text) = (x_t.size()[1], condition.text.size()[1]);
-        let of_a_thread = rows.len().div_ceil(rayon::current_num_threads()).max(1);
-        let most = ((TOKENS_AT_ONCE / (tokens + n_text)) as usize).clamp(1, of_a_thread);
-        let at_once = rows.len().div_ceil(rows.len().div_ceil(most).max(1)).max(1);
+        let most = ((TOKENS_AT_ONCE / (tokens + n_text)) as usize).max(1);
+        // As many for each thread.
+        let n_parts = rows.len().div_ceil(most).next_multiple_of(rayon::current_num_threads());
+        let at_once = rows.len().div_ceil(n_parts.max(1)).max(1);
         let part = |rows: &[i64]| {
             let index = Tensor::from_slice(rows);
             let of = [x_t, &condition.text, &condition.pooled, t, &condition.guidance]
