@@ -4,8 +4,8 @@
 //! libtorch takes a whole batch through each operator; in a small network every activation then goes out
 //! to memory and back, and an operator's call costs as much as its arithmetic. Here a few samples go
 //! through all operators, and weights are laid out once as products read them. Integers are held as f32,
-//! exact below 2²⁴. [`Interpreter`] keeps nothing; [`Trace`] keeps what slopes need, a
-//! [`Passage`] that gives them.
+//! exact below 2²⁴. [`Interpreter`] keeps nothing; [`Trace`] keeps what slopes need, and leaves
+//! a [`Passage`] that gives them.
 //!
 //! Beside it, what an optimiser does to flat f32 parameters, for the same reason: each number is read once.
 
