@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, RangedI64ValueParser, TypedValueParser};
 use clap::{Parser, ValueEnum};
+use flow::pipeline::Component;
 use manual::says::Says;
 
 use crate::element::Float;
@@ -242,9 +243,17 @@ impl Args {
     }
 
     /// A line about what was typed and changes nothing.
-    pub fn note(&self) -> Option<&'static str> {
-        let is_idle = self.threads.is_some() && !self.verify;
-        is_idle.then_some("note: --threads changes nothing without --verify")
+    pub fn note(&self) -> Option<String> {
+        if self.threads.is_some() && !self.verify {
+            return Some("note: --threads changes nothing without --verify".to_owned());
+        }
+        let Request { parts, choice, loras, .. } = self.clone().request();
+        let mut idle = choice.idle(&parts);
+        if !loras.is_empty() && parts.iter().all(|part| part.component() == Component::Vae) {
+            idle.push("--lora");
+        }
+        let idle = idle.join(" and ");
+        (!idle.is_empty()).then(|| format!("note: nothing that --only names is changed by {idle}"))
     }
 
     /// What it means.
@@ -315,6 +324,20 @@ mod tests {
     fn what_changes_nothing_is_said() {
         let args: Args = parsed(EXPORT, "--threads 3").unwrap();
         assert!(args.note().is_some_and(|note| note.contains("--verify")));
+        for (typed, idle) in [
+            ("--only vae_decoder --precision int8 --lora a", Some("--precision and --lora")),
+            ("--only vae_decoder --target tensorrt --precision f16", None),
+            ("--only transformer --vae f16 --lora a", Some("--vae")),
+            ("--only text_encoder --lora-slots --attention decomposed", Some("--lora-slots")),
+            ("--only text_encoder_2 --precision int4 --modulation same", Some("--modulation")),
+            ("--only vae_encoder,transformer --precision int4 --lora-slots", None),
+            ("--precision int4 --lora a", None),
+        ] {
+            let note = parsed::<Args>(EXPORT, typed).unwrap().note();
+            let says =
+                idle.map(|idle| format!("note: nothing that --only names is changed by {idle}"));
+            assert_eq!(note, says, "{typed}");
+        }
     }
 
     #[test]

@@ -108,7 +108,7 @@ fn run(args: Args) -> Result<()> {
     if args.is_dry() {
         say(plan(&args.request())?)?;
         if let Some(note) = note {
-            log::note(note);
+            log::note(&note);
         }
         return Ok(());
     }
@@ -124,7 +124,7 @@ fn run(args: Args) -> Result<()> {
     bar.finish_and_clear();
     say(Table(&summaries?))?;
     if let Some(note) = note {
-        log::note(note);
+        log::note(&note);
     }
     if request.choice.target == Target::TensorRt {
         let pipeline = Pipeline::open(&request.checkpoint)?;

@@ -108,6 +108,36 @@ pub const BLOCKS: std::ops::RangeInclusive<usize> = 16..=256;
 pub const VAE: [Float; 2] = [Float::F16, Float::F32];
 
 impl Choice {
+    /// What was chosen and changes none of `parts`, but others, by its name on the command line.
+    pub fn idle(&self, parts: &[Part]) -> Vec<&'static str> {
+        let chosen = || self.clone();
+        let without = [
+            (
+                "--precision",
+                Self {
+                    precision: Precision::F32,
+                    block: None,
+                    modulation: Modulation::High,
+                    ..chosen()
+                },
+            ),
+            ("--block-size", Self { block: None, ..chosen() }),
+            ("--modulation", Self { modulation: Modulation::High, ..chosen() }),
+            ("--activations", Self { activations: None, ..chosen() }),
+            ("--vae", Self { vae: None, ..chosen() }),
+            ("--attention", Self { attention: None, ..chosen() }),
+            ("--lora-slots", Self { slots: false, ..chosen() }),
+        ];
+        let mut idle = Vec::new();
+        for (name, without) in without {
+            let is_same = |&part: &Part| self.dialect(part).ok() == without.dialect(part).ok();
+            if parts.iter().all(is_same) && !Part::ALL.iter().all(is_same) {
+                idle.push(name);
+            }
+        }
+        idle
+    }
+
     /// The dialect of `part`.
     ///
     /// # Errors

@@ -1,11 +1,12 @@
 //! Groups: the prompts of an iteration, their trajectories, rewards and advantages.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use flow::latents::check_pixels;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use self::advantage::AdvantageConfig;
-use self::rollout::RolloutConfig;
+use self::rollout::{MAX_GUIDANCE, RolloutConfig};
 use crate::reward::RewardConfig;
 
 pub mod advantage;
@@ -44,7 +45,6 @@ pub struct GroupConfig {
 const MAX_PROMPTS: usize = 100_000;
 const MAX_GROUP: usize = 10_000;
 const MAX_STEPS: usize = 10_000;
-const MAX_SIDE: usize = 16_384;
 
 fn group_size() -> usize {
     12
@@ -66,13 +66,13 @@ impl GroupConfig {
         );
         let steps = self.rollout.steps;
         ensure!((2..=MAX_STEPS).contains(&steps), "rollout.steps = {steps}: from 2 to {MAX_STEPS}");
-        let guidance = self.rollout.guidance;
-        ensure!(guidance.is_finite(), "rollout.guidance = {guidance}: a finite number");
+        let guidance = self.rollout.guidance.unwrap_or(0.0);
+        let fits = (0.0..=MAX_GUIDANCE).contains(&guidance);
+        ensure!(fits, "rollout.guidance = {guidance}: from 0 to {MAX_GUIDANCE}");
         let shift = self.rollout.shift.unwrap_or(1.0);
         ensure!(shift > 0.0 && shift <= 1e6, "rollout.shift = {shift}: above 0, at most 1e6");
         if let Some(size) = self.rollout.size {
-            let fits = size.iter().all(|side| (1..=MAX_SIDE).contains(side));
-            ensure!(fits, "rollout.size = {size:?}: sides from 1 to {MAX_SIDE} pixels");
+            check_pixels(size[0], size[1]).with_context(|| format!("rollout.size = {size:?}"))?;
         }
         ensure!(self.rollout.batch > 0, "rollout.batch must be at least 1");
         let p = self.advantage.quasi_norm;

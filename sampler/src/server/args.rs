@@ -83,7 +83,7 @@ pub struct ServeArgs {
           allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub max_images: u16,
 
-    /// Most steps of a request.
+    /// Most steps of a request; one that asks for no number gets these at most, too.
     #[arg(long, value_name = "N", default_value_t = 100,
           allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub max_steps: u16,

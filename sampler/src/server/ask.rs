@@ -25,6 +25,11 @@ impl Limits {
         1..=self.steps as i128
     }
 
+    /// Steps of a request that asks for no number.
+    pub fn default_steps(self) -> usize {
+        DEFAULT_STEPS.min(self.steps)
+    }
+
     /// Images that a request may ask for.
     pub fn image_range(self) -> RangeInclusive<i128> {
         1..=self.images as i128
@@ -90,7 +95,8 @@ impl Card {
         let invalid = |field: &str, why: String| {
             Refusal::field(field, "invalid_value", format!("{field}: {why}"))
         };
-        let (steps, count) = (ask.image.steps.unwrap_or(DEFAULT_STEPS), ask.count.unwrap_or(1));
+        let steps = ask.image.steps.unwrap_or(limits.default_steps());
+        let count = ask.count.unwrap_or(1);
         for (field, value, most) in
             [(names.steps, steps, limits.steps), (names.count, count, limits.images)]
         {
@@ -115,8 +121,10 @@ impl Card {
             let why = format!("{seed} with {count} images passes the largest seed");
             return Err(invalid("seed", why));
         }
-        let first =
-            self.export.job(Request { seed: Some(seed), ..ask.image }).map_err(|error| {
+        let first = self
+            .export
+            .job(Request { seed: Some(seed), steps: Some(steps), ..ask.image })
+            .map_err(|error| {
                 let field = match error.field {
                     "size" => names.size,
                     "steps" => names.steps,

@@ -14,7 +14,7 @@ use axum::{
     },
     response::IntoResponse,
 };
-use flow::solver::{DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS};
+use flow::solver::{DEFAULT_SOLVER, SOLVERS};
 use serde_json::{Value, json};
 
 use super::{loras, service::Service};
@@ -69,7 +69,7 @@ pub async fn capabilities(State(service): State<Arc<Service>>) -> Json<Value> {
     Json(json!({
         "models": models,
         "solvers": SOLVERS.map(|(name, _)| name),
-        "defaults": {"steps": DEFAULT_STEPS, "solver": DEFAULT_SOLVER.name()},
+        "defaults": {"steps": limits.default_steps(), "solver": DEFAULT_SOLVER.name()},
         "limits": {
             "steps": limits.steps,
             "images": limits.images,

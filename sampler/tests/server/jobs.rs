@@ -95,3 +95,16 @@ async fn ended_jobs_are_kept_within_bounds() {
         );
     }
 }
+
+#[tokio::test]
+async fn a_request_without_a_number_of_steps_gets_no_more_than_the_server_allows() {
+    for (most, gets) in [(LONG, 8), (3, 3)] {
+        let mut settings = settings();
+        settings.limits.steps = most;
+        let rig = Rig::with(settings);
+        let id = create(&rig, &json!({"prompt": PROMPT})).await;
+        rig.get(&format!("/api/jobs/{id}/events")).await.events();
+        let job = rig.get(&format!("/api/jobs/{id}")).await.ok();
+        assert_eq!((&job["steps"], &job["of"]), (&json!(gets), &json!(gets)));
+    }
+}

@@ -6,7 +6,6 @@ use clap::builder::PossibleValuesParser;
 use clap::{ArgGroup, Args, Parser, Subcommand};
 use flow::checkpoint::MAX_SHARD_BYTES;
 use flow::latents::MAX_PIXELS;
-use flow::models::transformer::GUIDANCE;
 use flow::solver::{DEFAULT_SOLVER, DEFAULT_STEPS, SOLVERS};
 use flow::tokens::MAX_TEXT_TOKENS;
 use manual::says::Says;
@@ -375,9 +374,9 @@ pub struct SampleArgs {
     /// Constant shift of the time grid [default: the checkpoint's scheduler]
     #[arg(long, value_parser = values::shift, allow_negative_numbers = true)]
     pub shift: Option<f64>,
-    /// Guidance scale, for a model that embeds one
-    #[arg(long, default_value_t = GUIDANCE, value_parser = values::guidance, allow_negative_numbers = true)]
-    pub guidance: f64,
+    /// Guidance scale [default: 3.5 if the model embeds one]
+    #[arg(long, value_parser = values::guidance, allow_negative_numbers = true)]
+    pub guidance: Option<f64>,
     /// Pixels [default: the model's own]
     #[arg(short = 'W', long, requires = "height", value_parser = whole(1..=MAX_PIXELS as i64),
           allow_negative_numbers = true)]

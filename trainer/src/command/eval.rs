@@ -220,6 +220,7 @@ fn draw(
     let model = contestant.load(held, config, options.compute)?;
     let size = rollout.latent_size(&model.pipeline)?;
     let plan = rollout.plan(&model.pipeline.scheduler, &size)?;
+    let guidance = rollout.guidance(&model.pipeline)?;
     if model.embeddings.is_none() {
         prompts::tell_cut(&model.pipeline.dir, prompts.iter().map(|prompt| &*prompt.text))?;
     }
@@ -229,7 +230,7 @@ fn draw(
         check_interrupt()?;
         let texts: Vec<&str> = batch.iter().map(|&prompt| &*prompts[prompt].text).collect();
         let seed = options.seed + (image * prompts.len() + batch[0]) as u64;
-        let images = sample(&model, &texts, seed, &plan, &size, rollout.guidance, batch.len())?;
+        let images = sample(&model, &texts, seed, &plan, &size, guidance, batch.len())?;
         for (&prompt, pixels) in batch.iter().zip(&images) {
             record.save(prompt, image, pixels)?;
         }

@@ -50,7 +50,7 @@ pub struct Options<'a> {
 /// When the model or the noise does not fit, or a file cannot be written.
 pub fn run(options: &Options<'_>) -> Result<()> {
     check(options)?;
-    Pipeline::open(options.model)?;
+    let guidance = options.rollout.guidance(&Pipeline::open(options.model)?)?;
     prompts::tell_cut(options.model, [options.prompt])?;
     let loading = Loading::to_sample(options.compute, options.stream);
     let mut model = Model::load(options.model, loading)?;
@@ -79,8 +79,7 @@ pub fn run(options: &Options<'_>) -> Result<()> {
             file.f32("latents")?.chunks(size.len()).map(<[f32]>::to_vec).collect()
         }
     };
-    let condition =
-        model.encode(&vec![options.prompt; options.n], options.rollout.guidance, &size)?;
+    let condition = model.encode(&vec![options.prompt; options.n], guidance, &size)?;
     let eps = model.pack(&rows, &size);
     let x0 = solve_in_batches(&model, &plan, eps, &condition, options.rollout.batch)?.x0;
     ensure!(

@@ -164,7 +164,8 @@ pub(crate) fn gather(
     let held = division.groups();
     let texts: Vec<&str> = prompts[held.clone()].iter().map(|prompt| &*prompt.text).collect();
     let mut seconds = [0.0; 3];
-    let condition = timed(&mut seconds[0], || model.encode(&texts, config.rollout.guidance, size))?;
+    let guidance = config.rollout.guidance(&model.pipeline)?;
+    let condition = timed(&mut seconds[0], || model.encode(&texts, guidance, size))?;
     let mut experience = Experience {
         iteration,
         first_group: (iteration * prompts.len()) as u64,

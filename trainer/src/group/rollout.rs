@@ -13,6 +13,9 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
+/// Largest guidance scale, far above what any model was trained on.
+pub(crate) const MAX_GUIDANCE: f64 = 1000.0;
+
 /// How trajectories are solved.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -27,9 +30,9 @@ pub struct RolloutConfig {
     /// Constant shift of the time grid; without it, the checkpoint's scheduler decides.
     #[serde(default)]
     pub shift: Option<f64>,
-    /// Guidance scale, for a model that embeds one.
-    #[serde(default = "guidance")]
-    pub guidance: f64,
+    /// Guidance scale, for a model that embeds one; without it, 3.5.
+    #[serde(default)]
+    pub guidance: Option<f64>,
     /// Width and height in pixels; without it, the model's own.
     #[serde(default)]
     pub size: Option<[usize; 2]>,
@@ -47,9 +50,6 @@ fn default_solver() -> String {
 fn steps() -> usize {
     DEFAULT_STEPS
 }
-fn guidance() -> f64 {
-    GUIDANCE
-}
 fn rollout_batch() -> usize {
     64
 }
@@ -63,6 +63,20 @@ impl RolloutConfig {
         let [width, height] = self.size.unwrap_or([pipeline.default_size(); 2]);
         let size = pipeline.latent_size(width, height);
         Ok(size.map_err(|error| Usage(format!("rollout.size = [{width}, {height}]: {error}")))?)
+    }
+
+    /// Guidance scale for `pipeline`.
+    ///
+    /// # Errors
+    /// [`Usage`] where one is set and the model embeds none.
+    pub(crate) fn guidance(&self, pipeline: &Pipeline) -> Result<f64> {
+        match self.guidance {
+            Some(scale) if !pipeline.transformer.guidance_embeds => {
+                let model = pipeline.dir.display();
+                bail!(Usage(format!("guidance {scale}: {model} embeds no guidance; leave it out")))
+            }
+            scale => Ok(scale.unwrap_or(GUIDANCE)),
+        }
     }
 
     /// The time grid for images of `size` under `scheduler`.

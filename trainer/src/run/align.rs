@@ -73,9 +73,11 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
     let aligned = config.output.join(ALIGNED);
     let _lock = claim(config, options, &aligned)?;
     let found = state::newest(&config.output, ranks)?;
-    if found.as_ref().is_some_and(|it| it.iteration >= config.iterations)
+    let held = Held::of(config, options)?;
+    if let Some(last) = found.as_ref().filter(|it| it.iteration >= config.iterations)
         && ranks::of_first(ranks, || Ok(is_whole(&aligned)))?
     {
+        state::check(last, &held)?;
         say_done(config, ranks, &aligned);
         return Ok(());
     }
@@ -89,7 +91,7 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
     let mut algorithm = config.setting()?.open(grid);
     algorithm.begin(model.engine.trained());
     let mut optimizer = AdamW::new(config.optimizer.clone(), &[model.engine.trained()]);
-    let (held, mut start) = (Held::of(config, options, &model)?, 0);
+    let mut start = 0;
     let mut restored = Restored::default();
     if let Some(position) = &found {
         restored = state::restore(position, &held, &mut optimizer, &model, algorithm.kept())?;

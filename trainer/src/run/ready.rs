@@ -36,6 +36,7 @@ impl Ready {
         let pipeline = Pipeline::open(&config.model).context("model")?;
         contents::of(&config.model).context("model")?;
         let (size, factor) = (config.group.rollout.latent_size(&pipeline)?, pipeline.vae.factor());
+        config.group.rollout.guidance(&pipeline)?;
         let training = prompts::read(&config.prompts).context("prompts")?;
         let sheet_prompts = prompts::read(&config.sheet_prompts).context("sheet_prompts")?;
         let mut held_out = match &config.validation.prompts {

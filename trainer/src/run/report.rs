@@ -66,7 +66,7 @@ impl Report {
                 .take(SHEET)
                 .map(|prompt| prompt.text.clone())
                 .collect(),
-            guidance: config.group.rollout.guidance,
+            guidance: config.group.rollout.guidance(&model.pipeline)?,
             batch: config.group.rollout.batch,
             size: *size,
             plan: plan.to_vec(),

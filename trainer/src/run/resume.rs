@@ -5,13 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use flow::models::transformer::GUIDANCE;
 use serde::{Deserialize, Serialize};
 use toml::Value;
 
 use super::align::Options;
 use super::config::{AlignConfig, FILES_OF_REWARDS};
 use super::record::{self, content};
-use crate::network::model::Model;
 use crate::tensor::device::precision_name;
 
 /// Settings that may change: none of them changes what is computed.
@@ -58,14 +58,15 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    /// What a run of `config` as `options` ask for it, with `model`, holds to.
+    /// What a run of `config` as `options` ask for it holds to.
     ///
     /// # Errors
     /// When a file that a setting names cannot be read.
-    pub(crate) fn of(config: &AlignConfig, options: &Options, model: &Model) -> Result<Self> {
+    pub(crate) fn of(config: &AlignConfig, options: &Options) -> Result<Self> {
         let mut settings = BTreeMap::new();
         flatten(&Value::Table(config.resolved()?), "", &mut settings);
         settings.retain(|key, _| !key.starts_with("judges"));
+        settings.entry("rollout.guidance".to_owned()).or_insert(Value::Float(GUIDANCE));
         let mut contents = BTreeMap::new();
         for (key, value) in settings.iter().filter(|(key, _)| is_file(key)) {
             let path = Path::new(value.as_str().unwrap_or_default());
@@ -74,7 +75,7 @@ impl Held {
                 contents.insert(key.clone(), content(path)?);
             }
         }
-        let precision = precision_name(model.engine.kind()).to_owned();
+        let precision = precision_name(options.compute.kind).to_owned();
         let made_by = record::made_by(options);
         let made_by = made_by.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         Ok(Self { precision, made_by, settings, content: contents })

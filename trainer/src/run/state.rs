@@ -301,6 +301,16 @@ pub(crate) struct Restored {
     pub(crate) changed: Vec<String>,
 }
 
+/// What has changed since `position`, of what may.
+///
+/// # Errors
+/// When it is of another run, or cannot be read.
+pub(crate) fn check(position: &Position, held: &Held) -> Result<Vec<String>> {
+    let state = Shards::open(&position.folder)?;
+    let before = Held::read(state.metadata(HELD)?);
+    held.check(&before.with_context(|| position.folder.display().to_string())?)
+}
+
 /// Takes weights, optimiser and what the algorithm keeps back to `position`, whatever number of ranks it is of.
 ///
 /// # Errors
@@ -315,8 +325,7 @@ pub(crate) fn restore(
     let state = Shards::open(&position.folder)?;
     let at = || position.folder.display().to_string();
     let step = state.metadata(STEP)?.parse().context("optimizer_step is no number")?;
-    let before = Held::read(state.metadata(HELD)?).with_context(at)?;
-    let changed = held.check(&before)?;
+    let changed = check(position, held)?;
     let course = serde_json::from_str(state.metadata(COURSE)?).with_context(at)?;
     ensure!(
         state.layout()? == Layout::of(&model.engine),

@@ -270,6 +270,7 @@ impl<'a> Validation<'a> {
         plan: &[Step],
     ) -> Result<(Vec<Told>, Vec<String>)> {
         let (group, rollout) = (model.engine.trained().group(), &self.config.group.rollout);
+        let guidance = rollout.guidance(&model.pipeline)?;
         let each = rollout.batch.min(self.prompts.len().div_ceil(group.world()));
         let (mut told, mut faults) = (Vec::new(), Vec::new());
         let batches = self.prompts.chunks(each).enumerate().skip(group.rank());
@@ -279,8 +280,7 @@ impl<'a> Validation<'a> {
             }
             let texts: Vec<&str> = batch.iter().map(|prompt| &*prompt.text).collect();
             let first = index * each;
-            let images =
-                sample(model, &texts, first as u64, plan, size, rollout.guidance, batch.len())?;
+            let images = sample(model, &texts, first as u64, plan, size, guidance, batch.len())?;
             let images: Vec<&RgbImage> = images.iter().collect();
             let scores = self.metrics.score(&batch.iter().collect::<Vec<_>>(), &images)?;
             let exact = |scores: Vec<f64>| scores.into_iter().map(Exact::from).collect();

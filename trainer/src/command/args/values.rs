@@ -7,12 +7,11 @@ use clap::builder::RangedI64ValueParser;
 use flow::latents::check_pixels;
 use flow::lora::scaled_path;
 
+use crate::group::rollout::MAX_GUIDANCE;
 use crate::network::lora::LoraConfig;
 
 /// Largest scale of a LoRA, either way.
 const MAX_SCALE: f64 = 100.0;
-/// Largest guidance scale, far above what any model was trained on.
-const MAX_GUIDANCE: f64 = 1000.0;
 
 /// A whole number in `range`.
 pub(super) fn whole(range: RangeInclusive<i64>) -> RangedI64ValueParser<usize> {
