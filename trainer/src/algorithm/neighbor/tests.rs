@@ -6,6 +6,8 @@ use flow::solver::{Solver, plan};
 
 use super::*;
 use crate::group::rollout;
+use crate::run::config::AlignConfig;
+use crate::run::settings::{ALIGN_PRESETS, Source, read};
 
 const M: i64 = 2;
 const G: i64 = 5;
@@ -213,4 +215,33 @@ fn straight_candidates_lie_where_a_constant_velocity_leads() {
         let expected = &x_in + &v * (step.t_next - step.t);
         assert!(largest(&(found - expected)) < 1e-6, "t = {}", step.t);
     }
+}
+
+/// The network calls that train in 64 groups, each list in order.
+fn calls(settings: &[&str]) -> Vec<Vec<usize>> {
+    let settings: Vec<String> = settings.iter().map(|&setting| setting.to_owned()).collect();
+    let config: AlignConfig = read(&Source::Preset("neighbor"), &ALIGN_PRESETS, &settings).unwrap();
+    let algorithm = config.setting().unwrap().open(Shift::Factor(3.0).into());
+    let groups = (0..2).flat_map(|iteration| algorithm.rollout(iteration).unwrap().foreseen);
+    let of_first_anchor = |group: Vec<(usize, usize)>| {
+        let calls = group.iter().filter(|(anchor, _)| *anchor == group[0].0);
+        let mut calls: Vec<usize> = calls.map(|(_, call)| *call).collect();
+        calls.sort_unstable();
+        calls
+    };
+    groups.map(of_first_anchor).collect()
+}
+
+/// Four of the seven transitions before the last one, which never trains; Heun's solver asks twice in each of them.
+#[test]
+fn the_last_steps_are_those_before_the_image() {
+    let last = "neighbor.steps=last";
+    for (solver, expected) in [("dpmpp-2m", [3, 4, 5, 6]), ("heun", [6, 8, 10, 12])] {
+        let found = calls(&[last, &format!("rollout.solver={solver}")]);
+        assert!(found.len() == 64 && found.iter().all(|calls| *calls == expected), "{found:?}");
+    }
+    let drawn = calls(&["neighbor.steps=drawn"]);
+    let trained = |call: usize| drawn.iter().filter(|calls| calls.contains(&call)).count();
+    assert!(drawn.iter().all(|calls| calls.len() == 4));
+    assert!((0..7).all(|call| (10..64).contains(&trained(call))) && trained(7) == 0, "{drawn:?}");
 }
