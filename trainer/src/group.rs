@@ -1,12 +1,11 @@
 //! Groups: the prompts of an iteration, their trajectories, rewards and advantages.
 
-use anyhow::{Context, Result, ensure};
-use flow::latents::check_pixels;
+use anyhow::{Result, ensure};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use self::advantage::AdvantageConfig;
-use self::rollout::{MAX_GUIDANCE, RolloutConfig};
+use self::rollout::RolloutConfig;
 use crate::reward::RewardConfig;
 
 pub mod advantage;
@@ -44,7 +43,6 @@ pub struct GroupConfig {
 /// Largest values that are no slip of the hand.
 const MAX_PROMPTS: usize = 100_000;
 const MAX_GROUP: usize = 10_000;
-const MAX_STEPS: usize = 10_000;
 
 fn group_size() -> usize {
     12
@@ -64,17 +62,7 @@ impl GroupConfig {
             (2..=MAX_GROUP).contains(&group_size),
             "group_size = {group_size}: from 2 to {MAX_GROUP}"
         );
-        let steps = self.rollout.steps;
-        ensure!((2..=MAX_STEPS).contains(&steps), "rollout.steps = {steps}: from 2 to {MAX_STEPS}");
-        let guidance = self.rollout.guidance.unwrap_or(0.0);
-        let fits = (0.0..=MAX_GUIDANCE).contains(&guidance);
-        ensure!(fits, "rollout.guidance = {guidance}: from 0 to {MAX_GUIDANCE}");
-        let shift = self.rollout.shift.unwrap_or(1.0);
-        ensure!(shift > 0.0 && shift <= 1e6, "rollout.shift = {shift}: above 0, at most 1e6");
-        if let Some(size) = self.rollout.size {
-            check_pixels(size[0], size[1]).with_context(|| format!("rollout.size = {size:?}"))?;
-        }
-        ensure!(self.rollout.batch > 0, "rollout.batch must be at least 1");
+        self.rollout.validate()?;
         let p = self.advantage.quasi_norm;
         ensure!(p > 0.0 && p <= 2.0, "advantage.quasi_norm = {p}: in (0, 2]");
         ensure!(!self.rewards.is_empty(), "no [[rewards]]: at least one is needed");

@@ -46,7 +46,7 @@ fn runs_are_laid_side_by_side_and_none_is_made_twice() {
     for part in ["| before |", "## Two", "| one | 1 |", "| other | 1 |", "two-seconds.png"] {
         assert!(report.contains(part), "`{part}` is not in\n{report}");
     }
-    for file in ["two-seconds.png", "two-passes.png", "side-by-side/side-by-side.png"] {
+    for file in ["two-seconds.png", "two-work.png", "side-by-side/side-by-side.png"] {
         assert!(out.join(file).is_file(), "{file}");
     }
     let weights =

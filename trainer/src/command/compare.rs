@@ -5,35 +5,29 @@
 //! one by its command line. What is finished is not run again.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
-use flow::checkpoint::{read_bounded, write_atomically};
-use flow::pipeline::Pipeline;
 use flow::usage::Usage;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use self::growth::Cost;
-use crate::algorithm;
+use self::task::Task;
 use crate::data::prompts;
-use crate::run::align::ALIGNED;
 use crate::run::config::AlignConfig;
 use crate::run::interrupt;
 use crate::run::progress::Progress;
 use crate::run::settings::{self, ALIGN_PRESETS, Source};
+use crate::run::validation::ValidationConfig;
 use crate::tensor::device;
 
 mod growth;
 mod interval;
 mod report;
-
-/// Iterations over whose passes the mean is taken: windows move.
-const PERIOD: usize = 100;
+mod task;
 
 /// Presets of `ng-train compare`.
 pub const COMPARE_PRESETS: [(&str, &str); 7] = [
@@ -66,7 +60,8 @@ pub struct CompareConfig {
     /// pass of the rollout for its update.
     #[serde(default)]
     pub passes: Option<f64>,
-    /// Curves and tables of the reward come from held-out prompts, scored every so many iterations.
+    /// Curves and tables of the reward come from held-out prompts, scored every so many iterations of the preset, and of
+    /// other runs after as many forward passes.
     #[serde(default = "validate_every")]
     pub validate_every: usize,
     /// So many of them, the first.
@@ -78,6 +73,10 @@ pub struct CompareConfig {
     /// The report counts the seeds that tell a difference of this size.
     #[serde(default = "difference")]
     pub difference: f64,
+    /// Leaves out further seeds of a run whose ends are apart from those of its table's first run after three or more: by
+    /// twice the 95 % interval of their mean difference by seed in the reward, since that is looked at seed by seed.
+    #[serde(default)]
+    pub stop_apart: bool,
     /// A held-out metric by the reward's own model and the same by one that nothing trains on: what a run gains by the
     /// first and not by the second is told as hacked. None where it is empty.
     #[serde(default)]
@@ -156,7 +155,8 @@ pub fn run(config: &CompareConfig, options: &Options<'_>) -> Result<()> {
         bail!(Usage(format!("hacked: no metric {unknown:?}: {} are there", metrics.join(", "))));
     }
     prompts::read(&config.prompts).context("prompts")?;
-    let tasks = config.tasks()?;
+    let tasks = config.tasks(&start)?;
+    let reward = &start.group.rewards[0].name;
     let folder = config.output.join("runs");
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     for task in &tasks {
@@ -172,6 +172,11 @@ pub fn run(config: &CompareConfig, options: &Options<'_>) -> Result<()> {
                 return Ok(());
             };
             interrupt::check()?;
+            if config.stop_apart && is_apart(config, &tasks, task, reward)? {
+                let label = format!("{}: apart already", task.label());
+                progress.lock().expect("no worker panics").advance(&label);
+                continue;
+            }
             if let Err(error) = task.make(config, &start.model, &own) {
                 // Others stop after what they are at.
                 queue.lock().expect("no worker panics").clear();
@@ -188,7 +193,34 @@ pub fn run(config: &CompareConfig, options: &Options<'_>) -> Result<()> {
         ended.collect::<Vec<Result<()>>>().into_iter().collect::<Result<()>>()
     })?;
     side_by_side(config, &tasks, &start.model, options)?;
-    report::write(config, &tasks, &start.group.rewards[0].name)
+    report::write(config, &tasks, reward)
+}
+
+/// Whether the seeds of `task`'s run that are done set it apart from the first run of every table it stands in.
+fn is_apart(
+    config: &CompareConfig,
+    tasks: &[Task<'_>],
+    task: &Task<'_>,
+    reward: &str,
+) -> Result<bool> {
+    let Some(run) = task.run else { return Ok(false) };
+    let end = |run: &RunConfig, seed: u64| -> Result<Option<f64>> {
+        let found = tasks.iter().find(|task| task.run == Some(run) && task.seed == seed);
+        let Some(found) = found.filter(|task| task.is_done()) else { return Ok(None) };
+        Ok(found.scores()?.into_iter().find(|(name, _)| name == reward).map(|(_, mean)| mean))
+    };
+    for table in config.tables.iter().filter(|table| table.runs.contains(run)) {
+        let mut differences = Vec::new();
+        for &seed in &config.seeds {
+            if let (Some(own), Some(first)) = (end(run, seed)?, end(&table.runs[0], seed)?) {
+                differences.push(own - first);
+            }
+        }
+        if !interval::is_apart(&differences) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// One sheet of the model at the start and every run of the first table, from the first seed.
@@ -207,7 +239,7 @@ fn side_by_side(
             .is_none_or(|run| config.tables[0].runs.contains(run) && task.seed == config.seeds[0])
     };
     let models: Vec<PathBuf> = tasks.iter().filter(shown).map(|task| task.model(start)).collect();
-    evaluate(config, &tasks[0], &models, &out, options)
+    tasks[0].evaluate(config, &models, &out, options)
 }
 
 impl CompareConfig {
@@ -239,192 +271,39 @@ impl CompareConfig {
         Ok(())
     }
 
-    /// Every run of every seed once: the base first, then in the order of the tables.
+    /// Every run of every seed once: the base first, then seed by seed in the order of the tables.
     ///
     /// # Errors
     /// When the settings of a run are none.
-    fn tasks(&self) -> Result<Vec<Task<'_>>> {
-        let mut names: Vec<&str> = Vec::new();
-        let mut tasks = vec![Task::new(self, None, 0)?];
+    fn tasks(&self, start: &AlignConfig) -> Result<Vec<Task<'_>>> {
+        let mut runs: Vec<&RunConfig> = Vec::new();
         for run in self.tables.iter().flat_map(|table| &table.runs) {
-            if names.contains(&run.name.as_str()) {
-                continue;
+            if !runs.contains(&run) {
+                runs.push(run);
             }
-            names.push(&run.name);
-            for &seed in &self.seeds {
-                let task = Task::new(self, Some(run), seed);
+        }
+        let mut tasks = vec![Task::new(self, start, None, 0)?];
+        for &seed in &self.seeds {
+            for run in &runs {
+                let task = Task::new(self, start, Some(run), seed);
                 tasks.push(task.with_context(|| format!("run {:?}", run.name))?);
             }
         }
         Ok(tasks)
     }
 
-    /// What runs have spent alike at their end.
-    fn clock(&self) -> Cost {
-        if self.passes.is_some() { Cost::Work } else { Cost::Seconds }
-    }
-}
-
-/// A run from one seed; without a run, the model that all start from.
-struct Task<'a> {
-    run: Option<&'a RunConfig>,
-    seed: u64,
-    folder: PathBuf,
-    /// What ends it, as a setting.
-    end: String,
-    /// Images of an iteration.
-    n_images: f64,
-}
-
-impl<'a> Task<'a> {
-    fn new(config: &CompareConfig, run: Option<&'a RunConfig>, seed: u64) -> Result<Self> {
-        let name = match run {
-            Some(run) => format!("{}-seed{seed}", slug(&run.name)),
-            None => "base".to_owned(),
+    /// The held-out prompts of every run: those of the comparison, drawn as its preset `start` draws, and nothing
+    /// follows from them.
+    fn validation(&self, start: &AlignConfig) -> Result<toml::Value> {
+        let validation = ValidationConfig {
+            prompts: Some(self.prompts.clone()),
+            count: self.count,
+            best: Some(String::new()),
+            rollout: Some(start.group.rollout.clone()),
+            ..ValidationConfig::default()
         };
-        let folder = config.output.join("runs").join(name);
-        let mut task = Self { run, seed, folder, end: String::new(), n_images: 0.0 };
-        let (preset, settings) = task.settings(config);
-        let aligned = settings::align(&Source::Preset(preset), &settings)?.config;
-        let group = &aligned.group;
-        task.n_images = (group.prompts_per_iteration * group.group_size) as f64;
-        task.end = match (config.passes, config.minutes) {
-            (Some(passes), _) => {
-                let n = passes / (task.n_images * work(&aligned)?);
-                format!("iterations={:.0}", n.max(1.0))
-            }
-            (None, minutes) => format!("minutes={}", minutes.unwrap_or_default()),
-        };
-        Ok(task)
+        Ok(toml::Value::try_from(validation)?)
     }
-
-    fn label(&self) -> String {
-        self.run.map_or("base".to_owned(), |run| format!("{} (seed {})", run.name, self.seed))
-    }
-
-    /// Scores of the finished model.
-    fn eval(&self) -> PathBuf {
-        self.folder.join("eval/eval.json")
-    }
-
-    fn is_done(&self) -> bool {
-        self.eval().is_file()
-    }
-
-    /// Makes the folder and notes what it is for; refuses one that was made for something else.
-    fn claim(&self, config: &CompareConfig) -> Result<()> {
-        fs::create_dir_all(&self.folder)
-            .with_context(|| format!("cannot make {}", self.folder.display()))?;
-        let (preset, settings) = self.settings(config);
-        let mut wanted = vec![preset.to_owned(), format!("{}", config.prompts.display())];
-        if config.images > 1 {
-            wanted.push(format!("images={}", config.images));
-        }
-        let wanted = [wanted, settings];
-        let wanted = wanted.concat().join("\n") + "\n";
-        let note = self.folder.join("settings.txt");
-        match read_bounded(&note) {
-            Ok(found) => ensure!(
-                found == wanted.as_bytes(),
-                "{} holds a run with other settings: remove it or choose another output",
-                self.folder.display()
-            ),
-            Err(_) => write_atomically(&note, wanted.as_bytes())?,
-        }
-        Ok(())
-    }
-
-    /// Preset and settings of the run.
-    fn settings<'b>(&'b self, config: &'b CompareConfig) -> (&'b str, Vec<String>) {
-        let preset = self.run.and_then(|run| run.preset.as_ref()).unwrap_or(&config.preset);
-        let own = self.run.map_or(&[][..], |run| &run.settings);
-        let mut settings: Vec<String> = config.settings.iter().chain(own).cloned().collect();
-        settings.push(format!("seed={}", self.seed));
-        settings.extend((!self.end.is_empty()).then(|| self.end.clone()));
-        if self.run.is_some() {
-            settings.push(format!("validate_every={}", config.validate_every));
-            settings.push(format!("validation={}", Self::validation(config)));
-        }
-        (preset, settings)
-    }
-
-    /// The held-out prompts of every run: those of the comparison, and nothing follows from them.
-    fn validation(config: &CompareConfig) -> toml::Value {
-        let mut table = toml::Table::new();
-        table.insert("prompts".to_owned(), config.prompts.to_string_lossy().into_owned().into());
-        table.insert("count".to_owned(), toml::Value::Integer(config.count as i64));
-        table.insert("best".to_owned(), String::new().into());
-        table.into()
-    }
-
-    /// Trains, where there is a run, and scores.
-    fn make(&self, config: &CompareConfig, start: &Path, options: &Options<'_>) -> Result<()> {
-        if self.run.is_some() && !self.model(start).is_dir() {
-            let (preset, mut settings) = self.settings(config);
-            settings.push(format!("output={}", self.folder.display()));
-            let resumed = self.folder.join("checkpoints").is_dir();
-            let flags: &[&str] = if resumed { &["--resume"] } else { &[] };
-            self.call("align", preset, &settings, options, flags)?;
-        }
-        evaluate(config, self, &[self.model(start)], &self.folder.join("eval"), options)
-    }
-
-    /// What is scored: the finished model, or that at the start.
-    fn model(&self, start: &Path) -> PathBuf {
-        self.run.map_or(start.to_owned(), |_| self.folder.join(ALIGNED))
-    }
-
-    fn call(
-        &self,
-        command: &str,
-        preset: &str,
-        settings: &[String],
-        options: &Options<'_>,
-        flags: &[&str],
-    ) -> Result<()> {
-        let log = self.folder.join(format!("{command}.log"));
-        let file = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
-        let mut process = Command::new(std::env::current_exe()?);
-        process.args([command, "--threads", "1", "--preset", preset]);
-        process.args(["--device", options.device, "--precision", options.precision]);
-        process.args(settings.iter().flat_map(|setting| ["--set", setting])).args(flags);
-        process.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
-        let ended = process.status().context("cannot start another ng-train")?;
-        interrupt::check()?;
-        if ended.success() {
-            return Ok(());
-        }
-        let said = read_bounded(&log).unwrap_or_default();
-        let said = String::from_utf8_lossy(&said);
-        let last = said.lines().last().unwrap_or("it said nothing");
-        bail!("{}: {command} failed ({ended}), see {}: {last}", self.label(), log.display())
-    }
-}
-
-/// Forward passes an image of an iteration of `run`, a backward pass being two.
-fn work(run: &AlignConfig) -> Result<f64> {
-    let (pipeline, rollout) = (Pipeline::open(&run.model)?, &run.group.rollout);
-    let grid = rollout.grid(&pipeline.scheduler, &rollout.latent_size(&pipeline)?);
-    let algorithm = run.setting()?.open(grid);
-    let [forward, training] = algorithm::nfe(&*algorithm, run.group.group_size, PERIOD)?;
-    Ok(growth::work(forward, training))
-}
-
-/// Samples and scores `models` on the held-out prompts, all alike: by the comparison's preset.
-fn evaluate(
-    config: &CompareConfig,
-    task: &Task<'_>,
-    models: &[PathBuf],
-    out: &Path,
-    options: &Options<'_>,
-) -> Result<()> {
-    let text = |path: &Path| path.to_string_lossy().into_owned();
-    let mut flags =
-        vec!["--prompts".to_owned(), text(&config.prompts), "--out".to_owned(), text(out)];
-    flags.extend(["--images".to_owned(), config.images.to_string()]);
-    flags.extend(models.iter().flat_map(|model| ["--model".to_owned(), text(model)]));
-    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
-    task.call("eval", &config.preset, &config.settings, options, &flags)
 }
 
 /// A name as a file's.
@@ -449,11 +328,18 @@ mod tests {
         Ok(config)
     }
 
+    /// Of each run.
+    fn of_runs(preset: &str, more: &[&str], what: impl Fn(&Task<'_>) -> String) -> Vec<String> {
+        let config = config(preset, more).unwrap();
+        let start = Source::Preset(&config.preset);
+        let start = settings::read(&start, &ALIGN_PRESETS, &config.settings).unwrap();
+        let tasks = config.tasks(&start).unwrap();
+        tasks.iter().filter(|task| task.run.is_some()).map(what).collect()
+    }
+
     /// The end of each run.
     fn ends(preset: &str, more: &[&str]) -> Vec<String> {
-        let config = config(preset, more).unwrap();
-        let tasks = config.tasks().unwrap();
-        tasks.into_iter().filter(|task| task.run.is_some()).map(|task| task.end).collect()
+        of_runs(preset, more, |task| task.end().to_owned())
     }
 
     #[test]
@@ -465,6 +351,10 @@ mod tests {
         let expected = ["iterations=100", "iterations=120", "iterations=18"];
         assert_eq!(ends("signs", &[runs, seeds, "passes=57600"]), expected);
         assert_eq!(ends("signs", &[runs, seeds, "minutes=3"]), ["minutes=3"; 3]);
+        let every = of_runs("signs", &[runs, seeds, "minutes=3", "validate_every=10"], |task| {
+            task.validates_every().to_owned()
+        });
+        assert_eq!(every, ["10", "12", "2"]);
     }
 
     #[test]

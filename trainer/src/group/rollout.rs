@@ -1,7 +1,7 @@
 //! Solving the flow from noise, keeping what training needs.
 
-use anyhow::{Result, bail};
-use flow::latents::LatentSize;
+use anyhow::{Context, Result, bail, ensure};
+use flow::latents::{LatentSize, check_pixels};
 use flow::models::transformer::GUIDANCE;
 use flow::noise::Noise;
 use flow::path;
@@ -15,6 +15,8 @@ use tch::Tensor;
 
 /// Largest guidance scale, far above what any model was trained on.
 pub(crate) const MAX_GUIDANCE: f64 = 1000.0;
+/// Most steps that are no slip of the hand.
+const MAX_STEPS: usize = 10_000;
 
 /// How trajectories are solved.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
@@ -55,6 +57,22 @@ fn rollout_batch() -> usize {
 }
 
 impl RolloutConfig {
+    /// Refuses values without sense.
+    pub(crate) fn validate(&self) -> Result<()> {
+        let steps = self.steps;
+        ensure!((2..=MAX_STEPS).contains(&steps), "rollout.steps = {steps}: from 2 to {MAX_STEPS}");
+        let guidance = self.guidance.unwrap_or(0.0);
+        let fits = (0.0..=MAX_GUIDANCE).contains(&guidance);
+        ensure!(fits, "rollout.guidance = {guidance}: from 0 to {MAX_GUIDANCE}");
+        let shift = self.shift.unwrap_or(1.0);
+        ensure!(shift > 0.0 && shift <= 1e6, "rollout.shift = {shift}: above 0, at most 1e6");
+        if let Some(size) = self.size {
+            check_pixels(size[0], size[1]).with_context(|| format!("rollout.size = {size:?}"))?;
+        }
+        ensure!(self.batch > 0, "rollout.batch must be at least 1");
+        Ok(())
+    }
+
     /// Size of the latents of images of `pipeline`.
     ///
     /// # Errors

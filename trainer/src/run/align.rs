@@ -11,7 +11,6 @@ use flow::latents::LatentSize;
 use flow::log;
 use flow::panics::caught;
 use flow::prompts::Prompt;
-use flow::solver::Step;
 
 use super::config::AlignConfig;
 use super::lock::Lock;
@@ -117,7 +116,6 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
         options,
         report,
         validation,
-        plan,
         order: Order::new(train_prompts.len(), config.group.seed),
         prompts: train_prompts,
         rewards,
@@ -188,8 +186,6 @@ struct Run<'a> {
     model: Model,
     optimizer: AdamW,
     size: LatentSize,
-    /// The solver's steps for samples.
-    plan: Vec<Step>,
     /// The first rank's.
     report: Option<Report>,
     validation: Option<Validation<'a>>,
@@ -273,13 +269,13 @@ impl Run<'_> {
     /// Validates where it is time to, `done` iterations being done; whether the model is better than ever. Where
     /// that fails or is stopped, those iterations are saved.
     fn validate(&mut self, done: usize, is_last: bool, progress: &Progress) -> Result<bool> {
-        let Self { model, optimizer, size, plan, .. } = self;
+        let Self { model, optimizer, .. } = self;
         let Some(validation) = &mut self.validation else { return Ok(false) };
         if !validation.is_due(done, is_last) {
             return Ok(false);
         }
         interrupt::enter(format!("the validation after iteration {done}"), self.validated);
-        let found = match validation.run(done, model, optimizer, size, plan) {
+        let found = match validation.run(done, model, optimizer) {
             Ok(found) => found,
             Err(error) => {
                 let error = error.context(format!("validation after iteration {done}"));

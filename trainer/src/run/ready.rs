@@ -11,14 +11,13 @@ use tch::Device;
 use super::config::AlignConfig;
 use super::{interrupt, validation};
 use crate::data::prompts;
+use crate::group::rollout::RolloutConfig;
 use crate::network::embeddings::Embeddings;
 use crate::reward::{RewardConfig, Rewards};
 
 /// The prompts of a run, and the images that it will make of them.
 pub(crate) struct Ready {
     pub(crate) pipeline: Pipeline,
-    /// Width and height of every image.
-    pub(crate) pixels: [usize; 2],
     pub(crate) prompts: Vec<Prompt>,
     pub(crate) sheet_prompts: Vec<Prompt>,
     /// Those of validations; none where there are no validations.
@@ -35,8 +34,10 @@ impl Ready {
         config.check_files()?;
         let pipeline = Pipeline::open(&config.model).context("model")?;
         contents::of(&config.model).context("model")?;
-        let (size, factor) = (config.group.rollout.latent_size(&pipeline)?, pipeline.vae.factor());
-        config.group.rollout.guidance(&pipeline)?;
+        for rollout in [&config.group.rollout, config.validation.rollout(config)] {
+            rollout.latent_size(&pipeline)?;
+            rollout.guidance(&pipeline)?;
+        }
         let training = prompts::read(&config.prompts).context("prompts")?;
         let sheet_prompts = prompts::read(&config.sheet_prompts).context("sheet_prompts")?;
         let mut held_out = match &config.validation.prompts {
@@ -54,8 +55,7 @@ impl Ready {
             }
             None => prompts::tell_cut(&config.model, all.collect::<BTreeSet<_>>())?,
         }
-        let pixels = [size.width * factor, size.height * factor];
-        Ok(Self { pipeline, pixels, prompts: training, sheet_prompts, held_out })
+        Ok(Self { pipeline, prompts: training, sheet_prompts, held_out })
     }
 
     /// The rewards, which can all score the training prompts.
@@ -70,13 +70,20 @@ impl Ready {
     ) -> Result<Rewards> {
         let mut rewards = Rewards::open(&config.group.rewards, threads, device)?;
         rewards.stop_when(interrupt::asked);
-        self.check(&rewards, &self.prompts)?;
+        self.check(&rewards, &self.prompts, &config.group.rollout)?;
         Ok(rewards)
     }
 
-    /// Refuses `prompts` that one of `rewards` can never score from the images to come.
-    pub(crate) fn check(&self, rewards: &Rewards, prompts: &[Prompt]) -> Result<()> {
-        rewards.check(&prompts.iter().collect::<Vec<_>>(), Some(self.pixels))
+    /// Refuses `prompts` that one of `rewards` can never score from the images of `rollout`.
+    pub(crate) fn check(
+        &self,
+        rewards: &Rewards,
+        prompts: &[Prompt],
+        rollout: &RolloutConfig,
+    ) -> Result<()> {
+        let (size, factor) = (rollout.latent_size(&self.pipeline)?, self.pipeline.vae.factor());
+        let pixels = [size.width * factor, size.height * factor];
+        rewards.check(&prompts.iter().collect::<Vec<_>>(), Some(pixels))
     }
 
     /// Refuses prompts that a reward or a judge can never score, of those that are no networks with weights.
@@ -84,15 +91,16 @@ impl Ready {
     /// # Errors
     /// As [`Ready::rewards`].
     pub(crate) fn check_light(&self, config: &AlignConfig) -> Result<()> {
-        let check = |metrics: Vec<&RewardConfig>, prompts: &[Prompt]| {
+        let check = |metrics: Vec<&RewardConfig>, prompts: &[Prompt], rollout| {
             let light: Vec<RewardConfig> =
                 metrics.into_iter().filter(|metric| metric.kind.is_light()).cloned().collect();
             if light.is_empty() || prompts.is_empty() {
                 return Ok(());
             }
-            self.check(&Rewards::open(&light, 1, Device::Cpu)?, prompts)
+            self.check(&Rewards::open(&light, 1, Device::Cpu)?, prompts, rollout)
         };
-        check(config.group.rewards.iter().collect(), &self.prompts)?;
-        check(validation::metrics(config).collect(), &self.held_out).context("validation")
+        check(config.group.rewards.iter().collect(), &self.prompts, &config.group.rollout)?;
+        let held_out = validation::metrics(config).collect();
+        check(held_out, &self.held_out, config.validation.rollout(config)).context("validation")
     }
 }

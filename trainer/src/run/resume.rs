@@ -15,13 +15,9 @@ use super::record::{self, content};
 use crate::tensor::device::precision_name;
 
 /// Settings that may change: none of them changes what is computed.
-const FREE: [&str; 18] = [
+const FREE: [&str; 14] = [
     "iterations",
     "validate_every",
-    "validation.prompts",
-    "validation.count",
-    "validation.best",
-    "validation.patience",
     "minutes",
     "save_every",
     "stop_after_idle",
@@ -54,7 +50,7 @@ pub(crate) struct Held {
     /// Every setting by its dotted key.
     settings: BTreeMap<String, Value>,
     /// [`content`] of the files that settings name.
-    content: BTreeMap<String, String>,
+    pub(super) content: BTreeMap<String, String>,
 }
 
 impl Held {
@@ -127,7 +123,10 @@ impl Held {
 }
 
 fn is_free(key: &str) -> bool {
-    FREE.contains(&key) || of_reward(key).is_some_and(|name| FREE_OF_REWARDS.contains(&name))
+    let is_watching = key.starts_with("validation.");
+    is_watching
+        || FREE.contains(&key)
+        || of_reward(key).is_some_and(|name| FREE_OF_REWARDS.contains(&name))
 }
 
 fn is_file(key: &str) -> bool {

@@ -20,6 +20,7 @@ use super::ready::Ready;
 use super::report::sample;
 use crate::algorithm::Copies;
 use crate::group::ranks::{self, Exact};
+use crate::group::rollout::RolloutConfig;
 use crate::network::model::Model;
 use crate::network::optimizer::AdamW;
 use crate::reward::{RewardConfig, RewardKind, Rewards};
@@ -39,6 +40,9 @@ pub struct ValidationConfig {
     /// the last judge unless told otherwise, none where it is empty.
     #[serde(default)]
     pub best: Option<String>,
+    /// How they are drawn; as the run's own rollouts where it is left out.
+    #[serde(default)]
+    pub rollout: Option<RolloutConfig>,
     /// Ends the run, as if that were its last iteration, after so many validations in a row without a better mean of
     /// `best`; 0 never.
     #[serde(default)]
@@ -51,7 +55,7 @@ fn count() -> usize {
 
 impl Default for ValidationConfig {
     fn default() -> Self {
-        Self { prompts: None, count: count(), best: None, patience: 0 }
+        Self { prompts: None, count: count(), best: None, rollout: None, patience: 0 }
     }
 }
 
@@ -66,6 +70,11 @@ fn is_of_one(reward: &RewardConfig) -> bool {
 }
 
 impl ValidationConfig {
+    /// How held-out prompts of a run of `config` are drawn.
+    pub(super) fn rollout<'a>(&'a self, config: &'a AlignConfig) -> &'a RolloutConfig {
+        self.rollout.as_ref().unwrap_or(&config.group.rollout)
+    }
+
     fn best<'a>(&'a self, config: &'a AlignConfig) -> Option<&'a str> {
         let judge = || Some(config.judges.iter().rfind(|reward| is_of_one(reward))?.name.as_str());
         match &self.best {
@@ -80,6 +89,7 @@ impl ValidationConfig {
             return Ok(());
         }
         ensure!(self.count > 0, "validation.count = 0: at least 1");
+        self.rollout(config).validate().context("validation")?;
         let names: Vec<&str> = metrics(config).map(|metric| metric.name.as_str()).collect();
         ensure!(
             !names.is_empty(),
@@ -159,6 +169,11 @@ pub(crate) struct Validation<'a> {
     prompts: Vec<Prompt>,
     names: Vec<&'a str>,
     metrics: Rewards,
+    guidance: f64,
+    /// Images a network call takes at most.
+    batch: usize,
+    size: LatentSize,
+    plan: Vec<Step>,
     pub(crate) standing: Standing,
 }
 
@@ -184,12 +199,27 @@ impl<'a> Validation<'a> {
         let configs: Vec<RewardConfig> = metrics(config).cloned().collect();
         let mut metrics = rewards.open_beside(&configs, threads, device).context("validation")?;
         metrics.stop_when(interrupt::asked);
-        ready.check(&metrics, &prompts).context("validation")?;
+        let rollout = config.validation.rollout(config);
+        ready.check(&metrics, &prompts, rollout).context("validation")?;
         let about = (config.validation.best(config), &prompts);
-        let of = format!("{:x}", Sha256::digest(serde_json::to_vec(&about)?));
-        let standing = Standing { of, ..Standing::default() };
+        let mut about = serde_json::to_vec(&about)?;
+        if let Some(own) = &config.validation.rollout {
+            about.extend(serde_json::to_vec(own)?);
+        }
+        let of = format!("{:x}", Sha256::digest(about));
         let names = self::metrics(config).map(|metric| metric.name.as_str()).collect();
-        Ok(Some(Self { config, prompts, names, metrics, standing }))
+        let size = rollout.latent_size(&ready.pipeline)?;
+        Ok(Some(Self {
+            config,
+            prompts,
+            names,
+            metrics,
+            guidance: rollout.guidance(&ready.pipeline)?,
+            batch: rollout.batch,
+            size,
+            plan: rollout.plan(&ready.pipeline.scheduler, &size)?,
+            standing: Standing { of, ..Standing::default() },
+        }))
     }
 
     /// Goes on from `standing` where that is about the same.
@@ -228,8 +258,6 @@ impl<'a> Validation<'a> {
         done: usize,
         model: &Model,
         optimizer: &AdamW,
-        size: &LatentSize,
-        plan: &[Step],
     ) -> Result<Validated> {
         let started = Instant::now();
         let trained = model.engine.trained();
@@ -240,7 +268,7 @@ impl<'a> Validation<'a> {
             }
         };
         exchange();
-        let told = flow::panics::caught(|| self.own(model, size, plan));
+        let told = flow::panics::caught(|| self.own(model));
         exchange();
         let (own, mut faults) = told.map_err(anyhow::Error::msg).flatten()?;
         let mut all: Vec<Told> = ranks::all(trained.group(), &own)?.concat();
@@ -263,15 +291,10 @@ impl<'a> Validation<'a> {
     }
 
     /// This rank's batches of prompts: every world-th.
-    fn own(
-        &self,
-        model: &Model,
-        size: &LatentSize,
-        plan: &[Step],
-    ) -> Result<(Vec<Told>, Vec<String>)> {
-        let (group, rollout) = (model.engine.trained().group(), &self.config.group.rollout);
-        let guidance = rollout.guidance(&model.pipeline)?;
-        let each = rollout.batch.min(self.prompts.len().div_ceil(group.world()));
+    fn own(&self, model: &Model) -> Result<(Vec<Told>, Vec<String>)> {
+        let group = model.engine.trained().group();
+        let Self { guidance, size, plan, .. } = self;
+        let each = self.batch.min(self.prompts.len().div_ceil(group.world()));
         let (mut told, mut faults) = (Vec::new(), Vec::new());
         let batches = self.prompts.chunks(each).enumerate().skip(group.rank());
         for (index, batch) in batches.step_by(group.world()) {
@@ -280,7 +303,7 @@ impl<'a> Validation<'a> {
             }
             let texts: Vec<&str> = batch.iter().map(|prompt| &*prompt.text).collect();
             let first = index * each;
-            let images = sample(model, &texts, first as u64, plan, size, guidance, batch.len())?;
+            let images = sample(model, &texts, first as u64, plan, size, *guidance, batch.len())?;
             let images: Vec<&RgbImage> = images.iter().collect();
             let scores = self.metrics.score(&batch.iter().collect::<Vec<_>>(), &images)?;
             let exact = |scores: Vec<f64>| scores.into_iter().map(Exact::from).collect();

@@ -10,11 +10,10 @@ use crate::run::metrics::{self, Record};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Cost {
     Iterations,
-    /// Passes of the network over an image: forward in the rollout, forward and backward in the updates.
-    Passes,
-    /// The same as forward passes: [`work`].
+    /// Forward passes of the network over an image, of which a forward and backward one is [three](work).
     Work,
-    /// Without the time of rewards and of validations.
+    /// Iterations of the median length, without the time of rewards and of validations: what else the machine does
+    /// for a while is not the method's.
     Seconds,
 }
 
@@ -23,7 +22,6 @@ impl Cost {
     pub(super) fn unit(self) -> &'static str {
         match self {
             Self::Iterations => "iterations",
-            Self::Passes => "passes",
             Self::Work => "forward passes",
             Self::Seconds => "s",
         }
@@ -38,19 +36,14 @@ pub(super) fn work(forward: f64, training: f64) -> f64 {
 /// One run's reward at each validation, and what its iterations cost.
 #[derive(Debug)]
 pub(super) struct Growth {
-    /// So far, before the first iteration and after each.
-    spent: Vec<Spent>,
+    /// Forward passes so far, before the first iteration and after each.
+    spent: Vec<f64>,
+    /// Of the median iteration, without rewards.
+    seconds: f64,
     /// Passes an image of an iteration, on average: in the rollout, in the updates.
     passes: [f64; 2],
     /// Iterations done, and the reward then.
     validations: Vec<(usize, f64)>,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Spent {
-    passes: f64,
-    work: f64,
-    seconds: f64,
 }
 
 impl Growth {
@@ -71,16 +64,11 @@ impl Growth {
             let value = record.values.get(name).copied().flatten();
             value.with_context(|| format!("no {name} after {} iterations", record.step))
         };
-        let (mut spent, mut totals) = (vec![Spent::default()], [0.0; 2]);
+        let (mut spent, mut totals, mut seconds) = (vec![0.0], [0.0; 2], Vec::new());
         for record in training {
             let passes = [value(record, "nfe/rollout")?, value(record, "nfe/update")?];
-            let seconds = value(record, "seconds/iteration")? - value(record, "seconds/reward")?;
-            let before = spent[spent.len() - 1];
-            spent.push(Spent {
-                passes: before.passes + n_images * (passes[0] + passes[1]),
-                work: before.work + n_images * work(passes[0], passes[1]),
-                seconds: before.seconds + seconds,
-            });
+            seconds.push(value(record, "seconds/iteration")? - value(record, "seconds/reward")?);
+            spent.push(spent[spent.len() - 1] + n_images * work(passes[0], passes[1]));
             totals = [0, 1].map(|i| totals[i] + passes[i]);
         }
         let name = format!("validation/{reward}");
@@ -96,15 +84,15 @@ impl Growth {
         let validations = held_out.iter().map(validation).collect::<Result<Vec<_>>>()?;
         ensure!(!validations.is_empty(), "no validation in {}", metrics::VALIDATION);
         let passes = totals.map(|total| total / training.len() as f64);
-        Ok(Self { spent, passes, validations })
+        seconds.sort_by(f64::total_cmp);
+        Ok(Self { spent, seconds: seconds[seconds.len() / 2], passes, validations })
     }
 
     fn cost(&self, cost: Cost, done: usize) -> f64 {
         match cost {
             Cost::Iterations => done as f64,
-            Cost::Passes => self.spent[done].passes,
-            Cost::Work => self.spent[done].work,
-            Cost::Seconds => self.spent[done].seconds,
+            Cost::Work => self.spent[done],
+            Cost::Seconds => self.seconds * done as f64,
         }
     }
 
@@ -130,10 +118,7 @@ impl Growth {
 
     /// Seconds of the median iteration, without rewards.
     pub(super) fn seconds(&self) -> f64 {
-        let mut all: Vec<f64> =
-            self.spent.windows(2).map(|pair| pair[1].seconds - pair[0].seconds).collect();
-        all.sort_by(f64::total_cmp);
-        all[all.len() / 2]
+        self.seconds
     }
 
     /// Reward once `limit` is spent, on the straight line between two validations.
@@ -202,7 +187,6 @@ mod tests {
     fn costs_add_up_without_rewards() {
         let growth = growth(20);
         assert_eq!(growth.total(Cost::Iterations), 20.0);
-        assert_eq!(growth.total(Cost::Passes), 800.0);
         assert_eq!(growth.total(Cost::Work), 1120.0);
         assert_eq!(growth.total(Cost::Seconds), 40.0);
         assert_eq!((growth.passes(), growth.seconds()), ([8.0, 2.0], 2.0));
@@ -220,9 +204,9 @@ mod tests {
         assert_eq!(growth.mean_until(Cost::Seconds, 15.0), Some(0.75));
         assert_eq!(growth.mean_until(Cost::Seconds, 0.0), Some(0.0));
         assert_eq!(growth.mean_until(Cost::Seconds, 41.0), None);
-        assert_eq!(growth.reaches(Cost::Passes, 0.0), Some(0.0));
-        assert_eq!(growth.reaches(Cost::Passes, 2.5), Some(500.0));
-        assert_eq!(growth.reaches(Cost::Passes, 99.0), None);
+        assert_eq!(growth.reaches(Cost::Work, 0.0), Some(0.0));
+        assert_eq!(growth.reaches(Cost::Work, 2.5), Some(700.0));
+        assert_eq!(growth.reaches(Cost::Work, 99.0), None);
     }
 
     #[test]

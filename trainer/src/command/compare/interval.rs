@@ -29,9 +29,37 @@ pub(super) fn seeds(std: f64, size: f64) -> usize {
     few.unwrap_or_else(|| needed(QUANTILES.len() + 2).ceil() as usize)
 }
 
+/// Fewest seeds that can set a run apart.
+const FEWEST: usize = 3;
+
+/// Whether the mean of `differences` is so far off 0 that no more of them are needed.
+pub(super) fn is_apart(differences: &[f64]) -> bool {
+    let n = differences.len();
+    n >= FEWEST && mean(differences).abs() > 2.0 * half_width(std(differences), n)
+}
+
+pub(super) fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+/// The standard deviation; of one value it is no number.
+pub(super) fn std(values: &[f64]) -> f64 {
+    let (mean, n) = (mean(values), values.len() as f64);
+    (values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn three_seeds_that_agree_are_apart_and_three_that_do_not_are_not() {
+        assert!(is_apart(&[0.10, 0.11, 0.12]));
+        assert!(is_apart(&[-0.10, -0.11, -0.12]));
+        assert!(!is_apart(&[0.10, 0.11]));
+        // 0.10 ± 0.05: its interval is off 0, not twice it.
+        assert!(!is_apart(&[0.08, 0.10, 0.12]));
+    }
 
     #[test]
     fn an_interval_narrows_with_seeds() {

@@ -1,15 +1,14 @@
 //! The report of a comparison: `report.md` with its tables, curves as PNG, a sheet of pictures.
 
 use std::fmt::Write;
-use std::path::Path;
 
 use anyhow::{Context, Result};
-use flow::checkpoint::{read_bounded, write_atomically};
-use serde::Deserialize;
+use flow::checkpoint::write_atomically;
 
 use super::growth::{Cost, Growth};
-use super::interval;
-use super::{CompareConfig, RunConfig, TableConfig, Task, slug};
+use super::interval::{self, mean, std};
+use super::task::Task;
+use super::{CompareConfig, RunConfig, TableConfig, slug};
 use crate::picture::plot::{self, Series};
 
 /// Points of a curve over several seeds.
@@ -18,17 +17,12 @@ const CURVE_POINTS: usize = 120;
 const LEVELS: [f64; 2] = [0.5, 0.9];
 
 /// A run over its seeds.
-struct Measured<'a> {
-    name: &'a str,
+struct Measured {
+    name: String,
+    seeds: Vec<u64>,
     growths: Vec<Growth>,
     /// Held-out metrics, a row a seed.
     held_out: Vec<Vec<f64>>,
-}
-
-/// Part of `eval.json`.
-#[derive(Deserialize)]
-struct Evaluated {
-    means: Vec<(String, f64)>,
 }
 
 /// Writes `report.md` and its pictures.
@@ -36,7 +30,7 @@ struct Evaluated {
 /// # Errors
 /// When a run left no metrics, or a file cannot be written.
 pub(super) fn write(config: &CompareConfig, tasks: &[Task<'_>], reward: &str) -> Result<()> {
-    let base = evaluated(&tasks[0].eval())?;
+    let base = tasks[0].scores()?;
     let metrics: Vec<&str> = base.iter().map(|(name, _)| name.as_str()).collect();
     let length = match (config.passes, config.minutes) {
         (Some(passes), _) => format!("{passes} forward passes"),
@@ -44,15 +38,17 @@ pub(super) fn write(config: &CompareConfig, tasks: &[Task<'_>], reward: &str) ->
     };
     let mut text = format!(
         "# Comparison\n\nEvery run trained for {length} on one thread from the same model, seeds {}. {reward} is \
-         that of the first {} prompts of {}, every {} iterations, which is not counted; what is held out is of all \
-         of them, {} images a prompt. NFE are passes an image, old ones forward and θ ones forward and backward; \
-         as forward passes the latter count three times. ± is the standard deviation over seeds, and of \
-         differences by seed half of the 95 % interval (Student's t); bands in the curves go from the worst seed \
-         to the best.\n\n",
+         that of the first {} prompts of {}, every {} iterations of preset {} and after as many forward passes \
+         of others, drawn as that preset draws and not counted; what is held out is of all of them, {} images a \
+         prompt. NFE are passes an image, old ones forward and θ ones forward and backward; as forward passes the \
+         latter count three times. Seconds are iterations of a run's median length, without rewards. ± is half of \
+         the 95 % interval over seeds (Student's t), of differences by seed, too; bands in the curves go from the \
+         worst seed to the best.\n\n",
         config.seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(", "),
         config.count,
         config.prompts.display(),
         config.validate_every,
+        config.preset,
         config.images,
     );
     let before: Vec<String> = base.iter().map(|(_, value)| format!("{value:.3}")).collect();
@@ -69,7 +65,7 @@ pub(super) fn write(config: &CompareConfig, tasks: &[Task<'_>], reward: &str) ->
             .runs
             .iter()
             .map(|run| measured(run, tasks, reward))
-            .collect::<Result<Vec<Measured<'_>>>>()?;
+            .collect::<Result<Vec<Measured>>>()?;
         text += &section(config, table, &runs, reward, &metrics, hacking.as_ref())?;
     }
     write_atomically(&config.output.join("report.md"), text.as_bytes())?;
@@ -77,24 +73,31 @@ pub(super) fn write(config: &CompareConfig, tasks: &[Task<'_>], reward: &str) ->
     Ok(())
 }
 
-fn measured<'a>(run: &'a RunConfig, tasks: &[Task<'_>], reward: &str) -> Result<Measured<'a>> {
-    let of_run = tasks.iter().filter(|task| task.run.is_some_and(|other| other.name == run.name));
-    let (mut growths, mut held_out) = (Vec::new(), Vec::new());
-    for task in of_run {
-        growths.push(Growth::read(&task.folder, reward, task.n_images)?);
-        held_out.push(evaluated(&task.eval())?.into_iter().map(|(_, value)| value).collect());
+impl Measured {
+    /// Seed and end of every run: of the reward, then of each held-out metric.
+    fn ends(&self, metric: usize) -> impl Iterator<Item = (u64, f64)> {
+        let rows = self.growths.iter().zip(&self.held_out);
+        let ends = rows.map(move |(growth, row)| match metric {
+            0 => growth.ends()[1],
+            metric => row[metric - 1],
+        });
+        self.seeds.iter().copied().zip(ends)
     }
-    Ok(Measured { name: &run.name, growths, held_out })
 }
 
-/// Held-out metrics by name.
-fn evaluated(path: &Path) -> Result<Vec<(String, f64)>> {
-    let text = read_bounded(path)?;
-    let columns: Vec<Evaluated> =
-        serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
-    let column =
-        columns.into_iter().next().with_context(|| format!("{} is empty", path.display()))?;
-    Ok(column.means)
+fn measured(run: &RunConfig, tasks: &[Task<'_>], reward: &str) -> Result<Measured> {
+    let of_run: Vec<&Task<'_>> = tasks.iter().filter(|task| task.run == Some(run)).collect();
+    let (mut seeds, mut growths, mut held_out) = (Vec::new(), Vec::new(), Vec::new());
+    for task in of_run.iter().filter(|task| task.is_done()) {
+        seeds.push(task.seed);
+        growths.push(Growth::read(&task.folder, reward, task.n_images)?);
+        held_out.push(task.scores()?.into_iter().map(|(_, value)| value).collect());
+    }
+    let name = match seeds.len() {
+        n if n == of_run.len() => run.name.clone(),
+        n => format!("{} ({n} seeds)", run.name),
+    };
+    Ok(Measured { name, seeds, growths, held_out })
 }
 
 /// What runs gain by the reward's own model and not by one that nothing trains on.
@@ -130,7 +133,7 @@ impl Hacking {
 fn section(
     config: &CompareConfig,
     table: &TableConfig,
-    runs: &[Measured<'_>],
+    runs: &[Measured],
     reward: &str,
     metrics: &[&str],
     hacking: Option<&Hacking>,
@@ -157,21 +160,20 @@ fn section(
             cells.push(spread(&values, 3));
         }
         cells.extend(hacking.map(|hacking| spread(&hacking.of_runs(&run.held_out), 3)));
-        text += &row(run.name, &cells);
+        text += &row(&run.name, &cells);
     }
     text += &differences(config, runs, reward, metrics);
-    text += &at_equal_cost(runs, reward, config.clock());
-    let of_clock = match config.clock() {
-        Cost::Work => (Cost::Work, "work", "forward passes"),
-        _ => (Cost::Seconds, "seconds", "seconds without rewards"),
-    };
-    for (cost, name, unit) in [of_clock, (Cost::Passes, "passes", "network passes")] {
+    text += &at_equal_cost(runs, reward);
+    for (cost, name, unit) in [
+        (Cost::Seconds, "seconds", "seconds without rewards"),
+        (Cost::Work, "work", "forward passes"),
+    ] {
         let file = format!("{}-{name}.png", slug(&table.title));
         let curves: Vec<Curve> = runs.iter().map(|run| curve(run, cost)).collect();
         let series: Vec<Series<'_>> = runs
             .iter()
             .zip(&curves)
-            .map(|(run, (points, band))| Series { name: run.name, points, is_smooth: true, band })
+            .map(|(run, (points, band))| Series { name: &run.name, points, is_smooth: true, band })
             .collect();
         plot::curve(&config.output.join(&file), &table.title, &series, unit, reward)?;
         let _ = write!(text, "\n![{reward} against {unit}]({file})\n");
@@ -180,10 +182,10 @@ fn section(
 }
 
 /// Rewards where every run has spent as much, and what half of the way and nearly all of it cost each.
-fn at_equal_cost(runs: &[Measured<'_>], reward: &str, clock: Cost) -> String {
+fn at_equal_cost(runs: &[Measured], reward: &str) -> String {
     let growths = || runs.iter().flat_map(|run| &run.growths);
     let limit = |cost: Cost| growths().map(|g| g.total(cost)).fold(f64::INFINITY, f64::min);
-    let costs = [Cost::Iterations, Cost::Passes, clock].map(|cost| (cost, limit(cost)));
+    let costs = [Cost::Iterations, Cost::Work, Cost::Seconds].map(|cost| (cost, limit(cost)));
     let mean_of = |pick: usize| {
         let ends = runs.iter().map(|run| {
             let ends: Vec<f64> = run.growths.iter().map(|g| g.ends()[pick]).collect();
@@ -194,7 +196,7 @@ fn at_equal_cost(runs: &[Measured<'_>], reward: &str, clock: Cost) -> String {
     let level = |share: f64| mean_of(0) + share * (mean_of(1) - mean_of(0));
     let levels = LEVELS.map(level).into_iter();
     let levels: Vec<(f64, Cost)> =
-        levels.flat_map(|level| [Cost::Passes, clock].map(|cost| (level, cost))).collect();
+        levels.flat_map(|level| [Cost::Work, Cost::Seconds].map(|cost| (level, cost))).collect();
     let mut text = String::from("\n");
     let after = costs.map(|(cost, limit)| format!("{limit:.0} {}", cost.unit()));
     let until = [&after[1], &after[2]].map(|after| format!("mean until {after}"));
@@ -226,7 +228,7 @@ fn at_equal_cost(runs: &[Measured<'_>], reward: &str, clock: Cost) -> String {
                 some => format!("{} ({some} of {n} seeds)", spread(&reached, 0)),
             });
         }
-        text += &row(run.name, &cells);
+        text += &row(&run.name, &cells);
     }
     text
 }
@@ -235,7 +237,7 @@ fn at_equal_cost(runs: &[Measured<'_>], reward: &str, clock: Cost) -> String {
 type Curve = (Vec<(f64, f64)>, Vec<(f64, f64, f64)>);
 
 /// As far as all seeds go.
-fn curve(run: &Measured<'_>, cost: Cost) -> Curve {
+fn curve(run: &Measured, cost: Cost) -> Curve {
     let ends = run.growths.iter().map(|growth| growth.total(cost));
     let to = ends.fold(f64::INFINITY, f64::min);
     let points = (0..CURVE_POINTS).filter_map(|i| {
@@ -252,7 +254,7 @@ fn curve(run: &Measured<'_>, cost: Cost) -> Curve {
 /// seeds would tell a difference.
 fn differences(
     config: &CompareConfig,
-    runs: &[Measured<'_>],
+    runs: &[Measured],
     reward: &str,
     metrics: &[&str],
 ) -> String {
@@ -265,24 +267,22 @@ fn differences(
     let title = |title: &str| row(title, &head) + &rule(head.len());
     let mut text = format!("\n{}", title(&format!("less {}, by seed", first.name)));
     let mut needed = format!("\n{}", title(&format!("seeds to tell {}", config.difference)));
-    let ends = |run: &Measured<'_>| -> Vec<Vec<f64>> {
-        let seeds = run.growths.iter().zip(&run.held_out);
-        seeds.map(|(growth, row)| [&[growth.ends()[1]][..], row].concat()).collect()
-    };
-    let of_first = ends(first);
     for run in others {
-        let of_run = ends(run);
         let apart = |metric: usize| -> Vec<f64> {
-            of_run.iter().zip(&of_first).map(|(own, base)| own[metric] - base[metric]).collect()
+            let own = run.ends(metric);
+            let by_seed = own.filter_map(|(seed, end)| {
+                first.ends(metric).find(|(other, _)| *other == seed).map(|(_, base)| end - base)
+            });
+            by_seed.collect()
         };
         let all: Vec<Vec<f64>> = (0..head.len()).map(apart).collect();
-        let cells = all.iter().map(|d| told(d, 3, interval::half_width(std(d), d.len())));
-        text += &row(run.name, &cells.collect::<Vec<String>>());
+        let cells = all.iter().map(|d| spread(d, 3));
+        text += &row(&run.name, &cells.collect::<Vec<String>>());
         let seeds = all.iter().map(|d| match std(d) {
             std if std > 0.0 => interval::seeds(std, config.difference).to_string(),
             _ => "–".to_owned(),
         });
-        needed += &row(run.name, &seeds.collect::<Vec<String>>());
+        needed += &row(&run.name, &seeds.collect::<Vec<String>>());
     }
     if config.seeds.len() > 1 { text + &needed } else { text }
 }
@@ -296,29 +296,14 @@ fn rule(n: usize) -> String {
     row("---", &vec!["---:".to_owned(); n])
 }
 
-/// Mean, and standard deviation where there are several, to so many decimals.
+/// Mean, and half of its 95 % interval where there are several that differ, to so many decimals.
 fn spread(values: &[f64], decimals: usize) -> String {
-    told(values, decimals, std(values))
-}
-
-/// Mean, and `error` where there are several that differ, to so many decimals.
-fn told(values: &[f64], decimals: usize, error: f64) -> String {
-    let mean = mean(values);
+    let (mean, error) = (mean(values), interval::half_width(std(values), values.len()));
     if error > 0.0 {
         format!("{mean:.decimals$} ± {error:.decimals$}")
     } else {
         format!("{mean:.decimals$}")
     }
-}
-
-/// The standard deviation; of one value it is no number.
-fn std(values: &[f64]) -> f64 {
-    let (mean, n) = (mean(values), values.len() as f64);
-    (values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt()
-}
-
-fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len() as f64
 }
 
 #[cfg(test)]
@@ -327,7 +312,7 @@ mod tests {
 
     #[test]
     fn a_spread_over_seeds_is_told_where_there_is_one() {
-        assert_eq!(spread(&[1.0, 3.0], 1), "2.0 ± 1.4");
+        assert_eq!(spread(&[1.0, 3.0], 1), "2.0 ± 12.7");
         assert_eq!(spread(&[2.0], 2), "2.00");
         assert_eq!(spread(&[2.0, 2.0], 0), "2");
     }
