@@ -111,6 +111,32 @@ def open_clip(comparison, make):
     comparison.compare("clip", {"weights": weights, "tokenizer": CLIP_TOKENIZER}, score)
 
 
+def squashed(comparison, make):
+    """DFN5B's ViT-H/14 in small, opened as from the hub: QuickGELU, heads of 80, images squashed to 27 patches a side."""
+    import open_clip
+    from open_clip.model import CLIP
+
+    folder = comparison.out / "squashed"
+    folder.mkdir(exist_ok=True)
+    config = open_clip.get_model_config("ViT-H-14-378-quickgelu") | {"embed_dim": 64}
+    config["vision_cfg"] |= {"layers": 2, "width": 160}
+    config["text_cfg"] |= {"layers": 2, "width": 128, "heads": 2}
+    prepared = open_clip.get_pretrained_cfg("ViT-H-14-378-quickgelu", "dfn5b")
+    prepared = {key: prepared[key] for key in ("mean", "std", "interpolation", "resize_mode")}
+    weights = folder / "open_clip_pytorch_model.bin"
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": prepared}))
+    torch.save(make.draw(CLIP(**config)).state_dict(), weights)
+    model, prepare = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    model.eval()
+    tokenize = open_clip.get_tokenizer("ViT-H-14")
+
+    def score(image, prompt):
+        images = model.encode_image(prepare(image)[None], normalize=True)
+        return float((images * model.encode_text(tokenize([prompt]), normalize=True)).sum())
+
+    comparison.compare("clip", {"weights": weights, "tokenizer": CLIP_TOKENIZER}, score)
+
+
 def forms(comparison, make):
     """One small CLIP in the files that people have: each scores as the plain one does."""
     from open_clip.model import CLIP
@@ -219,6 +245,7 @@ def main():
         if args.part == "clip":
             hpsv2(comparison, make, "ViT-H-14" if args.vit_h else "ViT-B-32")
             open_clip(comparison, make)
+            squashed(comparison, make)
             forms(comparison, make)
             pickscore(comparison, make)
         else:
