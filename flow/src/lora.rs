@@ -28,7 +28,7 @@ mod settings;
 use adapter::Adapter;
 use delta::{Delta, Factor};
 pub use layers::Layers;
-pub use place::{FILE, file, scaled_path};
+pub use place::{FILE, PEFT, file, scaled_path};
 pub use settings::settings_beside;
 
 type Result<T> = std::result::Result<T, CheckpointError>;

@@ -8,7 +8,7 @@ use crate::checkpoint::CheckpointError;
 /// The file that `FluxPipeline.load_lora_weights` looks for in a folder.
 pub const FILE: &str = "pytorch_lora_weights.safetensors";
 /// PEFT's.
-const PEFT: &str = "adapter_model.safetensors";
+pub const PEFT: &str = "adapter_model.safetensors";
 
 /// `FILE` or `FILE:SCALE`, as people type a LoRA and its scale (1 if not given). A colon begins a scale
 /// where what stands before it exists, or where nothing does and a number follows.

@@ -13,7 +13,7 @@ use crate::checkpoint::{CheckpointError, open_for_reading};
 /// Largest accepted prompt file, in bytes.
 const MAX_FILE: u64 = 256 * 1024 * 1024;
 /// What the names of prompt files end in.
-const ENDS: [&str; 5] = ["txt", "json", "jsonl", "csv", "tsv"];
+pub const ENDS: [&str; 5] = ["txt", "json", "jsonl", "csv", "tsv"];
 /// Most line ends, commas and tabs of a prompt file: a byte on disk can be a hundred in memory.
 const MAX_PARTS: usize = 20_000_000;
 

@@ -101,12 +101,13 @@ pub enum Command {
     /// settings, by the names, sizes and times of its files, is not made again, so the same command goes on
     /// where a stopped one was.
     Eval {
-        /// Pipeline folder, or a LoRA (with :SCALE) on the pipeline before it; repeatable
+        /// Pipeline folder, a LoRA (with :SCALE) on the pipeline before it, or a folder of such or of runs: each in the
+        /// order of their names; repeatable
         #[arg(long = "model", required_unless_present = "votes", value_name = "DIR|LORA[:SCALE]",
               value_parser = values::model)]
         models: Vec<String>,
-        /// Prompt file: .txt, .json, .jsonl, .csv, .tsv or .parquet
-        #[arg(long, value_name = "FILE", required_unless_present = "votes")]
+        /// Prompt file: .txt, .json, .jsonl, .csv, .tsv or .parquet; or a folder of them
+        #[arg(long, value_name = "FILE|DIR", required_unless_present = "votes")]
         prompts: Option<PathBuf>,
         /// Instead of all this: print the win rates of votes that the page of ng-sample serve saved
         #[arg(long, value_name = "FILE", group = "run", conflicts_with_all = ["models", "prompts", "processes"])]
@@ -177,8 +178,8 @@ pub enum Command {
         /// Pipeline folder
         #[arg(long, value_name = "DIR", required_unless_present = "import")]
         model: Option<PathBuf>,
-        /// Prompt file: .txt, .json, .jsonl, .csv, .tsv or .parquet
-        #[arg(long, value_name = "FILE", required_unless_present = "import")]
+        /// Prompt file: .txt, .json, .jsonl, .csv, .tsv or .parquet; or a folder of them
+        #[arg(long, value_name = "FILE|DIR", required_unless_present = "import")]
         prompts: Option<PathBuf>,
         /// Take over embeddings that DanceGRPO made: its videos2caption.json
         #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "prompts"])]

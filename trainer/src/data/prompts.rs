@@ -1,11 +1,12 @@
-//! Prompt files: those of [`flow::prompts`], and `.parquet`.
+//! Prompt files: those of [`flow::prompts`], and `.parquet`; and folders of them.
 
+use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use flow::checkpoint::open_for_reading;
 use flow::log;
-use flow::prompts::{self, ANSWER, Prompt, Prompts, TEXT_FIELDS};
+use flow::prompts::{self, ANSWER, ENDS, Prompt, Prompts, TEXT_FIELDS};
 use flow::tokens::Tokenizers;
 use parquet::file::metadata::{ParquetMetaData, RowGroupMetaData};
 use parquet::file::reader::{FileReader, SerializedFileReader};
@@ -15,10 +16,35 @@ use serde_json::Value;
 
 /// Columns that are read beside a prompt's text, where they are there.
 const MORE: [&str; 4] = ["target", "colour", "color", ANSWER];
+const PARQUET: &str = "parquet";
 /// Most rows of a file, and bytes in the columns that are read.
 const MAX_ROWS: i64 = 20_000_000;
 const MAX_BYTES: i64 = 1 << 30;
 const MAX_HELD: usize = 256 << 20;
+
+/// Reads the prompt file `path`, or all of the folder `path` in the order of their names, and tells which those are.
+///
+/// # Errors
+/// One line that names the file, and what is wrong with it.
+pub(crate) fn read(path: &Path) -> Result<Vec<Prompt>> {
+    if !path.is_dir() {
+        return file(path);
+    }
+    let entries = fs::read_dir(path).with_context(|| path.display().to_string())?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut names: Vec<String> = names.filter(|name| is_prompts(name)).collect();
+    names.sort();
+    ensure!(!names.is_empty(), "{}: no prompt file in this folder", path.display());
+    log::note(&format!("note: {}: takes {}", path.display(), names.join(", ")));
+    let read = names.iter().map(|name| file(&path.join(name)));
+    Ok(read.collect::<Result<Vec<_>>>()?.concat())
+}
+
+fn is_prompts(name: &str) -> bool {
+    let end = Path::new(name).extension().map(|end| end.to_ascii_lowercase());
+    let is_known = |end: &str| end == PARQUET || ENDS.contains(&end);
+    !name.starts_with('.') && end.is_some_and(|end| end.to_str().is_some_and(is_known))
+}
 
 /// Reads a prompt file: `.parquet` with a column `prompt`, `text`, `caption` or `prompt_en` (and maybe
 /// `target` and `colour`), else as [`flow::prompts::read`]. Of a parquet file other columns stay on disk. What
@@ -26,8 +52,8 @@ const MAX_HELD: usize = 256 << 20;
 ///
 /// # Errors
 /// One line that names the file, and what is wrong with it.
-pub(crate) fn read(path: &Path) -> Result<Vec<Prompt>> {
-    let is_parquet = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("parquet"));
+fn file(path: &Path) -> Result<Vec<Prompt>> {
+    let is_parquet = path.extension().is_some_and(|end| end.eq_ignore_ascii_case(PARQUET));
     let read = if is_parquet {
         let read = parquet(path).and_then(|prompts| prompts.any().map_err(anyhow::Error::msg));
         read.with_context(|| path.display().to_string())?
@@ -132,6 +158,28 @@ mod tests {
         assert_eq!(read(&fixture("null.parquet")).unwrap().len(), 1);
     }
 
+    /// HPDv2's benchmark is a folder of four lists of strings.
+    #[test]
+    fn a_folder_is_its_files_in_the_order_of_their_names() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in [
+            ("photo.json", r#"["a hen", "a fox"]"#),
+            ("anime.json", r#"["an owl"]"#),
+            ("more.TXT", "a fox\n"),
+            ("README.md", "no prompt\n"),
+            (".left.txt", "no prompt\n"),
+        ] {
+            fs::write(dir.path().join(name), text).unwrap();
+        }
+        let texts = || -> Result<Vec<String>> {
+            Ok(read(dir.path())?.into_iter().map(|prompt| prompt.text).collect())
+        };
+        assert_eq!(texts().unwrap(), ["an owl", "a fox", "a hen", "a fox"]);
+        fs::write(dir.path().join("b.json"), "[]").unwrap();
+        let error = format!("{:#}", texts().unwrap_err());
+        assert!(error.contains("b.json: holds no prompt"), "{error}");
+    }
+
     /// Conversations, as verl's recipes write them.
     #[test]
     fn the_last_word_of_the_user_is_the_prompt() {
@@ -161,7 +209,7 @@ mod tests {
             (cut, "Parquet"),
             (text, "Parquet"),
             (fixture("dictionary.parquet"), "more than 268435456 bytes of prompts"),
-            (dir.path().to_owned().join("pipe.parquet"), "no regular file"),
+            (dir.path().join("pipe.parquet"), "no prompt file in this folder"),
             (dir.path().join("absent.parquet"), "No such file"),
         ] {
             let error = format!("{:#}", read(&path).unwrap_err());

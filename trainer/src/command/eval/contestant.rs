@@ -1,8 +1,10 @@
 //! What is compared: pipelines, and pipelines with a LoRA on them.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
+use flow::log;
 use flow::lora;
 use flow::pipeline::Pipeline;
 use flow::usage::Usage;
@@ -25,6 +27,9 @@ const PARTS: [&str; 8] = [
     "vae",
 ];
 
+/// Where a run puts the model that it ends with.
+const ALIGNED: &str = "aligned";
+
 /// One column of the comparison.
 pub(super) struct Contestant {
     /// As it was typed.
@@ -36,27 +41,40 @@ pub(super) struct Contestant {
 
 impl Contestant {
     /// Those of the command line: a LoRA, a file or a folder of adapters alone, goes on the nearest
-    /// pipeline before it.
+    /// pipeline before it. A folder that holds such stands for all of them, in the order of their names,
+    /// and its LoRA go on the pipeline before the folder.
     ///
     /// # Errors
     /// When there is none before it, or a folder is no pipeline.
     pub(super) fn all(names: &[String]) -> Result<Vec<Self>> {
         let mut contestants: Vec<Self> = Vec::new();
         for name in names {
-            let (pipeline, lora) = match (lora::scaled_path(name), contestants.last()) {
-                (Ok(lora), last) if is_lora(&lora.0) => {
-                    let Some(last) = last else {
-                        bail!(Usage(format!(
-                            "--model {name} is a LoRA: give the pipeline it goes on before it"
-                        )));
-                    };
-                    (last.pipeline.clone(), Some(lora))
-                }
-                _ => (Pipeline::open(Path::new(name))?.dir, None),
-            };
-            contestants.push(Self { name: name.clone(), pipeline, lora });
+            let base = contestants.last().map(|last| last.pipeline.clone());
+            let below = below(name);
+            if below.is_empty() {
+                contestants.push(Self::open(name.clone(), base)?);
+                continue;
+            }
+            log::note(&format!("note: {name}: takes {}", below.join(", ")));
+            for below in below {
+                let name = format!("{}/{below}", name.trim_end_matches('/'));
+                contestants.push(Self::open(name, base.clone())?);
+            }
         }
         Ok(contestants)
+    }
+
+    /// The one called `name`; a LoRA goes on the pipeline `base`.
+    fn open(name: String, base: Option<PathBuf>) -> Result<Self> {
+        let lora = lora::scaled_path(&name).ok().filter(|(path, _)| is_lora(path));
+        let pipeline = match (&lora, base) {
+            (None, _) => Pipeline::open(Path::new(&name))?.dir,
+            (Some(_), Some(base)) => base,
+            (Some(_), None) => bail!(Usage(format!(
+                "--model {name} is a LoRA: give the pipeline it goes on before it"
+            ))),
+        };
+        Ok(Self { name, pipeline, lora })
     }
 
     /// The last part of its name.
@@ -117,6 +135,27 @@ fn is_lora(path: &Path) -> bool {
     path.is_file() || (path.is_dir() && lora::file(path).is_ok())
 }
 
+/// What the folder `name` holds, where it is no checkpoint itself: checkpoints, and of runs what they ended with.
+fn below(name: &str) -> Vec<String> {
+    let folder = Path::new(name);
+    if is_checkpoint(folder) || lora::scaled_path(name).is_ok_and(|(path, _)| is_lora(&path)) {
+        return Vec::new();
+    }
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    let mut names: Vec<String> = names.filter(|name| !name.starts_with('.')).collect();
+    names.sort();
+    let checkpoint = |name: String| {
+        let places = [name.clone(), format!("{name}/{ALIGNED}")];
+        places.into_iter().find(|place| is_checkpoint(&folder.join(place)))
+    };
+    names.into_iter().filter_map(checkpoint).collect()
+}
+
+fn is_checkpoint(folder: &Path) -> bool {
+    ["model_index.json", lora::FILE, lora::PEFT].iter().any(|file| folder.join(file).is_file())
+}
+
 /// The shortest ends of `names` that tell them apart, for headers.
 pub(super) fn short(names: &[&str]) -> Vec<String> {
     let ends = |n: usize| -> Vec<String> {
@@ -165,6 +204,51 @@ mod tests {
         );
         let error = Contestant::all(&names[1..]).err().unwrap();
         assert!(error.is::<Usage>() && error.to_string().contains("before it"), "{error}");
+    }
+
+    #[test]
+    fn a_folder_stands_for_the_checkpoints_in_it() {
+        let home = tempfile::tempdir().unwrap();
+        let touch = |file: &str| {
+            let path = home.path().join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        };
+        for file in [
+            "b/aligned/model_index.json",
+            "b/checkpoints/iteration-000002/model_index.json",
+            "a/model_index.json",
+            "c/adapter_model.safetensors",
+            ".saving/model_index.json",
+            "parts/vae/diffusion_pytorch_model.safetensors",
+            "notes.txt",
+        ] {
+            touch(file);
+        }
+        let found = |name: &str| below(home.path().join(name).to_str().unwrap());
+        assert_eq!(found(""), ["a", "b/aligned", "c"]);
+        assert_eq!(found("b"), ["aligned"]);
+        assert_eq!(found("b/checkpoints"), ["iteration-000002"]);
+        for name in ["a", "c", "parts", "absent"] {
+            assert_eq!(found(name), [""; 0], "{name}");
+        }
+
+        // Its LoRA go on the pipeline before it, whatever else it holds.
+        fs::remove_dir_all(home.path().join("a")).unwrap();
+        fs::remove_dir_all(home.path().join("b")).unwrap();
+        let fixture = |name: &str| format!("../tests/fixtures/{name}/pipeline");
+        let schnell = std::path::absolute(fixture("tiny-schnell")).unwrap();
+        std::os::unix::fs::symlink(schnell, home.path().join("b")).unwrap();
+        let names = [fixture("tiny-flux"), format!("{}/", home.path().display())];
+        let found = Contestant::all(&names).unwrap();
+        let pipelines: Vec<&Path> = found.iter().map(|one| &*one.pipeline).collect();
+        let below = |name: &str| home.path().join(name);
+        assert_eq!(pipelines, [Path::new(&names[0]), &below("b"), Path::new(&names[0])]);
+        assert_eq!(found[2].name, typed(&below("c")));
+    }
+
+    fn typed(path: &Path) -> String {
+        path.to_str().unwrap().to_owned()
     }
 
     #[test]
