@@ -1,8 +1,13 @@
 //! `ng-train compare` on the embedded model, as short as can be: every run, its report, and nothing twice.
 
-use std::fs;
+use std::collections::BTreeMap;
+use std::fs::{self, DirEntry};
 use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
 
+use serde_json::Value;
 use tests::program::{Ended, Program};
 
 const TABLES: &str = "tables=[{title = 'Two', runs = [{name = 'one'}, \
@@ -13,6 +18,10 @@ const SETTINGS: &str = "settings=[\"prompts_per_iteration=1\", \"group_size=4\",
 
 /// A comparison in `home`, in its folder `out`.
 fn compare(home: &Path, more: &[&str]) -> Ended {
+    Ended::after(&mut command(home, more))
+}
+
+fn command(home: &Path, more: &[&str]) -> Command {
     let prompts = home.join("prompts.txt");
     fs::write(&prompts, "red \"CAT\"\nblue \"DOG\"\n").unwrap();
     let [output, prompts] = [("output", &home.join("out")), ("prompts", &prompts)]
@@ -20,7 +29,7 @@ fn compare(home: &Path, more: &[&str]) -> Ended {
     let mut arguments = vec!["compare", "--preset", "signs", "--jobs", "2"];
     let settings = [&[&*output, &prompts, SETTINGS, TABLES, "hacked=[]"], more].concat();
     arguments.extend(settings.iter().flat_map(|setting| ["--set", setting]));
-    Program::Train.run(arguments)
+    Program::Train.command(arguments)
 }
 
 #[test]
@@ -57,4 +66,45 @@ fn runs_are_laid_side_by_side_and_none_is_made_twice() {
     let refused = compare("minutes=1");
     assert_eq!(refused.status.code(), Some(1));
     assert!(refused.stderr.contains("other settings"), "{}", refused.stderr);
+}
+
+/// Scores and curve of every run, without what the clock says.
+fn runs(home: &Path) -> BTreeMap<String, (Value, Vec<Value>)> {
+    let runs = fs::read_dir(home.join("out/runs")).unwrap();
+    let of = |run: DirEntry| {
+        let read = |file: &str| fs::read_to_string(run.path().join(file)).unwrap_or_default();
+        let scores: Value = serde_json::from_str(&read("eval/eval.json")).unwrap();
+        let mut curve: Vec<Value> = read("validation.jsonl")
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        for record in &mut curve {
+            let record = record.as_object_mut().unwrap();
+            record.retain(|name, _| name != "wall" && name != "seconds/validation");
+        }
+        (run.file_name().into_string().unwrap(), (scores[0]["per_prompt"].clone(), curve))
+    };
+    runs.map(|run| of(run.unwrap())).collect()
+}
+
+#[test]
+fn what_is_interrupted_goes_on_to_the_same_scores() {
+    let [whole, stopped] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let more = ["seeds=[0, 1]", "passes=2000", "validate_every=2"];
+    compare(whole.path(), &more).succeeded();
+    let mut child = command(stopped.path(), &more);
+    let mut child = child.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let under_way = stopped.path().join("out/runs/one-seed0/metrics.jsonl");
+    while fs::metadata(&under_way).map_or(0, |file| file.len()) == 0 {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before it was stopped");
+        sleep(Duration::from_millis(5));
+    }
+    let id = child.id().to_string();
+    assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(!stopped.path().join("out/report.md").exists());
+    compare(stopped.path(), &more).succeeded();
+    let [whole, stopped] = [whole.path(), stopped.path()].map(runs);
+    assert_eq!(whole.len(), 5);
+    assert_eq!(whole, stopped);
 }

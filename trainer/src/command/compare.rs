@@ -358,6 +358,48 @@ mod tests {
     }
 
     #[test]
+    fn a_run_that_is_apart_needs_no_more_seeds() {
+        let home = tempfile::tempdir().unwrap();
+        let runs = |more: &str| format!("{{title='', runs=[{{name='a'}}, {{name='b'}}{more}]}}");
+        let output = format!("output={}", home.path().display());
+        let tables = format!("tables=[{}]", runs(", {name='c'}"));
+        let mut config = config("signs", &[&output, &tables, "seeds=[4, 5, 6, 7]"]).unwrap();
+        let start = Source::Preset(&config.preset);
+        let start = settings::read(&start, &ALIGN_PRESETS, &config.settings).unwrap();
+        let write = |name: &str, seed: u64, mean: f64| {
+            let eval = home.path().join(format!("runs/{name}-seed{seed}/eval"));
+            fs::create_dir_all(&eval).unwrap();
+            let text = format!(r#"[{{"means": [["exact", 0.5], ["ocr", {mean}]]}}]"#);
+            fs::write(eval.join("eval.json"), text).unwrap();
+        };
+        let is_apart = |config: &CompareConfig, name: &str| {
+            let tasks = config.tasks(&start).unwrap();
+            let is_next = |task: &&Task<'_>| task.seed == 7 && task.run.unwrap().name == name;
+            super::is_apart(config, &tasks, tasks.iter().skip(1).find(is_next).unwrap(), "ocr")
+                .unwrap()
+        };
+        for seed in [4, 5] {
+            let noise = seed as f64 / 100.0;
+            write("a", seed, noise);
+            write("b", seed, 0.5 + noise + noise / 10.0);
+            write("c", seed, 4.0 * noise - 0.05);
+        }
+        assert!(!is_apart(&config, "b"), "two seeds are too few");
+        for (name, mean) in [("a", 0.06), ("b", 0.566), ("c", 0.19)] {
+            write(name, 6, mean);
+        }
+        assert_eq!(["a", "b", "c"].map(|name| is_apart(&config, name)), [false, true, false]);
+        // Another table's first run is still needed.
+        let other = settings::read::<CompareConfig>(
+            &Source::Preset("signs"),
+            &COMPARE_PRESETS,
+            &["tables=[{title='', runs=[{name='b'}, {name='c'}]}]".to_owned()],
+        );
+        config.tables.extend(other.unwrap().tables);
+        assert!(!is_apart(&config, "b"));
+    }
+
+    #[test]
     fn every_run_of_the_presets_is_one() {
         assert_eq!(ends("signs", &["seeds=[0]"]), vec!["minutes=2.5"; 19]);
         assert_eq!(
@@ -365,10 +407,10 @@ mod tests {
             [100, 100, 100, 120, 133, 120, 120, 100, 120].map(|n| format!("iterations={n}"))
         );
         let rivals = ends("rivals", &["seeds=[0]"]);
-        let of_first = [100, 120, 22, 63].map(|n| format!("iterations={n}"));
+        let of_first = [120, 100, 100, 38].map(|n| format!("iterations={n}"));
         assert_eq!((&rivals[..4], rivals.len()), (&of_first[..], 17));
         assert_eq!(ends("compressibility", &["seeds=[0]"]), rivals);
-        assert_eq!(["rates", "emoji"].map(|preset| ends(preset, &["seeds=[0]"]).len()), [17, 4]);
+        assert_eq!(["rates", "emoji"].map(|preset| ends(preset, &["seeds=[0]"]).len()), [18, 4]);
     }
 
     #[test]

@@ -57,8 +57,8 @@ mod tests {
         assert!(is_apart(&[0.10, 0.11, 0.12]));
         assert!(is_apart(&[-0.10, -0.11, -0.12]));
         assert!(!is_apart(&[0.10, 0.11]));
-        // 0.10 ± 0.05: its interval is off 0, not twice it.
-        assert!(!is_apart(&[0.08, 0.10, 0.12]));
+        // 0.10 ± 0.07: its interval is off 0, not twice it.
+        assert!(!is_apart(&[0.07, 0.10, 0.13]));
     }
 
     #[test]
