@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in parts meant for less than four minutes each (LIMIT ends one); a table at the end, everything as JSON
-# in OUT. `make gpu-kit` packs it with all it needs for a machine without network.
+# What only a GPU can show, in parts meant for less than four minutes each (LIMIT ends one after so many seconds); a table
+# at the end, which fails where a target is missed, everything as JSON in OUT. `make gpu-kit` packs it with all it needs
+# for a machine without network.
 #   signs           the embedded model aligned on the GPU in bf16, beside the same run on the CPU in f32
 #   passes          velocity and training pass of FLUX.1-dev's size, against eager and compiled PyTorch
 #   iteration       a Neighbor GRPO group of FLUX.1-dev's size with a LoRA, against eager PyTorch
@@ -205,4 +206,4 @@ for part in "$@"; do
   tail -n 3 "$OUT/$part.err"
   echo "{\"part\": \"$part\", \"code\": $code, \"seconds\": $((SECONDS - start))}" > "$OUT/$part.end"
 done
-"$PYTHON" peers/table.py "$OUT" "$@"
+"$PYTHON" peers/table.py "$OUT" "$DEVICE" "$@"
