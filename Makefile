@@ -50,10 +50,12 @@ parity: build $(PARITY) ## Compare our programs live with diffusers and onnxrunt
 soak: build ## Load the server, kill ranks, kill runs, cut the power, damage and crowd folders, for long (out/soak)
 	rm -rf $(OUT)/soak && mkdir -p $(OUT)/soak
 	$(NG)/ng-export assets/signs --out $(OUT)/soak/signs
-	python3 -B tests/soak/soak.py $(OUT)/soak/signs --program $(NG)/ng-sample
-	python3 -B tests/soak/ranks.py --program $(NG)/ng-train
-	python3 -B tests/soak/attacks.py --programs $(NG) --out $(OUT)/soak/attacks
-	python3 -B tests/soak/ends.py --programs $(NG) --out $(OUT)/soak/ends
+	@failed=; trial() { python3 -B "tests/soak/$$@" || failed="$$failed $$1"; }; \
+	trial soak.py $(OUT)/soak/signs --program $(NG)/ng-sample; \
+	trial ranks.py --program $(NG)/ng-train; \
+	trial attacks.py --programs $(NG) --out $(OUT)/soak/attacks; \
+	trial ends.py --programs $(NG) --out $(OUT)/soak/ends; \
+	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
 page: build ## Use the server's page in headless Chromium as a person does (out/page)
 	OUT=$(OUT)/page ./setup/page.sh $(RUNTIME) $(NG)

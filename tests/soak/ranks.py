@@ -2,8 +2,8 @@
 """Long trials of runs shared by several processes: `make soak`.
 
   equal    every algorithm that compares images, whole and LoRA, on 2, 3 and 4 ranks against one process, states
-           divided and weights, too, groups whole on each rank and one group spread over all: gradient and loss of the
-           first update
+           divided and weights, too, the latter also on two nodes of two; groups whole on each rank and one group
+           spread over all: gradient and loss of the first update
   narrow   the same of all weights in bf16
   killed   a random rank killed at a random time, states or weights divided: the launcher ends with an error that
            names it
@@ -29,6 +29,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -62,10 +63,19 @@ def command(out, ranks, more=(), **settings):
     return line + (["--processes", str(ranks)] if ranks > 1 else [])
 
 
-def run(*args, **kwargs):
-    done = subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(done.stderr.strip())
+def run(out, ranks, *args, nodes=1, **kwargs):
+    """Nodes are launchers that meet as those of two machines do."""
+    line, places = command(out, ranks // nodes, *args, **kwargs), [{}]
+    if nodes > 1:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            shared = {"NUM_MACHINES": str(nodes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        places = [{**shared, "MACHINE_RANK": str(node)} for node in range(nodes)]
+    start = lambda place: subprocess.Popen(
+        line, cwd=ROOT, env={**os.environ, **place}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    launchers = [start(place) for place in places]
+    said = [launcher.communicate()[1].strip() for launcher in launchers]
+    if any(launcher.returncode for launcher in launchers):
+        raise RuntimeError("\n".join(said))
 
 
 def metrics(out):
@@ -77,13 +87,11 @@ def weights(out):
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
 
 
-def gradient(out, ranks):
+def gradient(out):
     """AdamW's first moments after one update, which are the gradient but for a factor: a list a segment."""
-    folder = Path(out) / "checkpoints/iteration-000001"
-    name = lambda rank: f"training_state-{rank + 1:05}-of-{ranks:05}.safetensors" if ranks > 1 else "training_state.safetensors"
     segments = {}
-    for rank in range(ranks):
-        data = (folder / name(rank)).read_bytes()
+    for path in sorted((Path(out) / "checkpoints/iteration-000001").glob("training_state*.safetensors")):
+        data = path.read_bytes()
         start = 8 + int.from_bytes(data[:8], "little")
         for key, entry in json.loads(data[8:start]).items():
             if key.startswith("m."):
@@ -105,8 +113,9 @@ def compared(home, title, more, shard, worlds, settings):
         for ranks in (1, *worlds):
             out = home / "run"
             shutil.rmtree(out, ignore_errors=True)
-            run(out, ranks, more, iterations=1, updates=1, seed=seed, ranks__shard=shard, **settings)
-            found[ranks] = metrics(out)[0], gradient(out, ranks)
+            nodes = 2 if shard == "node" and ranks > 1 else 1
+            run(out, ranks, more, nodes=nodes, iterations=1, updates=1, seed=seed, ranks__shard=shard, **settings)
+            found[ranks] = metrics(out)[0], gradient(out)
         one, of_one = found[1]
         # A pixel that a rounding moved is another reward: there is nothing to compare.
         if all(found[n][0]["reward_std/jpeg"] == one["reward_std/jpeg"] for n in worlds):
@@ -120,13 +129,11 @@ def compared(home, title, more, shard, worlds, settings):
 
 
 def divisions(algorithm):
-    for shard in ("states", "all"):
-        yield f"{shard} divided, whole groups", shard, (2, 3, 4), {}
-        one = {"prompts_per_iteration": 1}
-        if algorithm == "branch-grpo":
-            yield f"{shard} divided, one group", shard, (2, 4), one
-        else:
-            yield f"{shard} divided, one group", shard, (2, 3, 4), {**one, "group_size": 12}
+    one = {"prompts_per_iteration": 1, "group_size": 4 if algorithm == "branch-grpo" else 12}
+    for shard, worlds in (("states", (2, 3, 4)), ("all", (2, 3, 4)), ("node", (4,))):
+        yield f"{shard} divided, whole groups", shard, worlds, {}
+        even = tuple(n for n in worlds if one["group_size"] % n == 0)
+        yield f"{shard} divided, one group", shard, even, one
 
 
 def cases():
@@ -201,13 +208,13 @@ def alive(pid):
 
 
 def killed(home, n):
-    for trial in range(n):
+    for trial in range(n or 100):
         yield disturbed(home, trial, signal.SIGKILL, 1.0, "has ended")
 
 
 def frozen(home, n):
     limit = 1.1 * PATIENCE
-    for trial in range(n):
+    for trial in range(n or 100):
         yield disturbed(home, trial, signal.SIGSTOP, limit, "gave no sign of life")
 
 
@@ -354,7 +361,7 @@ def is_saving(out):
 
 
 def saves(home, n):
-    out = home / "run"
+    n, out = n or 300, home / "run"
     line = command(out, 2, more=["--resume"], iterations=10**6, save_every=1, prompts_per_iteration=2, updates=1,
                    stop_after_idle=0)
     seen, visible, trials = 0, 0, 0
@@ -442,7 +449,7 @@ def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     options.add_argument("--program", default=ROOT / "target/release/ng-train", help="ng-train")
-    options.add_argument("-n", type=int, default=100, help="trials of killed and frozen, kills in a save of saves [100]")
+    options.add_argument("-n", type=int, help="trials of killed and frozen [100], kills in a save of saves [300]")
     options.add_argument("--seed", type=int, default=1)
     chosen = options.parse_args()
     global PROGRAM
