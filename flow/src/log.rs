@@ -1,5 +1,6 @@
 //! What a program says: warnings always, notes unless it is to be quiet, details when they are asked for; all of it
-//! in a file too, where one is named.
+//! in a file too, where one is named. Of several processes that share a terminal one says all this, and the others
+//! their errors alone.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -23,16 +24,40 @@ struct Log {
 }
 
 static LOG: OnceLock<Log> = OnceLock::new();
+/// What waits for the first line that is no error.
+static HEADING: Mutex<Option<String>> = Mutex::new(None);
+/// The file of a process that has stepped aside.
+static ASIDE: OnceLock<Option<Mutex<File>>> = OnceLock::new();
 
 /// Says so much from here on, and appends it to `file`.
 ///
 /// # Errors
 /// When the file cannot be opened.
 pub fn open(level: Level, file: Option<&Path>) -> io::Result<()> {
-    let opened = file.map(|path| File::options().append(true).create(true).open(path));
-    let file = opened.transpose()?.map(Mutex::new);
+    let file = opened(file)?;
     LOG.get_or_init(|| Log { level, file });
     Ok(())
+}
+
+/// Leaves the terminal and the log file to another process from here on: all but errors goes to `file` alone, or nowhere,
+/// and errors there as well.
+///
+/// # Errors
+/// When the file cannot be opened.
+pub fn step_aside(file: Option<&Path>) -> io::Result<()> {
+    let file = opened(file)?;
+    ASIDE.get_or_init(|| file);
+    Ok(())
+}
+
+fn opened(file: Option<&Path>) -> io::Result<Option<Mutex<File>>> {
+    let opened = file.map(|path| File::options().append(true).create(true).open(path));
+    Ok(opened.transpose()?.map(Mutex::new))
+}
+
+/// Whether another process speaks to people.
+pub fn is_aside() -> bool {
+    ASIDE.get().is_some()
 }
 
 /// How much is said.
@@ -40,36 +65,62 @@ pub fn level() -> Level {
     LOG.get().map_or(Level::Usual, |log| log.level)
 }
 
-/// Tells a person what should not be overlooked.
-pub fn warn(text: &str) {
-    say(&format!("warning: {text}"));
+/// Tells what runs before anything else is told, but for errors: where one ends the program at once, it is told alone.
+pub fn heading(text: &str) {
+    *HEADING.lock().unwrap_or_else(PoisonError::into_inner) = Some(text.to_owned());
 }
 
-/// Tells what runs.
-pub fn note(text: &str) {
-    if level() >= Level::Usual {
+fn begin() {
+    let heading = HEADING.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(text) = heading {
+        tell(&text, Level::Usual);
+    }
+}
+
+/// Says `text` where so much is said, and keeps it otherwise.
+fn tell(text: &str, from: Level) {
+    if level() >= from && !is_aside() {
         say(text);
     } else {
         keep(text);
     }
 }
 
+/// Tells a person what should not be overlooked.
+pub fn warn(text: &str) {
+    begin();
+    tell(&format!("warning: {text}"), Level::Quiet);
+}
+
+/// Tells what runs.
+pub fn note(text: &str) {
+    begin();
+    tell(text, Level::Usual);
+}
+
 /// Tells what is under way, to those who want to know.
 pub fn detail(text: &str) {
     if level() == Level::Verbose {
-        say(text);
+        begin();
+        tell(text, Level::Verbose);
     }
 }
 
 /// One line on standard error, which may be gone together with the terminal, and in the log file.
 pub fn say(text: &str) {
     drop(write_line(&mut io::stderr(), text));
-    keep(text);
+    append(LOG.get().and_then(|log| log.file.as_ref()), text);
+    append(ASIDE.get().and_then(Option::as_ref), text);
 }
 
-/// Appends `text` to the log file alone.
+/// Appends `text` to a file alone: the log file, or that of a process that has stepped aside.
 pub fn keep(text: &str) {
-    if let Some(file) = LOG.get().and_then(|log| log.file.as_ref()) {
+    let log = || LOG.get().and_then(|log| log.file.as_ref());
+    append(ASIDE.get().map_or_else(log, Option::as_ref), text);
+}
+
+fn append(file: Option<&Mutex<File>>, text: &str) {
+    if let Some(file) = file {
         let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
         // A full disk must not end the run that it would tell of.
         drop(write_line(&mut *file, text));
