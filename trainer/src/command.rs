@@ -31,6 +31,7 @@ pub mod plan;
 pub mod pretrain;
 mod published;
 mod ranks;
+pub mod reason;
 
 pub use self::ranks::Failed;
 pub mod sample;
@@ -67,7 +68,7 @@ pub fn run(cli: &Cli) -> Result<()> {
             | Command::Embed { .. }
             | Command::Init { .. }
     );
-    interrupt::listen(is_patient)?;
+    interrupt::listen(is_patient, ranks::answers(place.as_ref()))?;
     carry_out(cli, place.as_ref(), threads, compute)
 }
 
@@ -144,10 +145,9 @@ fn align(
         unreachable!("called for this");
     };
     let run = settings::align(&of(source), &source.settings)?;
-    for note in run.notes.iter().filter(|_| place.is_none_or(|topology| topology.rank == 0)) {
-        log::note(note);
-    }
-    let ranks = ranks::join(place, &run.config, compute)?;
+    let output = (!dry_run).then_some(&*run.config.output);
+    let ranks = ranks::join(place, &run.config, compute, output)?;
+    run.notes.iter().for_each(|note| log::note(note));
     if *dry_run {
         return if ranks.is_first() { plan::dry(&run.config, compute) } else { Ok(()) };
     }
@@ -171,7 +171,7 @@ fn evaluate(
     let prompts = prompts.as_deref().context("--prompts is missing")?;
     let config: AlignConfig =
         settings::read(&of(source), &settings::ALIGN_PRESETS, &source.settings)?;
-    let ranks = ranks::meet(place, &config.ranks)?;
+    let ranks = ranks::meet(place, &config, compute)?;
     let (n_images, seed) = (*n_images, *seed);
     eval::run(
         &config,

@@ -1,6 +1,6 @@
 //! One run: its configuration, the loop, and what it leaves on disk.
 
-mod agreement;
+pub(crate) mod agreement;
 pub mod align;
 pub mod config;
 pub mod interrupt;

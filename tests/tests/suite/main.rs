@@ -1,6 +1,7 @@
 //! Suites that cross crates: the built programs against reference outputs, against each other, and
 //! against their promises.
 
+mod agreement;
 mod algorithms;
 mod align;
 mod compare;

@@ -10,10 +10,11 @@ use flow::checkpoint::Weights;
 use rustix::process::{Pid, Signal, kill_process};
 use tests::program::{Ended, Program, typed};
 
-use crate::align::{Run, WEIGHTS, same_tensors};
+use crate::align::{MODEL, Run, SHORT, WEIGHTS, same_tensors};
+use crate::trust::server;
 
 /// A reward that costs nothing, and a rate at which one update can be seen.
-const CHEAP: [&str; 3] = [
+pub(crate) const CHEAP: [&str; 3] = [
     "rewards=[{name = 'jpeg', kind = 'jpeg', prefer = 'small', weight = 1.0}]",
     "judges=[]",
     "optimizer.learning_rate=1e-4",
@@ -215,4 +216,144 @@ fn a_killed_rank_ends_the_run_and_is_named() {
     for expected in ["on rank 0: rank 1 has ended", "error: rank 1 was killed by signal 9"] {
         assert!(ended.stderr.contains(expected), "`{expected}` is not in: {}", ended.stderr);
     }
+}
+
+/// A run of `n` ranks under way, of which `command` has no end.
+fn under_way(run: &Run, command: &mut Command, is_there: impl Fn(&Path) -> bool) -> Child {
+    let mut launcher = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    run.wait_for(&mut launcher, is_there);
+    launcher
+}
+
+/// One line on the terminal answers a signal, whoever gets it; the others' answers are in their logs.
+#[test]
+fn an_orderly_stop_is_answered_once_and_is_no_error() {
+    for to_all in [false, true] {
+        let run = Run::new();
+        let mut command = shared(&run, 2, &["iterations=1000000", "save_every=1000000"]);
+        let launcher = under_way(&run, &mut command, |folder| {
+            fs::metadata(folder.join("metrics.jsonl")).is_ok_and(|metrics| metrics.len() > 0)
+        });
+        let (ranks, launcher_id) = (ranks_of(&launcher), launcher.id() as i32);
+        let others = if to_all { &ranks[..] } else { &[] };
+        // Ctrl-C reaches all processes of a terminal, and is passed on by the launcher, too.
+        let kind = if to_all { Signal::INT } else { Signal::TERM };
+        for &process in [launcher_id].iter().chain(others) {
+            kill_process(Pid::from_raw(process).unwrap(), kind).unwrap();
+        }
+        let ended = Ended::of(launcher);
+        assert_eq!(ended.status.code(), Some(130), "{}", ended.stderr);
+        assert!(!ended.stderr.contains("error: "), "{}", ended.stderr);
+        let answers: Vec<&str> =
+            ended.stderr.lines().filter(|line| line.contains("stopping")).collect();
+        let [answer] = answers[..] else { panic!("one answer: {}", ended.stderr) };
+        assert!(answer.contains("the end of the"), "{answer}");
+        let last = ended.stderr.lines().last().unwrap_or_default();
+        assert!(last.starts_with("stopped after iteration"), "{last}");
+        let log = fs::read_to_string(run.folder().join("logs/rank-001.log")).unwrap();
+        for expected in ["stopping: waits for", "stopped after iteration"] {
+            assert!(log.contains(expected), "`{expected}` is not in the log: {log}");
+        }
+        assert!(run.checkpoint(run.metrics().len()).join("SHA256SUMS").is_file());
+    }
+}
+
+/// A server that answers the first iteration, two groups, and nobody after that.
+#[test]
+fn ranks_that_wait_for_a_reward_stop_and_save() {
+    let run = Run::new();
+    let (address, answering) = server("127.0.0.1:0", 2, |_, length| length as f64);
+    let reward = format!(
+        "rewards=[{{name='far', kind='server', url='http://{address}/', weight=1, patience=5}}]"
+    );
+    let mut command = Program::Train.command(["align", "--preset", "signs", "--processes", "2"]);
+    let places = [format!("model={MODEL}"), format!("output={}", typed(&run.folder())), reward];
+    let short = SHORT.iter().filter(|setting| !setting.starts_with("rewards."));
+    let more = ["judges=[]", "save_every=100"].iter();
+    for setting in short.chain(more).map(|&setting| setting.to_owned()).chain(places) {
+        command.args(["--set", &setting]);
+    }
+    let stages = run.home().join("stages");
+    command.args(["-v", "--log", &typed(&stages)]);
+    let launcher = under_way(&run, &mut command, |folder| {
+        let says = |file: &Path| fs::read_to_string(file).unwrap_or_default();
+        [stages.clone(), folder.join("logs/rank-001.log")]
+            .iter()
+            .all(|file| says(file).contains("reward \"far\" is away"))
+    });
+    answering.join().unwrap();
+    kill_process(Pid::from_child(&launcher), Signal::TERM).unwrap();
+    let ended = Ended::of(launcher);
+    assert_eq!(ended.status.code(), Some(130), "{}", ended.stderr);
+    assert!(!ended.stderr.contains("error: "), "{}", ended.stderr);
+    assert_eq!(ended.stderr.matches("is away").count(), 1, "{}", ended.stderr);
+    let last = ended.stderr.lines().last().unwrap_or_default();
+    assert!(last.starts_with("stopped after iteration 1 of 6"), "{last}");
+    assert!(run.checkpoint(1).join("SHA256SUMS").is_file());
+}
+
+#[test]
+fn a_run_says_first_who_computes_where() {
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    let host = host.trim();
+    for (n, expected) in [
+        (1, format!("1 rank on {host}: cpu in f32")),
+        (
+            2,
+            format!("2 ranks on 1 machine, started by --processes; {host}: 2 x cpu in f32 by gloo"),
+        ),
+    ] {
+        let run = Run::new();
+        let ended = Ended::after(&mut shared(&run, n, &["iterations=1", "algorithm=dance-grpo"]));
+        let lines: Vec<&str> = ended.stderr.lines().collect();
+        assert!(lines[0].starts_with(&expected), "{}", ended.stderr);
+        assert!(lines[1].contains("brings its authors' settings"), "{}", ended.stderr);
+        ended.succeeded();
+    }
+}
+
+/// Details, which rank 0 says to people, and the error that a rank ends with.
+#[test]
+fn a_rank_has_a_log_of_its_own() {
+    let run = Run::new();
+    let mut command = shared(&run, 2, &["iterations=2"]);
+    let ended = Ended::after(command.arg("-v"));
+    let log = || fs::read_to_string(run.folder().join("logs/rank-001.log")).unwrap();
+    for expected in ["the decoding of iteration 2", "the update of iteration 2", "align 2/2"] {
+        assert!(log().contains(expected), "`{expected}` is not in: {}", log());
+        assert_eq!(ended.stderr.matches(expected).count(), 1, "{}", ended.stderr);
+    }
+    ended.succeeded();
+    let ended = Ended::after(&mut shared(&run, 2, &["iterations=2"]));
+    let error = "holds a run already";
+    assert!(ended.stderr.contains(error), "{}", ended.stderr);
+    let last = log().lines().last().unwrap_or_default().to_owned();
+    assert!(last.starts_with("error: ") && last.contains(error), "{last}");
+}
+
+/// What the file that torchrun names says of an end.
+#[test]
+fn torchrun_is_told_the_first_reason() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("error.json");
+    let told = |command: &mut Command| {
+        let ended = Ended::after(command.env("TORCHELASTIC_ERROR_FILE", &file));
+        let text = fs::read_to_string(&file).unwrap_or_default();
+        let told: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+        let message = &told["message"];
+        assert_eq!(message["extraInfo"]["py_callstack"], message["message"], "{text}");
+        assert!(message["extraInfo"]["timestamp"].as_str().unwrap().parse::<u64>().is_ok());
+        (ended.status.code().unwrap(), message["message"].as_str().unwrap().to_owned())
+    };
+    let run = Run::new();
+    let (code, said) = told(&mut run.command(&["keep=0"]));
+    assert!(code == 2 && said.contains("keep"), "{code}: {said}");
+    let (code, said) = told(&mut Program::Train.command(["align", "--cnofig", "a"]));
+    assert!(code == 2 && said.starts_with("unexpected argument '--cnofig'"), "{code}: {said}");
+    let (code, said) = told(&mut shared(&run, 2, &["prompts_per_iteration=3"]));
+    assert!(code == 1 && said.contains("2 ranks cannot share them evenly"), "{code}: {said}");
+    // One that fails alone is what the file tells of, not what the launcher or the other makes of it.
+    Ended::after(&mut run.command(&["iterations=1"])).succeeded();
+    let (code, said) = told(&mut shared(&run, 2, &["iterations=1"]));
+    assert!(code == 1 && said.contains("holds a run already"), "{code}: {said}");
 }

@@ -11,7 +11,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use cluster::Group;
 use flow::checkpoint::write_atomically;
-use flow::log::{self, Level};
+use flow::log;
 use flow::prompts::Prompt;
 use serde_json::json;
 
@@ -69,10 +69,7 @@ pub struct Options<'a> {
 /// asked to stop.
 pub fn run(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
     let ranks = &options.ranks;
-    if !ranks.is_first() {
-        let file = group::ranks::log_file(ranks, options.out)?;
-        log::open(Level::Quiet, Some(&file)).with_context(|| format!("{}", file.display()))?;
-    }
+    group::ranks::give_way(ranks, Some(options.out))?;
     let prompts = prompts::read(options.prompts)?;
     if let Some(folder) = &config.embeddings {
         Embeddings::open(folder)?.check(prompts.iter().map(|prompt| &*prompt.text))?;

@@ -2,21 +2,30 @@
 
 use std::env;
 use std::ffi::OsString;
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, bail};
 use cluster::{Ended, Group, Launch, Node, Ranks, Timeouts, Topology};
 use flow::log;
 use flow::usage::Usage;
 
+use super::reason;
 use crate::group::division::Division;
-use crate::network::sharding::Shard;
+use crate::group::ranks::give_way;
+use crate::run::agreement;
+use crate::run::align::Stopped;
 use crate::run::config::{AlignConfig, RanksConfig};
-use crate::run::interrupt;
-use crate::tensor::device::{self, Compute, n_gpus, precision_name};
+use crate::run::interrupt::{self, Answers, INTERRUPTED};
+use crate::tensor::device::{self, Compute, n_gpus};
 
-/// The flag that asks for processes on this machine.
-const FLAG: &str = "--processes";
+mod who;
+
+/// The flag that asks for processes on this machine; ranks that it has started say so.
+pub(super) const FLAG: &str = "--processes";
+
+/// Code of a rank that SIGTERM has ended before it listened.
+const TERMINATED: u8 = 128 + 15;
 
 /// What this process is.
 pub(super) enum Place {
@@ -48,7 +57,7 @@ impl std::error::Error for Failed {}
 /// Does what the environment and `--processes` ask for.
 ///
 /// # Errors
-/// When they contradict each other, or a rank that was started fails.
+/// When they contradict each other, or a rank that was started fails; [`Stopped`] when the ranks were asked to stop.
 pub(super) fn place(processes: Option<usize>) -> Result<Place> {
     let (node, n) = match (Launch::from_environment()?, processes) {
         (Launch::Rank(topology), None) => return Ok(Place::Here(Some(topology))),
@@ -64,11 +73,27 @@ pub(super) fn place(processes: Option<usize>) -> Result<Place> {
             (node, n)
         }
     };
-    interrupt::listen(true)?;
+    // Where the first rank is, it answers.
+    interrupt::listen(true, if node.index == 0 { Answers::Kept } else { Answers::Said })?;
+    reason::forget();
     let ranks = Ranks::start(&node, n, &arguments())?;
     match ranks.wait(interrupt::asked) {
         None => Ok(Place::Started),
-        Some(ended) => Err(anyhow!(Failed(ended))),
+        Some(ended) if ended.code() == INTERRUPTED => bail!(Stopped),
+        Some(ended) if interrupt::asked() && ended.code() == TERMINATED => {
+            log::note("stopped before the ranks had begun");
+            bail!(Stopped)
+        }
+        Some(ended) => bail!(Failed(ended)),
+    }
+}
+
+/// Which of the ranks' answers to signals are heard.
+pub(super) fn answers(place: Option<&Topology>) -> Answers {
+    match place {
+        Some(topology) if topology.rank > 0 => Answers::Kept,
+        Some(topology) if topology.launcher == FLAG => Answers::SaidOnce,
+        _ => Answers::Said,
     }
 }
 
@@ -98,58 +123,49 @@ pub(super) fn device(name: &str, place: Option<&Topology>) -> String {
     }
 }
 
-/// Meets the other ranks; the first one says who they are.
+/// Meets the other ranks, which compute the same; the first one says who they are, and the others leave speaking to
+/// people to it, with files of their own below `output`.
 ///
 /// # Errors
-/// When not all of them come.
+/// On all ranks when not all of them come or one cannot take part.
 pub(super) fn join(
+    place: Option<&Topology>,
+    config: &AlignConfig,
+    compute: Compute,
+    output: Option<&Path>,
+) -> Result<Group> {
+    let Some(topology) = place.filter(|topology| topology.world > 1) else {
+        log::heading(&who::alone(compute));
+        return Ok(Group::alone());
+    };
+    let group = meet(place, config, compute)?;
+    let division = Division::new(&group, &config.group, config.group.prompts_per_iteration)?;
+    let begin = || {
+        give_way(&group, output)?;
+        group.open_device(compute.device)?;
+        let who = who::all(&group, topology, config.ranks.shard, &division, compute)?;
+        if group.is_first() {
+            log::note(&who);
+        }
+        Ok(())
+    };
+    begin().inspect_err(|error: &anyhow::Error| group.abort(&format!("{error:#}")))?;
+    Ok(group)
+}
+
+/// Meets the other ranks, which compute the same, for what they tell each other from the processor.
+///
+/// # Errors
+/// On all ranks when not all of them come, or one computes something else.
+pub(super) fn meet(
     place: Option<&Topology>,
     config: &AlignConfig,
     compute: Compute,
 ) -> Result<Group> {
     let Some(topology) = place else { return Ok(Group::alone()) };
-    let group = meet(place, &config.ranks)?;
-    group.open_device(compute.device)?;
-    let division = Division::new(&group, &config.group, config.group.prompts_per_iteration)?;
-    if group.is_first() && group.world() > 1 {
-        let shard = config.ranks.shard;
-        log::note(&describe(topology, shard, &division, compute, &group.carrier()));
-    }
+    let RanksConfig { join_seconds, step_seconds, .. } = config.ranks;
+    let [join, step] = [join_seconds, step_seconds].map(Duration::from_secs_f64);
+    let group = Group::join(topology, Timeouts { join, step })?;
+    agreement::of_settings(&group, config, compute)?;
     Ok(group)
-}
-
-/// Meets the other ranks, for what they tell each other from the processor.
-///
-/// # Errors
-/// When not all of them come.
-pub(super) fn meet(place: Option<&Topology>, config: &RanksConfig) -> Result<Group> {
-    let Some(topology) = place else { return Ok(Group::alone()) };
-    let [join, step] = [config.join_seconds, config.step_seconds].map(Duration::from_secs_f64);
-    Ok(Group::join(topology, Timeouts { join, step })?)
-}
-
-fn describe(
-    topology: &Topology,
-    shard: Shard,
-    division: &Division,
-    compute: Compute,
-    carrier: &str,
-) -> String {
-    let Topology { world, local_world, launcher, .. } = topology;
-    let machines = match topology.n_nodes() {
-        1 => "1 machine".to_owned(),
-        n => format!("{n} machines of {local_world}"),
-    };
-    let mut variables: Vec<String> = env::vars()
-        .filter(|(name, _)| name.starts_with("NCCL_") || name.starts_with("GLOO_"))
-        .map(|(name, value)| format!("{name}={value}"))
-        .collect();
-    variables.sort();
-    let variables = if variables.is_empty() { "none".to_owned() } else { variables.join(" ") };
-    format!(
-        "{world} ranks on {machines}, started by {launcher}; {:?} in {} by {carrier}; shard = {shard}; {division}; \
-         NCCL and Gloo variables: {variables}",
-        compute.device,
-        precision_name(compute.kind),
-    )
 }

@@ -1,10 +1,11 @@
 //! What the ranks of a run tell each other, beside tensors.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use cluster::Group;
+use flow::log;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -24,15 +25,20 @@ impl From<Exact> for f64 {
     }
 }
 
-/// Where this rank says what it does, in a folder of its own below `output`, which is there then; the first one
-/// speaks to people.
+/// Leaves speaking to people to the first rank: from here on the others say what they do in files of their own below
+/// `output`, or not at all.
 ///
 /// # Errors
-/// When the folder cannot be made.
-pub(crate) fn log_file(ranks: &Group, output: &Path) -> Result<PathBuf> {
+/// When such a file cannot be opened.
+pub(crate) fn give_way(ranks: &Group, output: Option<&Path>) -> Result<()> {
+    if ranks.is_first() {
+        return Ok(());
+    }
+    let Some(output) = output else { return Ok(log::step_aside(None)?) };
     let folder = output.join("logs");
     fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
-    Ok(folder.join(format!("rank-{:03}.log", ranks.rank())))
+    let file = folder.join(format!("rank-{:03}.log", ranks.rank()));
+    log::step_aside(Some(&file)).with_context(|| format!("opening {}", file.display()))
 }
 
 /// What every rank says, by rank.

@@ -1,6 +1,5 @@
 //! Aligning a model: roll out, reward, advantage, update, log, save.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -60,8 +59,11 @@ pub const ALIGNED: &str = "aligned";
 /// when the loss diverges.
 pub fn run(config: &AlignConfig, options: &Options) -> Result<()> {
     let outcome = train(config, options);
-    if let Err(error) = outcome.as_ref().map_err(|error| format!("{error:#}")) {
-        options.ranks.abort(&error);
+    // Ranks stop together: none of them waits for another then.
+    if let Err(error) = outcome.as_ref()
+        && !error.is::<Stopped>()
+    {
+        options.ranks.abort(&format!("{error:#}"));
     }
     outcome
 }
@@ -82,6 +84,7 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
     }
     let (threads, device) = (options.threads, options.compute.device);
     let ready = Ready::read(config)?;
+    agreement::of_files(ranks, config, &held, &ready)?;
     let rewards = ready.rewards(config, threads, device)?;
     let mut validation = Validation::open(config, &ready, &rewards, threads, device)?;
     let model = config.load(options.compute, ranks)?;
@@ -101,7 +104,7 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
         validation.go_on(restored.course.validation.clone());
     }
     let train_prompts = ready.prompts;
-    agreement::check(config, &train_prompts, start, &model)?;
+    agreement::of_position(start, &model)?;
     let plan = config.group.rollout.steps(grid)?;
     if ranks.is_first() {
         introduce(config, options, &model, train_prompts.len(), &restored.changed)?;
@@ -207,7 +210,7 @@ fn is_whole(folder: &Path) -> bool {
 impl Run<'_> {
     fn iterate(&mut self, start: usize) -> Result<()> {
         let total = self.config.iterations;
-        let progress = self.progress(start)?;
+        let progress = Progress::new("align", total, start);
         // Before the first iteration, and where a stop came before it.
         self.validate(start, start == total, &progress)?;
         for iteration in start..total {
@@ -300,20 +303,24 @@ impl Run<'_> {
         error: anyhow::Error,
         progress: &Progress,
     ) -> anyhow::Error {
-        // Where several processes share a run, only together can they save: none goes before all have.
-        let ranks = &self.options.ranks;
+        // Where several processes share a run, only together can they save and stop: none goes before all have.
         let cause = error.downcast_ref::<cluster::Error>();
         let is_shared = matches!(cause, Some(cluster::Error::Shared { .. }));
-        let is_whole = self.optimizer.n_steps() == steps && (ranks.world() == 1 || is_shared);
-        if is_whole
-            && done > self.saved
-            && let Err(second) = self.save(done).and_then(|()| Ok(ranks.barrier()?))
-        {
-            return anyhow!("{error:#}; and then {second:#}");
-        }
-        if interrupt::asked() && self.options.ranks.world() == 1 {
-            self.say_stopped(progress);
-            return Stopped.into();
+        let is_together = self.options.ranks.world() == 1 || is_shared;
+        let is_whole = self.optimizer.n_steps() == steps;
+        let mut finish = || {
+            if is_whole && done > self.saved {
+                self.save(done)?;
+            }
+            self.any([interrupt::asked()])
+        };
+        match if is_together { finish() } else { Ok([false]) } {
+            Err(second) => return anyhow!("{error:#}; and then {second:#}"),
+            Ok([true]) => {
+                self.say_stopped(progress);
+                return Stopped.into();
+            }
+            Ok([false]) => {}
         }
         match self.saved {
             0 => error,
@@ -333,24 +340,18 @@ impl Run<'_> {
         });
     }
 
-    fn progress(&self, start: usize) -> Result<Progress> {
-        let progress = Progress::new("align", self.config.iterations, start);
-        let ranks = &self.options.ranks;
-        if ranks.is_first() {
-            return Ok(progress);
-        }
-        let path = ranks::log_file(ranks, &self.config.output)?;
-        let file = File::options().create(true).append(true).open(&path);
-        Ok(progress.in_file(file.with_context(|| format!("opening {}", path.display()))?))
-    }
-
     /// Whether the time is over, and whether somebody asked to stop; the same on all ranks.
     fn ends(&self) -> Result<[bool; 2]> {
         let wall = self.report.as_ref().map_or(0.0, Report::wall);
         let is_late = self.config.minutes.is_some_and(|m| wall >= 60.0 * m);
-        let mut signs = Tensor::from_slice(&[is_late, interrupt::asked()].map(i64::from));
+        self.any([is_late, interrupt::asked()])
+    }
+
+    /// Whether it is so on any rank, of each; the same on all ranks.
+    fn any<const N: usize>(&self, signs: [bool; N]) -> Result<[bool; N]> {
+        let mut signs = Tensor::from_slice(&signs.map(i64::from));
         self.options.ranks.all_reduce(&mut signs, Reduce::Max)?;
-        Ok([0, 1].map(|index| signs.int64_value(&[index]) > 0))
+        Ok(std::array::from_fn(|index| signs.int64_value(&[index as i64]) > 0))
     }
 
     fn once(&mut self, iteration: usize, is_first: bool, progress: &Progress) -> Result<String> {

@@ -15,7 +15,18 @@ use signal_hook::iterator::Signals;
 const SIGNALS: [(i32, &str); 4] =
     [(SIGINT, "Ctrl-C"), (SIGTERM, "SIGTERM"), (SIGHUP, "SIGHUP"), (SIGUSR1, "SIGUSR1")];
 /// Exit code of a program that was asked to stop.
-const INTERRUPTED: i32 = 130;
+pub(crate) const INTERRUPTED: u8 = 130;
+
+/// Who hears the answers to signals.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answers {
+    /// Whoever reads standard error.
+    Said,
+    /// The same, but for a SIGTERM after another signal: that is the other one, passed on by a launcher.
+    SaidOnce,
+    /// Nobody, since another process answers; the log keeps them.
+    Kept,
+}
 
 static ASKED: AtomicBool = AtomicBool::new(false);
 static STAGE: Mutex<Option<Stage>> = Mutex::new(None);
@@ -29,17 +40,26 @@ struct Stage {
 
 /// Starts to listen. `is_patient` work looks at [`asked`] and ends by itself, however often it is asked;
 /// other work ends at the first signal.
-pub fn listen(is_patient: bool) -> Result<()> {
+///
+/// # Errors
+/// When signals cannot be listened to.
+pub fn listen(is_patient: bool, answers: Answers) -> Result<()> {
     let mut signals = Signals::new(SIGNALS.map(|(signal, _)| signal))?;
     let attend = move || {
         for signal in signals.forever() {
             if !is_patient {
-                signal_hook::low_level::exit(INTERRUPTED);
+                signal_hook::low_level::exit(INTERRUPTED.into());
             }
             let name =
                 SIGNALS.iter().find(|(known, _)| *known == signal).map_or("", |(_, name)| name);
             let again = ASKED.swap(true, Ordering::Relaxed);
-            say(&answer(name, again));
+            let answer = answer(name, again);
+            let is_passed_on = again && signal == SIGTERM;
+            match answers {
+                Answers::Said => log::say(&answer),
+                Answers::SaidOnce if !is_passed_on => log::say(&answer),
+                Answers::SaidOnce | Answers::Kept => log::keep(&answer),
+            }
         }
     };
     thread::Builder::new().name("signals".into()).spawn(attend)?;

@@ -1,9 +1,7 @@
 //! A line that tells how far a run is, how fast it goes and what it reaches; plain lines where no one
 //! watches a terminal.
 
-use std::cell::{Cell, RefCell};
-use std::fs::File;
-use std::io::Write;
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use flow::log::{self, Level};
@@ -22,14 +20,13 @@ pub(crate) struct Progress {
     first: u64,
     said: Cell<Instant>,
     is_plain: bool,
-    /// Where lines go in place of the terminal.
-    log: Option<RefCell<File>>,
 }
 
 impl Progress {
     /// `total` steps, of which `done` were done by an earlier run.
     pub(crate) fn new(name: &'static str, total: usize, done: usize) -> Self {
         let target = match log::level() {
+            _ if log::is_aside() => ProgressDrawTarget::hidden(),
             Level::Quiet => ProgressDrawTarget::hidden(),
             _ => ProgressDrawTarget::stderr_with_hz(4),
         };
@@ -42,13 +39,7 @@ impl Progress {
         bar.reset_eta();
         let is_plain = bar.is_hidden();
         let now = Instant::now();
-        Self { bar, name, started: now, first: done as u64, said: now.into(), is_plain, log: None }
-    }
-
-    /// The same in a file, for what nobody watches.
-    pub(crate) fn in_file(self, file: File) -> Self {
-        self.bar.set_draw_target(ProgressDrawTarget::hidden());
-        Self { is_plain: true, log: Some(RefCell::new(file)), ..self }
+        Self { bar, name, started: now, first: done as u64, said: now.into(), is_plain }
     }
 
     /// One step is done; `message` says what it reached.
@@ -81,13 +72,10 @@ impl Progress {
     }
 
     fn say_line(&self, text: &str) {
-        if let Some(log) = &self.log {
-            // A line that cannot be written down is worth no run.
-            _ = writeln!(log.borrow_mut(), "{text}");
-        } else if self.is_plain {
-            say(text);
-        } else {
-            self.bar.suspend(|| say(text));
+        match (log::is_aside(), self.is_plain) {
+            (true, _) => {}
+            (_, true) => say(text),
+            _ => self.bar.suspend(|| say(text)),
         }
     }
 }

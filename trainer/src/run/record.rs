@@ -2,18 +2,20 @@
 //! run's folder has an entry for every start.
 
 use std::fs;
+use std::io::{Read, Seek, SeekFrom, copy};
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use flow::checkpoint::{open_for_reading, read_bounded, write_atomically};
-use flow::log;
+use flow::{contents, log};
 use serde::Serialize;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use super::align::Options;
 use super::config::AlignConfig;
 use crate::network::model::Model;
-use crate::tensor::device::precision_name;
+use crate::tensor::device::{device_name, precision_name};
 
 /// The file in the run's folder.
 pub(crate) const FILE: &str = "starts.json";
@@ -45,7 +47,7 @@ pub(crate) fn append(config: &AlignConfig, options: &Options, done: usize) -> Re
         program: format!("ng-train {}", env!("CARGO_PKG_VERSION")),
         libtorch: LIBTORCH,
         command_line: std::env::args().skip(1).collect(),
-        device: device_name(options),
+        device: device_name(options.compute.device),
         precision: precision_name(options.compute.kind),
         threads: options.threads,
         done,
@@ -91,7 +93,7 @@ pub(crate) fn banner(
          {} x {} pixels\n\
          rewards (weight): {}; iterations: {}, saved every {} to {}",
         env!("CARGO_PKG_VERSION"),
-        device_name(options),
+        device_name(options.compute.device),
         precision_name(options.compute.kind),
         options.threads,
         config.training.algorithm,
@@ -115,16 +117,9 @@ pub(crate) fn made_by(options: &Options) -> [(&'static str, String); 4] {
     [
         ("ng-train", env!("CARGO_PKG_VERSION").to_owned()),
         ("libtorch", LIBTORCH.to_owned()),
-        ("device", device_name(options)),
+        ("device", device_name(options.compute.device)),
         ("--threads", options.threads.to_string()),
     ]
-}
-
-fn device_name(options: &Options) -> String {
-    match options.compute.device {
-        tch::Device::Cuda(index) => format!("cuda:{index}"),
-        _ => "cpu".to_owned(),
-    }
 }
 
 /// SHA-256 over what lies at `path`: of a file its bytes; of a folder the names and sizes of its files, with
@@ -133,33 +128,49 @@ fn device_name(options: &Options) -> String {
 /// # Errors
 /// When something there cannot be read.
 pub(crate) fn content(path: &Path) -> Result<String> {
-    use sha2::{Digest, Sha256};
-    use std::io::{Read, Seek, SeekFrom, copy};
-    const ENDS: u64 = 1 << 16;
     let mut hash = Sha256::new();
     let mut left = vec![path.to_owned()];
-    let failed = |path: &Path| format!("cannot read {}", path.display());
     while let Some(at) = left.pop() {
         if at.is_dir() {
             let mut inside = fs::read_dir(&at)
                 .and_then(|entries| {
                     entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>, _>>()
                 })
-                .with_context(|| failed(&at))?;
+                .with_context(|| format!("cannot read {}", at.display()))?;
             inside.sort();
             left.extend(inside.into_iter().rev());
             continue;
         }
-        let mut file = open_for_reading(&at).with_context(|| failed(&at))?;
-        let length = file.metadata().with_context(|| failed(&at))?.len();
-        let name = at.strip_prefix(path).unwrap_or(&at).to_string_lossy().into_owned();
-        hash.update(format!("{name} {length}\n"));
-        copy(&mut file.by_ref().take(ENDS), &mut hash).with_context(|| failed(&at))?;
-        if length > ENDS {
-            let rest = if path.is_dir() { ENDS.min(length - ENDS) } else { length - ENDS };
-            file.seek(SeekFrom::End(-(rest as i64))).with_context(|| failed(&at))?;
-            copy(&mut file, &mut hash).with_context(|| failed(&at))?;
-        }
+        let name = at.strip_prefix(path).unwrap_or(&at);
+        take_in(&mut hash, name, &at, !path.is_dir())?;
     }
     Ok(format!("{:x}", hash.finalize()))
+}
+
+/// The same over what belongs to the pipeline in `dir`, whatever else lies there.
+///
+/// # Errors
+/// When something of it cannot be read.
+pub(crate) fn content_of_pipeline(dir: &Path) -> Result<String> {
+    let mut hash = Sha256::new();
+    for file in contents::of(dir)? {
+        take_in(&mut hash, &file.path, &file.source, false)?;
+    }
+    Ok(format!("{:x}", hash.finalize()))
+}
+
+/// Takes in the name and the size of the file `at`, and its bytes: all of them, or its ends.
+fn take_in(hash: &mut Sha256, name: &Path, at: &Path, is_whole: bool) -> Result<()> {
+    const ENDS: u64 = 1 << 16;
+    let failed = || format!("cannot read {}", at.display());
+    let mut file = open_for_reading(at).with_context(failed)?;
+    let length = file.metadata().with_context(failed)?.len();
+    hash.update(format!("{} {length}\n", name.to_string_lossy()));
+    copy(&mut file.by_ref().take(ENDS), hash).with_context(failed)?;
+    if length > ENDS {
+        let rest = if is_whole { length - ENDS } else { ENDS.min(length - ENDS) };
+        file.seek(SeekFrom::End(-(rest as i64))).with_context(failed)?;
+        copy(&mut file, hash).with_context(failed)?;
+    }
+    Ok(())
 }

@@ -34,6 +34,14 @@ pub(crate) fn precision_name(kind: Kind) -> &'static str {
     if kind == Kind::BFloat16 { "bf16" } else { "f32" }
 }
 
+/// As `--device` names it.
+pub(crate) fn device_name(device: Device) -> String {
+    match device {
+        Device::Cuda(index) => format!("cuda:{index}"),
+        _ => "cpu".to_owned(),
+    }
+}
+
 /// The device called `device` computing in one of [`PRECISIONS`].
 ///
 /// # Errors
