@@ -208,8 +208,7 @@ impl Group {
         let lengths = self.all_gather(&Tensor::from_slice(&[own.len() as i64]))?;
         let lengths: Vec<usize> =
             (0..self.world()).map(|r| lengths.int64_value(&[r as i64]) as usize).collect();
-        // Few sizes, so that few are compared.
-        let room = lengths.iter().max().map_or(0, |longest| longest.next_power_of_two());
+        let room = lengths.iter().max().map_or(1, |&longest| longest.max(1));
         let mut padded = own.to_vec();
         padded.resize(room, 0);
         let all = self.all_gather(&Tensor::from_slice(&padded))?;

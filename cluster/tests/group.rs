@@ -143,6 +143,7 @@ fn a_launcher_may_serve_the_store() {
 fn calls_that_differ_are_refused_by_all_who_then_go_on() {
     for (case, says, others_say) in [
         ("sizes", "rank 1: all_gather of 9 Float", ": all_gather of 8 Float"),
+        ("known sizes", "rank 1: all_gather of 9 Float", ": all_gather of 8 Float"),
         ("kinds", "rank 1: all_gather of 8 Double", ": all_gather of 8 Float"),
         ("operations", "rank 1: all_gather of 8 Float", ": all_reduce of 8 Float"),
     ] {

@@ -80,6 +80,11 @@ fn run(case: &str) -> Result<(), Error> {
         "sizes" => {
             odd_call(&group, |rank| all_gather(&group, if rank == 1 { 9 } else { 8 }, Kind::Float))
         }
+        "known sizes" => {
+            let known = |n| all_gather(&group, n, Kind::Float);
+            [8, 9].into_iter().try_for_each(known)?;
+            odd_call(&group, |rank| known(if rank == 1 { 9 } else { 8 }))
+        }
         "kinds" => odd_call(&group, |rank| {
             all_gather(&group, 8, if rank == 1 { Kind::Double } else { Kind::Float })
         }),
