@@ -144,10 +144,11 @@ fn align(
     let Command::Align { source, resume, dry_run, record_update, .. } = command else {
         unreachable!("called for this");
     };
-    let run = settings::align(&of(source), &source.settings)?;
+    let mut run = settings::align(&of(source), &source.settings)?;
     let output = (!dry_run).then_some(&*run.config.output);
     let ranks = ranks::join(place, &run.config, compute, output)?;
     run.notes.iter().for_each(|note| log::note(note));
+    plan::settle(&mut run.config, place, compute, &ranks)?;
     if *dry_run {
         return if ranks.is_first() { plan::dry(&run.config, compute) } else { Ok(()) };
     }

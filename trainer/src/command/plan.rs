@@ -1,6 +1,7 @@
 //! What a run will cost before it starts: parameters, network calls, operations, and on 1 to 512 ranks memory,
 //! bytes that cross, seconds and what limits them.
 
+mod choice;
 mod cost;
 mod ranks;
 
@@ -13,6 +14,7 @@ use flow::pipeline::{Component, Pipeline};
 use flow::schedule::Grid;
 use flow::tokens::Tokenizers;
 
+pub(super) use self::choice::settle;
 use self::cost::Iteration;
 use self::ranks::Ranks;
 use crate::algorithm;
@@ -142,28 +144,29 @@ impl Plan {
 
     /// Operations of an iteration; backward costs two forwards, or one where only adapters train, and
     /// recomputation one more.
-    fn flops(&self, config: &AlignConfig, lora: bool) -> f64 {
+    fn flops(&self, config: &AlignConfig, lora: bool, shard: Shard) -> f64 {
         let backward = if lora { 1.0 } else { 2.0 };
-        let update = 1.0 + backward + f64::from(u8::from(config.recompute));
+        let update = 1.0 + backward + f64::from(u8::from(recomputes(config, shard)));
         self.images * self.velocity * (self.nfe[0] + self.nfe[1] * update)
     }
 
-    /// Bytes on each of `ranks` beside the network's: activations and trajectories.
-    fn working(&self, config: &AlignConfig, ranks: usize) -> [f64; 2] {
-        let at_once = if config.recompute { 1.0 } else { self.n_blocks };
+    /// Bytes on each of `ranks` beside the network's, whose numbers have so many `bytes`: activations and
+    /// trajectories.
+    fn working(&self, config: &AlignConfig, shard: Shard, ranks: usize, bytes: f64) -> [f64; 2] {
+        let at_once = if recomputes(config, shard) { 1.0 } else { self.n_blocks };
         let batch = config.group.rollout.batch as f64;
-        let activations = BF16 * batch * (self.block_inputs + self.in_block * at_once);
+        let activations = bytes * batch * (self.block_inputs + self.in_block * at_once);
         let groups = (config.group.prompts_per_iteration as f64 / ranks as f64).ceil();
         let trajectories = F32 * groups * config.group.group_size as f64 * self.trajectory;
         // The decoder computes in f32, an image at a time, when the network's pass is there.
         [activations + F32 * self.in_decoder, trajectories]
     }
 
-    /// The network on several ranks, of which the adapters train or all.
-    fn sharded(&self, config: &AlignConfig, lora: bool, shard: Shard) -> Sharded {
+    /// The network on several ranks, `node` a machine, of which the adapters train or all.
+    fn sharded(&self, config: &AlignConfig, lora: bool, shard: Shard, node: usize) -> Sharded {
         Sharded {
             shard,
-            node: GPUS_A_NODE,
+            node,
             weights: self.transformer,
             trained: if lora { self.adapters } else { self.transformer },
             largest_segment: self.largest_segment,
@@ -190,13 +193,18 @@ impl Plan {
         Ok(Iteration {
             sharded,
             segments: self.segments,
-            flops: scale * self.flops(config, sharded.is_adapted),
+            flops: scale * self.flops(config, sharded.is_adapted, sharded.shard),
             passes: self.nfe.map(|passes| passes * batches),
             steps: config.setting()?.n_updates as f64,
             gathers: if is_spread { config.group.rollout.steps as f64 } else { 0.0 },
             gathered: if is_spread { F32 * velocities } else { 0.0 },
         })
     }
+}
+
+/// Whether backward computes blocks again, which it always does where they are put together for their use.
+fn recomputes(config: &AlignConfig, shard: Shard) -> bool {
+    config.recompute || config.stream || matches!(shard, Shard::All | Shard::Node)
 }
 
 /// Numbers that decoding one image of `size` keeps for backward.
@@ -247,8 +255,8 @@ impl fmt::Display for Report<'_> {
              together {:.1} PFLOP, with adapters {:.1}",
             plan.velocity / 1e12,
             plan.images,
-            plan.flops(config, false) / 1e15,
-            plan.flops(config, true) / 1e15,
+            plan.flops(config, false, config.ranks.shard) / 1e15,
+            plan.flops(config, true, config.ranks.shard) / 1e15,
         )?;
         write!(f, "{}", Ranks { plan, options })
     }
@@ -271,6 +279,19 @@ mod tests {
         };
         let plan = Plan::new(&options).unwrap();
         (config, plan)
+    }
+
+    #[test]
+    fn where_weights_are_divided_blocks_are_computed_again_and_one_is_held() {
+        let (mut config, plan) = plan("neighbor");
+        let of = |config: &AlignConfig, shard| {
+            (plan.flops(config, false, shard), plan.working(config, shard, 8, BF16)[0])
+        };
+        let again = of(&config, Shard::States);
+        config.recompute = false;
+        let kept = of(&config, Shard::States);
+        assert!(kept.0 < again.0 && kept.1 > again.1);
+        assert_eq!([Shard::All, Shard::Node].map(|shard| of(&config, shard)), [again; 2]);
     }
 
     /// 23.2 kB a pixel were measured, from 128x128 to 256x256.

@@ -12,9 +12,11 @@ const F32: f64 = 4.0;
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Shard {
+    /// `states` where `ng-train plan`'s account of that fits what memory each rank has, else `all`.
+    #[default]
+    Auto,
     /// Weights whole on every rank, in the type it computes in; masters, moments and the average divided.
     /// Gradients stay where they are made until an optimiser step, which adds them up and gathers new weights.
-    #[default]
     States,
     /// Weights divided, too: those of a block are gathered before each use, the next one's meanwhile;
     /// gradients are added up in each pass. Slower, for networks that a rank cannot hold.
@@ -33,6 +35,7 @@ impl fmt::Display for Shard {
 /// A network on several ranks.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sharded {
+    /// Not [`Shard::Auto`].
     pub(crate) shard: Shard,
     /// Ranks of a node.
     pub(crate) node: usize,
@@ -74,7 +77,7 @@ impl Sharded {
         let is_shared = bytes == F32 && !self.is_adapted;
         let (weights, gradients) = match self.shard {
             Shard::States if is_shared && world == 1 => (0.0, trained),
-            Shard::States => (self.weights, trained),
+            Shard::Auto | Shard::States => (self.weights, trained),
             Shard::All | Shard::Node => {
                 let own = if is_shared { 0.0 } else { self.weights / n };
                 let gathered =

@@ -194,6 +194,16 @@ impl RewardKind {
         }
     }
 
+    /// Seconds until a server's answer must be there, where one is asked.
+    pub(crate) fn timeout(&self) -> Option<f64> {
+        match self {
+            Self::Server(config) => Some(config.endpoint.timeout),
+            Self::Chat(config) => Some(config.endpoint.timeout),
+            Self::Pairwise { judge } => judge.timeout(),
+            _ => None,
+        }
+    }
+
     /// Whether it is a network on libtorch, whose scores have gradients.
     pub(crate) fn is_network(&self) -> bool {
         matches!(

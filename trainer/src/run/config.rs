@@ -105,7 +105,7 @@ pub struct RanksConfig {
     #[serde(default = "join_seconds")]
     pub join_seconds: f64,
     /// Seconds that a rank waits for another one in one operation; longer than a group's rewards, a sheet
-    /// of samples or a checkpoint can take.
+    /// of samples or a checkpoint can take, and than any reward's 60·patience + timeout.
     #[serde(default = "step_seconds")]
     pub step_seconds: f64,
 }
@@ -115,6 +115,25 @@ fn join_seconds() -> f64 {
 }
 fn step_seconds() -> f64 {
     900.0
+}
+
+impl RanksConfig {
+    /// Refuses to give a rank up while it may still wait for one of `rewards`, in the list of that `name`.
+    fn outlasts(&self, rewards: &[RewardConfig], name: &str) -> Result<()> {
+        for (index, reward) in rewards.iter().enumerate() {
+            let Some(timeout) = reward.kind.timeout() else { continue };
+            let patience = if reward.required { reward.patience } else { 0.0 };
+            let longest = 60.0 * patience + timeout;
+            ensure!(
+                self.step_seconds > longest,
+                "ranks.step_seconds = {}: a rank may wait {longest} s for {name}.{index} (60·patience + timeout), and \
+                 would be given up meanwhile; raise ranks.step_seconds above that, or lower {name}.{index}.patience, \
+                 in minutes",
+                self.step_seconds
+            );
+        }
+        Ok(())
+    }
 }
 
 impl Default for RanksConfig {
@@ -198,6 +217,10 @@ impl AlignConfig {
 
     /// The model, ready to train; what trains is divided among `ranks`.
     pub(crate) fn load(&self, compute: Compute, ranks: &Group) -> Result<Model> {
+        if ranks.world() > 1 {
+            self.ranks.outlasts(&self.group.rewards, "rewards")?;
+            self.ranks.outlasts(&self.judges, "judges")?;
+        }
         self.open(compute, ranks, Missing::Refuse)
     }
 
@@ -207,9 +230,9 @@ impl AlignConfig {
         let storage = match self.ranks.shard {
             Shard::All => Storage::Divided { mesh: Mesh::flat(ranks), trains },
             Shard::Node => Storage::Divided { mesh: Mesh::by_node(ranks, compute.device)?, trains },
-            Shard::States if trains => Storage::Trainable(ranks.clone()),
-            Shard::States if self.stream => Storage::Streamed,
-            Shard::States => Storage::Frozen,
+            Shard::Auto | Shard::States if trains => Storage::Trainable(ranks.clone()),
+            Shard::Auto | Shard::States if self.stream => Storage::Streamed,
+            Shard::Auto | Shard::States => Storage::Frozen,
         };
         let stream_text = self.stream || self.embeddings.is_some();
         let loading = Loading { compute, storage, stream_text };
@@ -279,7 +302,7 @@ impl AlignConfig {
             "stream = true: only adapters train beside weights that stay on disk; add [lora]"
         );
         ensure!(
-            !self.stream || self.ranks.shard == Shard::States,
+            !self.stream || matches!(self.ranks.shard, Shard::Auto | Shard::States),
             "stream = true leaves weights on disk, ranks.shard divides them among ranks: choose one"
         );
         ensure!(self.iterations > 0, "iterations = 0: nothing to do");
@@ -350,5 +373,32 @@ fn source_of(kind: &str, name: &str) -> &'static str {
             ": `hf download openai/clip-vit-large-patch14 --local-dir DIR` gets a CLIP model"
         }
         _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_wait_longer_for_each_other_than_for_a_reward() {
+        let reward = |text: &str| -> RewardConfig {
+            toml::from_str(&format!("name = 'r'\nweight = 1.0\n{text}")).unwrap()
+        };
+        let checked = |step_seconds: f64, more: &str| {
+            let ranks = RanksConfig { step_seconds, ..RanksConfig::default() };
+            let server = format!("kind = 'server'\nurl = 'http://a'\n{more}");
+            ranks.outlasts(&[reward("kind = 'colour'"), reward(&server)], "rewards")
+        };
+        assert!(checked(900.0, "").is_ok());
+        assert!(checked(781.0, "patience = 10\ntimeout = 180").is_ok());
+        let refused = checked(780.0, "patience = 10\ntimeout = 180").unwrap_err().to_string();
+        for part in ["ranks.step_seconds = 780", "780 s for rewards.1", "rewards.1.patience"] {
+            assert!(refused.contains(part), "{refused}");
+        }
+        assert!(checked(200.0, "patience = 10\nrequired = false").is_ok());
+        let pair = "kind = 'pairwise'\njudge = {kind = 'chat', url = 'http://a', model = 'm', timeout = 300}";
+        let ranks = RanksConfig::default();
+        assert!(ranks.outlasts(&[reward(pair)], "judges").is_err());
     }
 }

@@ -144,6 +144,21 @@ pub(crate) fn peak_bytes(device: Device) -> Option<f64> {
     Some(1024.0 * kilobytes)
 }
 
+/// The memory that one of `local` processes of this machine has: a GPU's own, or its share of what the machine or the
+/// container has.
+pub(crate) fn memory_bytes(device: Device, local: usize) -> Option<f64> {
+    if let Device::Cuda(index) = device {
+        let [_, total] = cuda_memory(index)?;
+        return Some(total as f64);
+    }
+    let number = |text: &str| text.trim().trim_end_matches(" kB").trim().parse::<f64>().ok();
+    let told = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let machine = 1024.0 * number(told.lines().find_map(|line| line.strip_prefix("MemTotal:"))?)?;
+    let container = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
+    let limits = container.iter().filter_map(|path| number(&std::fs::read_to_string(path).ok()?));
+    Some(limits.fold(machine, f64::min) / local as f64)
+}
+
 /// Takes what is in use now for the peak, where the system lets a process do so.
 pub(crate) fn forget_peak() {
     // Where it may not, peaks are those of the whole run.

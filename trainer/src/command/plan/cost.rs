@@ -77,8 +77,8 @@ impl Iteration {
     }
 
     /// On `world` ranks of `machine`. Where weights are divided, a segment is gathered while the one before it
-    /// computes, so that a pass takes the longer of both, and the first segment; gradients and weights of a
-    /// step are sent while nothing computes.
+    /// computes, so that a pass takes the longer of both, and the first segment; but over a machine's memory, where
+    /// who sends does not compute. Gradients and weights of a step are sent while nothing computes.
     pub(super) fn seconds(&self, machine: &Machine, world: usize) -> Seconds {
         let n = world as f64;
         let crowded = (n / machine.processors as f64).max(1.0);
@@ -100,8 +100,8 @@ impl Iteration {
         let all: f64 = self.sharded.pass(world, false) * passes[0] / rate
             + self.sharded.pass(world, true) * passes[1] / rate
             + (passes[0] + 3.0 * passes[1]) * self.segments * hops;
-        let first = all / self.segments;
-        waiting += (all - computing).max(0.0) + first;
+        waiting +=
+            if link.is_shared { all } else { (all - computing).max(0.0) + all / self.segments };
         Seconds { computing, waiting }
     }
 }
@@ -192,12 +192,21 @@ mod tests {
     }
 
     /// Seconds of rollout and update of docs/cluster.md, by ranks of one thread on two processors over Gloo, which
-    /// exchanges 1.5 GB a second each way between two of them, and a number in 0.12 ms.
+    /// exchanges 1.5 GB a second each way between two of them, and a number in 0.12 ms. With weights divided, from
+    /// what one rank takes with them divided.
     #[test]
     fn measured_ranks_are_explained() {
         const GLOO: Link = Link { name: "", bytes: 3e9, latency: 1.2e-4, is_shared: true };
-        for (weights, measured) in [(2.31e6, [0.480, 0.279, 0.321]), (36.0e6, [5.35, 3.15, 3.37])] {
-            let sharded = Sharded { weights, trained: weights, bytes: 4.0, ..SHARDED };
+        let embedded = [0.480, 0.279, 0.321];
+        let larger = [5.35, 3.15, 3.37];
+        let all = |states: [f64; 3], times: [f64; 3]| times.map(|times| times * states[0]);
+        for (weights, shard, measured) in [
+            (2.31e6, Shard::States, embedded),
+            (36.0e6, Shard::States, larger),
+            (2.31e6, Shard::All, all(embedded, [1.64, 1.10, 1.44])),
+            (36.0e6, Shard::All, all(larger, [1.85, 1.13, 1.04])),
+        ] {
+            let sharded = Sharded { shard, weights, trained: weights, bytes: 4.0, ..SHARDED };
             let passes = [32.0, 4.0];
             let iteration =
                 Iteration { sharded, segments: 8.0, steps: 1.0, flops: 1.0, passes, ..ITERATION };
@@ -206,7 +215,11 @@ mod tests {
             for (world, measured) in [(2, measured[1]), (4, measured[2])] {
                 let foreseen = iteration.seconds(&machine, world).total();
                 let away = foreseen / measured - 1.0;
-                assert!(away.abs() < 0.2, "{world} ranks, {weights}: {foreseen}, not {measured}");
+                println!(
+                    "{world} ranks, {weights}, {shard}: {foreseen:.3}, {away:+.3} of {measured:.3}"
+                );
+                let bound = if shard == Shard::States { 0.2 } else { 0.25 };
+                assert!(away.abs() < bound, "{world} ranks, {weights}, {shard}: {away}");
             }
         }
     }

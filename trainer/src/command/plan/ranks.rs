@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::cost::{Link, Machine, Seconds};
-use super::{GPUS_A_NODE, Options, Plan};
+use super::{BF16, GPUS_A_NODE, Options, Plan};
 use crate::group::division::enough;
 use crate::network::sharding::{Held, Shard};
 
@@ -88,8 +88,8 @@ impl Ranks<'_> {
     /// What a rank holds, and that with what it works with.
     fn bytes(&self, world: usize, lora: bool, shard: Shard) -> (Held, f64) {
         let config = self.options.config;
-        let held = self.plan.sharded(config, lora, shard).held(world);
-        let working: f64 = self.plan.working(config, world).iter().sum();
+        let held = self.plan.sharded(config, lora, shard, GPUS_A_NODE).held(world);
+        let working: f64 = self.plan.working(config, shard, world, BF16).iter().sum();
         (held, held.weights + held.gradients + held.states + working)
     }
 
@@ -101,7 +101,7 @@ impl Ranks<'_> {
         shard: Shard,
     ) -> fmt::Result {
         let Options { config, utilisation, .. } = *self.options;
-        let sharded = self.plan.sharded(config, lora, shard);
+        let sharded = self.plan.sharded(config, lora, shard, GPUS_A_NODE);
         let n_prompts = config.group.prompts_per_iteration;
         let prompts = enough(n_prompts, config.group.group_size, world);
         let iteration =
