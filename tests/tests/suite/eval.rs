@@ -180,6 +180,33 @@ fn a_lora_is_compared_on_the_same_noise_and_wins_are_counted() {
 }
 
 #[test]
+fn a_folder_of_runs_is_each_of_them() {
+    let comparison = Comparison::new();
+    let (base, lora, runs) = (comparison.base(), comparison.lora(), comparison.home.path());
+    for (name, place) in [("b", "run/aligned"), ("a", "checkpoints/iteration-000002")] {
+        copy_folder(Path::new(&lora), &runs.join("runs").join(name).join(place));
+    }
+    let name = |place: &str| typed(&runs.join("runs").join(place));
+    let models = [&*base, &name("b"), &name("a/checkpoints")];
+    let ended = Ended::after(&mut comparison.command(&models, &[]));
+    let note = format!("note: {}: takes run/aligned\n", name("b"));
+    assert!(ended.stderr.contains(&note), "{}", ended.stderr);
+    ended.succeeded();
+    let columns: Vec<Column> =
+        serde_json::from_slice(&fs::read(comparison.folder().join("eval.json")).unwrap()).unwrap();
+    let found: Vec<&str> = columns.iter().map(|column| &*column.model).collect();
+    let each = [&*base, &name("b/run/aligned"), &name("a/checkpoints/iteration-000002")];
+    assert_eq!(found, each);
+    assert_eq!(columns[1].per_prompt, columns[2].per_prompt);
+    assert_ne!(columns[0].per_prompt, columns[1].per_prompt);
+
+    let empty = name("a");
+    let ended = Ended::after(&mut comparison.command(&[&base, &empty], &[]));
+    assert_eq!(ended.status.code(), Some(1));
+    assert!(ended.stderr.contains("not a pipeline folder"), "{}", ended.stderr);
+}
+
+#[test]
 fn what_is_known_is_not_made_again() {
     let comparison = Comparison::new();
     let (base, lora) = (comparison.base(), comparison.lora());

@@ -20,6 +20,7 @@ mod record;
 mod score;
 mod serve;
 mod server;
+mod table;
 mod tidy;
 mod tokens;
 mod trust;

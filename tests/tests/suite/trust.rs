@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use flow::checkpoint::{Entry, Weights, write_tensors};
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 use tests::fixture::{copy_folder, entries_below, root};
 use tests::program::{Ended, Program, typed};
 
@@ -219,6 +220,20 @@ pub(crate) fn server(
     n_answers: usize,
     score: impl Fn(usize, usize) -> f64 + Send + 'static,
 ) -> (SocketAddr, JoinHandle<()>) {
+    answering(address, n_answers, move |call, request| {
+        let images = request["images"].as_array().unwrap();
+        let length = |image: &Value| image.as_str().unwrap().len();
+        let scores: Vec<f64> = images.iter().map(|image| score(call, length(image))).collect();
+        serde_json::json!({ "scores": scores })
+    })
+}
+
+/// Answers so many requests in JSON, by their number and what they say, then nobody is there.
+pub(crate) fn answering(
+    address: &str,
+    n_answers: usize,
+    answer: impl Fn(usize, &Value) -> Value + Send + 'static,
+) -> (SocketAddr, JoinHandle<()>) {
     let listener = TcpListener::bind(address).unwrap();
     let address = listener.local_addr().unwrap();
     let answering = thread::spawn(move || {
@@ -227,6 +242,7 @@ pub(crate) fn server(
             let (mut request, mut part) = (Vec::new(), [0; 1 << 12]);
             let body = loop {
                 let n = stream.read(&mut part).unwrap();
+                assert!(n > 0, "the request ends early");
                 request.extend_from_slice(&part[..n]);
                 let text = String::from_utf8_lossy(&request).into_owned();
                 let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
@@ -237,11 +253,7 @@ pub(crate) fn server(
                     break body.to_owned();
                 }
             };
-            let body: serde_json::Value = serde_json::from_str(&body).unwrap();
-            let images = body["images"].as_array().unwrap();
-            let length = |image: &serde_json::Value| image.as_str().unwrap().len();
-            let scores: Vec<f64> = images.iter().map(|image| score(call, length(image))).collect();
-            let answer = serde_json::json!({ "scores": scores }).to_string();
+            let answer = answer(call, &serde_json::from_str(&body).unwrap()).to_string();
             let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n", answer.len());
             stream
                 .write_all(format!("{head}Connection: close\r\n\r\n{answer}").as_bytes())
