@@ -108,8 +108,8 @@ pub(crate) fn newest(output: &Path, ranks: &Group) -> Result<Option<Position>> {
     for (iteration, name) in ranks::of_first(ranks, names)?.into_iter().rev() {
         let position = Position { folder: home.join(name), iteration };
         let own = position.check(ranks).err().map(|error| format!("{error:#}"));
-        let found = ranks::all(ranks, &own)?.into_iter().enumerate();
-        match found.filter_map(|(rank, why)| Some((rank, why?))).next() {
+        let mut found = ranks::all(ranks, &own)?.into_iter().enumerate();
+        match found.find_map(|(rank, why)| Some((rank, why?))) {
             Some((_, why)) if ranks.world() == 1 => damage.push(why),
             Some((rank, why)) => damage.push(format!("rank {rank}: {why}")),
             None if damage.is_empty() => return Ok(Some(position)),
