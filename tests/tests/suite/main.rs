@@ -13,6 +13,7 @@ mod errors;
 mod eval;
 mod exporting;
 mod found;
+mod nodes;
 mod parity;
 mod pretrain;
 mod ranks;
