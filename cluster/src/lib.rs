@@ -29,6 +29,6 @@ pub use error::Error;
 pub use group::Group;
 pub use member::{Pending, Timeouts};
 pub use nccl::about_nccl;
-pub use ranks::{Ended, Ranks};
+pub use ranks::{Ended, Ranks, ask_to_stop};
 pub use store::{Served, serve};
 pub use topology::{Launch, Node, PORT, Topology};

@@ -126,11 +126,14 @@ impl Ranks {
     }
 
     fn ask_to_stop(&self) {
-        for child in self.children.iter().flatten() {
-            // SAFETY: the child has not been waited for, so its number is still its own.
-            unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGTERM) };
-        }
+        self.children.iter().flatten().for_each(ask_to_stop);
     }
+}
+
+/// Sends `child`, which has not been waited for, SIGTERM.
+pub fn ask_to_stop(child: &Child) {
+    // SAFETY: where it was not waited for, its number is still its own.
+    unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGTERM) };
 }
 
 impl Drop for Ranks {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirEntry};
+use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread::sleep;
@@ -93,7 +94,7 @@ fn what_is_interrupted_goes_on_to_the_same_scores() {
     let more = ["seeds=[0, 1]", "passes=2000", "validate_every=2"];
     compare(whole.path(), &more).succeeded();
     let mut child = command(stopped.path(), &more);
-    let mut child = child.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut child = child.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let under_way = stopped.path().join("out/runs/one-seed0/metrics.jsonl");
     while fs::metadata(&under_way).map_or(0, |file| file.len()) == 0 {
         assert!(child.try_wait().unwrap().is_none(), "it ended before it was stopped");
@@ -102,6 +103,9 @@ fn what_is_interrupted_goes_on_to_the_same_scores() {
     let id = child.id().to_string();
     assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
     assert_eq!(child.wait().unwrap().code(), Some(130));
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert!(said.trim_end().ends_with("the same command goes on with the rest"), "{said}");
     assert!(!stopped.path().join("out/report.md").exists());
     compare(stopped.path(), &more).succeeded();
     let [whole, stopped] = [whole.path(), stopped.path()].map(runs);

@@ -11,12 +11,14 @@ use std::sync::Mutex;
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
+use flow::log;
 use flow::usage::Usage;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use self::task::Task;
 use crate::data::prompts;
+use crate::run::align::Stopped;
 use crate::run::config::AlignConfig;
 use crate::run::interrupt;
 use crate::run::progress::Progress;
@@ -171,7 +173,9 @@ pub fn run(config: &CompareConfig, options: &Options<'_>) -> Result<()> {
             let Some(task) = queue.lock().expect("no worker panics").pop_front() else {
                 return Ok(());
             };
-            interrupt::check()?;
+            if interrupt::asked() {
+                bail!(Stopped);
+            }
             if config.stop_apart && is_apart(config, &tasks, task, reward)? {
                 let label = format!("{}: apart already", task.label());
                 progress.lock().expect("no worker panics").advance(&label);
@@ -191,6 +195,13 @@ pub fn run(config: &CompareConfig, options: &Options<'_>) -> Result<()> {
         let ended = workers.into_iter().map(|worker| worker.join().expect("no worker panics"));
         // All are waited for before the first error is told.
         ended.collect::<Vec<Result<()>>>().into_iter().collect::<Result<()>>()
+    })
+    .inspect_err(|error| {
+        if error.is::<Stopped>() {
+            log::note(
+                "stopped: what is finished stays, and the same command goes on with the rest",
+            );
+        }
     })?;
     side_by_side(config, &tasks, &start.model, options)?;
     report::write(config, &tasks, reward)

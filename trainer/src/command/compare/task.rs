@@ -3,6 +3,8 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use flow::checkpoint::{read_bounded, write_atomically};
@@ -11,13 +13,15 @@ use serde::Deserialize;
 
 use super::{CompareConfig, Options, RunConfig, growth, slug};
 use crate::algorithm;
-use crate::run::align::ALIGNED;
+use crate::run::align::{ALIGNED, Stopped};
 use crate::run::config::AlignConfig;
 use crate::run::interrupt;
 use crate::run::settings::{self, Source};
 
 /// Iterations over whose passes the mean is taken: windows move.
 const PERIOD: usize = 100;
+/// Between two looks at a process.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// A run from one seed; without a run, the model that all start from.
 pub(super) struct Task<'a> {
@@ -173,10 +177,23 @@ impl<'a> Task<'a> {
         process.args(["--device", options.device, "--precision", options.precision]);
         process.args(settings.iter().flat_map(|setting| ["--set", setting])).args(flags);
         process.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
-        let ended = process.status().context("cannot start another ng-train")?;
-        interrupt::check()?;
+        let mut child = process.spawn().context("cannot start another ng-train")?;
+        let mut is_told = false;
+        let ended = loop {
+            if let Some(ended) = child.try_wait()? {
+                break ended;
+            }
+            if interrupt::asked() && !is_told {
+                is_told = true;
+                cluster::ask_to_stop(&child);
+            }
+            thread::sleep(PAUSE);
+        };
         if ended.success() {
             return Ok(());
+        }
+        if interrupt::asked() {
+            bail!(Stopped);
         }
         let said = read_bounded(&log).unwrap_or_default();
         let said = String::from_utf8_lossy(&said);
