@@ -45,7 +45,7 @@ pub(crate) fn settle(
         Ok(Some([needed.states, needed.all].map(Exact::from)))
     })?;
     let Some([states, all]) = needed.map(|needed| needed.map(f64::from)) else { return Ok(()) };
-    let (shard, said) = choose(Needed { states, all }, room);
+    let (shard, said) = choose(&Needed { states, all }, room);
     config.ranks.shard = shard;
     if group.is_first() {
         log::note(&said);
@@ -95,22 +95,25 @@ impl Needed {
 }
 
 /// How a rank with `room` bytes holds it, and what to say of that.
-fn choose(needed: Needed, room: f64) -> (Shard, String) {
+fn choose(needed: &Needed, room: f64) -> (Shard, String) {
     let gb = |bytes: f64| format!("{:.1} GB", bytes / 1e9);
     let fits = |bytes: f64| bytes <= USABLE * room;
     let has = if room.is_finite() { gb(room) } else { "unknown memory".to_owned() };
-    let Needed { states, all } = needed;
+    let Needed { states, all } = *needed;
     let (shard, foreseen) = if fits(states) { (Shard::States, states) } else { (Shard::All, all) };
-    let mut said = format!(
-        "ranks.shard = \"auto\" is \"{shard}\": a rank takes about {}, and has {has}",
+    let instead = match shard {
+        Shard::All => format!("; \"states\" would take {}", gb(states)),
+        _ => String::new(),
+    };
+    let warning = if fits(foreseen) {
+        ""
+    } else {
+        "; that may not fit: take more ranks, a lora, or a smaller rollout.batch"
+    };
+    let said = format!(
+        "ranks.shard = \"auto\" is \"{shard}\": a rank takes about {}, and has {has}{instead}{warning}",
         gb(foreseen)
     );
-    if shard == Shard::All {
-        said += &format!("; \"states\" would take {}", gb(states));
-    }
-    if !fits(foreseen) {
-        said += "; that may not fit: take more ranks, a lora, or a smaller rollout.batch";
-    }
     (shard, said)
 }
 
@@ -120,16 +123,16 @@ mod tests {
 
     #[test]
     fn states_are_divided_where_they_fit_and_weights_where_they_do_not() {
-        let needed = || Needed { states: 60e9, all: 30e9 };
-        let (shard, said) = choose(needed(), 80e9);
+        let needed = Needed { states: 60e9, all: 30e9 };
+        let (shard, said) = choose(&needed, 80e9);
         assert_eq!(shard, Shard::States);
         assert!(said.ends_with("is \"states\": a rank takes about 60.0 GB, and has 80.0 GB"));
-        let (shard, said) = choose(needed(), 40e9);
+        let (shard, said) = choose(&needed, 40e9);
         assert_eq!(shard, Shard::All);
         assert!(said.ends_with("and has 40.0 GB; \"states\" would take 60.0 GB"), "{said}");
-        let (shard, said) = choose(needed(), 24e9);
+        let (shard, said) = choose(&needed, 24e9);
         assert!(shard == Shard::All && said.contains("may not fit"), "{said}");
-        let (shard, said) = choose(needed(), f64::INFINITY);
+        let (shard, said) = choose(&needed, f64::INFINITY);
         assert!(shard == Shard::States && said.contains("unknown memory"), "{said}");
     }
 }
