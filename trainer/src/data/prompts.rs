@@ -41,7 +41,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<Prompt>> {
 }
 
 fn is_prompts(name: &str) -> bool {
-    let end = Path::new(name).extension().map(|end| end.to_ascii_lowercase());
+    let end = Path::new(name).extension().map(std::ffi::OsStr::to_ascii_lowercase);
     let is_known = |end: &str| end == PARQUET || ENDS.contains(&end);
     !name.starts_with('.') && end.is_some_and(|end| end.to_str().is_some_and(is_known))
 }

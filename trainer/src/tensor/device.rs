@@ -1,6 +1,9 @@
 //! Choosing where tensors live and what networks compute in.
 
+use std::path::Path;
+
 use anyhow::{Result, bail};
+use flow::checkpoint::read_bounded;
 use flow::usage::Usage;
 use tch::{Cuda, Device, Kind};
 
@@ -155,7 +158,8 @@ pub(crate) fn memory_bytes(device: Device, local: usize) -> Option<f64> {
     let told = std::fs::read_to_string("/proc/meminfo").ok()?;
     let machine = 1024.0 * number(told.lines().find_map(|line| line.strip_prefix("MemTotal:"))?)?;
     let container = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
-    let limits = container.iter().filter_map(|path| number(&std::fs::read_to_string(path).ok()?));
+    let limit = |path: &&str| String::from_utf8(read_bounded(Path::new(path)).ok()?).ok();
+    let limits = container.iter().filter_map(|path| number(&limit(path)?));
     Some(limits.fold(machine, f64::min) / local as f64)
 }
 
