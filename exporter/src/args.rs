@@ -326,7 +326,8 @@ mod tests {
         assert!(args.note().is_some_and(|note| note.contains("--verify")));
         for (typed, idle) in [
             ("--only vae_decoder --precision int8 --lora a", Some("--precision and --lora")),
-            ("--only vae_decoder --target tensorrt --precision f16", None),
+            ("--only vae_decoder --target tensorrt --precision f16", Some("--precision")),
+            ("--only vae_decoder --vae f16", None),
             ("--only transformer --vae f16 --lora a", Some("--vae")),
             ("--only text_encoder --lora-slots --attention decomposed", Some("--lora-slots")),
             ("--only text_encoder_2 --precision int4 --modulation same", Some("--modulation")),
