@@ -163,6 +163,7 @@ impl Choice {
             Part::TextEncoder | Part::VaeDecoder | Part::VaeEncoder => plain,
         };
         let modulation = match (self.modulation, body) {
+            _ if part != Part::Transformer => plain,
             (Modulation::High, _) | (_, Storage::Plain(_)) => plain,
             (Modulation::Int8, _) => coded(Code::Int8),
             (Modulation::Same, _) => body,

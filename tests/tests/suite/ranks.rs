@@ -258,38 +258,51 @@ fn an_orderly_stop_is_answered_once_and_is_no_error() {
     }
 }
 
-/// A server that answers the first iteration, two groups, and nobody after that.
+/// The server answers the first iteration, two groups, or before it a validation of two prompts, and nobody after that.
 #[test]
-fn ranks_that_wait_for_a_reward_stop_and_save() {
-    let run = Run::new();
-    let (address, answering) = server("127.0.0.1:0", 2, |_, length| length as f64);
-    let reward = format!(
-        "rewards=[{{name='far', kind='server', url='http://{address}/', weight=1, patience=5}}]"
-    );
-    let mut command = Program::Train.command(["align", "--preset", "signs", "--processes", "2"]);
-    let places = [format!("model={MODEL}"), format!("output={}", typed(&run.folder())), reward];
-    let short = SHORT.iter().filter(|setting| !setting.starts_with("rewards."));
-    let more = ["judges=[]", "save_every=100"].iter();
-    for setting in short.chain(more).map(|&setting| setting.to_owned()).chain(places) {
-        command.args(["--set", &setting]);
+fn ranks_that_wait_for_a_reward_or_a_judge_stop_and_save() {
+    let far = "name='far', kind='server', patience=5";
+    for is_judge in [false, true] {
+        let run = Run::new();
+        let (address, answering) = server("127.0.0.1:0", 2, |_, length| length as f64);
+        let far = format!("{far}, url='http://{address}/'");
+        let own = if is_judge {
+            let jpeg = "rewards=[{name='jpeg', kind='jpeg', prefer='small', weight=1}]";
+            let judges = format!("judges=[{{{far}, weight=0}}]");
+            vec![jpeg.to_owned(), judges, "validate_every=1".into(), "validation={count=2}".into()]
+        } else {
+            let rewards = format!("rewards=[{{{far}, weight=1}}]");
+            vec![rewards, "judges=[]".into(), "validate_every=0".into()]
+        };
+        let mut command =
+            Program::Train.command(["align", "--preset", "signs", "--processes", "2"]);
+        let places = [format!("model={MODEL}"), format!("output={}", typed(&run.folder()))];
+        let left = |setting: &&&str| {
+            !["rewards.", "validate_every"].iter().any(|start| setting.starts_with(start))
+        };
+        let short = SHORT.iter().filter(left).map(|&setting| setting.to_owned());
+        let more = own.into_iter().chain(["save_every=100".to_owned()]);
+        for setting in short.chain(more).chain(places) {
+            command.args(["--set", &setting]);
+        }
+        let stages = run.home().join("stages");
+        command.args(["-v", "--log", &typed(&stages)]);
+        let launcher = under_way(&run, &mut command, |folder| {
+            let says = |file: &Path| fs::read_to_string(file).unwrap_or_default();
+            [stages.clone(), folder.join("logs/rank-001.log")]
+                .iter()
+                .all(|file| says(file).contains("reward \"far\" is away"))
+        });
+        answering.join().unwrap();
+        kill_process(Pid::from_child(&launcher), Signal::TERM).unwrap();
+        let ended = Ended::of(launcher);
+        assert_eq!(ended.status.code(), Some(130), "{}", ended.stderr);
+        assert!(!ended.stderr.contains("error: "), "{}", ended.stderr);
+        assert_eq!(ended.stderr.matches("is away").count(), 1, "{}", ended.stderr);
+        let last = ended.stderr.lines().last().unwrap_or_default();
+        assert!(last.starts_with("stopped after iteration 1 of 6"), "{last}");
+        assert!(run.checkpoint(1).join("SHA256SUMS").is_file());
     }
-    let stages = run.home().join("stages");
-    command.args(["-v", "--log", &typed(&stages)]);
-    let launcher = under_way(&run, &mut command, |folder| {
-        let says = |file: &Path| fs::read_to_string(file).unwrap_or_default();
-        [stages.clone(), folder.join("logs/rank-001.log")]
-            .iter()
-            .all(|file| says(file).contains("reward \"far\" is away"))
-    });
-    answering.join().unwrap();
-    kill_process(Pid::from_child(&launcher), Signal::TERM).unwrap();
-    let ended = Ended::of(launcher);
-    assert_eq!(ended.status.code(), Some(130), "{}", ended.stderr);
-    assert!(!ended.stderr.contains("error: "), "{}", ended.stderr);
-    assert_eq!(ended.stderr.matches("is away").count(), 1, "{}", ended.stderr);
-    let last = ended.stderr.lines().last().unwrap_or_default();
-    assert!(last.starts_with("stopped after iteration 1 of 6"), "{last}");
-    assert!(run.checkpoint(1).join("SHA256SUMS").is_file());
 }
 
 #[test]

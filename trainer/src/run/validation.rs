@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
+use cluster::Group;
 use flow::latents::LatentSize;
 use flow::prompts::Prompt;
 use flow::solver::Step;
@@ -180,6 +181,28 @@ pub(crate) struct Validation<'a> {
 /// Scores of a batch of prompts: the first one's number, and by metric, where that did not fail.
 type Told = (usize, Vec<Option<Vec<Exact>>>);
 
+/// Scores of a rank's batches, and what failed.
+type Own = (Vec<Told>, Vec<String>);
+
+/// What every rank's `own` came to, together.
+///
+/// # Errors
+/// On all ranks where one failed, or cannot be reached.
+fn of_all(ranks: &Group, own: Result<Own>) -> Result<Own> {
+    if ranks.world() == 1 {
+        return own;
+    }
+    let own = own.map_err(|error| format!("{error:#}"));
+    let (mut all, mut faults) = Own::default();
+    for (rank, part) in ranks::all(ranks, &own)?.into_iter().enumerate() {
+        let failed = |why| cluster::Error::Shared { what: format!("rank {rank}: {why}") };
+        let (told, said) = part.map_err(failed)?;
+        all.extend(told);
+        faults.extend(said);
+    }
+    Ok((all, faults))
+}
+
 impl<'a> Validation<'a> {
     /// That of `config`, unless there is none; what is not among the open `rewards` lives on `device`.
     ///
@@ -270,8 +293,8 @@ impl<'a> Validation<'a> {
         exchange();
         let told = flow::panics::caught(|| self.own(model));
         exchange();
-        let (own, mut faults) = told.map_err(anyhow::Error::msg).flatten()?;
-        let mut all: Vec<Told> = ranks::all(trained.group(), &own)?.concat();
+        let own = told.map_err(anyhow::Error::msg).flatten();
+        let (mut all, mut faults) = of_all(trained.group(), own)?;
         all.sort_by_key(|(first, _)| *first);
         let mean = |index: usize| {
             let rows: Option<Vec<&Vec<Exact>>> =
@@ -291,7 +314,7 @@ impl<'a> Validation<'a> {
     }
 
     /// This rank's batches of prompts: every world-th.
-    fn own(&self, model: &Model) -> Result<(Vec<Told>, Vec<String>)> {
+    fn own(&self, model: &Model) -> Result<Own> {
         let group = model.engine.trained().group();
         let Self { guidance, size, plan, .. } = self;
         let each = self.batch.min(self.prompts.len().div_ceil(group.world()));
