@@ -293,10 +293,11 @@ impl CompareConfig {
                 runs.push(run);
             }
         }
-        let mut tasks = vec![Task::new(self, start, None, 0)?];
+        let pace = self.validate_every as f64 * task::work(start)?;
+        let mut tasks = vec![Task::new(self, start, pace, None, 0)?];
         for &seed in &self.seeds {
             for run in &runs {
-                let task = Task::new(self, start, Some(run), seed);
+                let task = Task::new(self, start, pace, Some(run), seed);
                 tasks.push(task.with_context(|| format!("run {:?}", run.name))?);
             }
         }

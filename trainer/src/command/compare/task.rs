@@ -41,13 +41,15 @@ struct Evaluated {
 }
 
 impl<'a> Task<'a> {
-    /// That of `run` in a comparison of `config` whose preset is `start`.
+    /// That of `run` in a comparison of `config` whose preset is `start`; validations of a run come after `pace` forward
+    /// passes each.
     ///
     /// # Errors
     /// When the settings of a run are none.
     pub(super) fn new(
         config: &'a CompareConfig,
         start: &AlignConfig,
+        pace: f64,
         run: Option<&'a RunConfig>,
         seed: u64,
     ) -> Result<Self> {
@@ -69,8 +71,7 @@ impl<'a> Task<'a> {
             (None, minutes) => format!("minutes={}", minutes.unwrap_or_default()),
         });
         if run.is_some() {
-            let every = config.validate_every as f64 * work(start)? / each;
-            settings.push(format!("validate_every={:.0}", every.max(1.0)));
+            settings.push(format!("validate_every={:.0}", (pace / each).max(1.0)));
             settings.push(format!("validation={}", config.validation(start)?));
         }
         Ok(Self { run, seed, folder, n_images, preset, settings })
@@ -217,7 +218,7 @@ impl<'a> Task<'a> {
 }
 
 /// Forward passes of an iteration of `run`, a backward pass being two.
-fn work(run: &AlignConfig) -> Result<f64> {
+pub(super) fn work(run: &AlignConfig) -> Result<f64> {
     let (pipeline, group) = (Pipeline::open(&run.model)?, &run.group);
     let grid = group.rollout.grid(&pipeline.scheduler, &group.rollout.latent_size(&pipeline)?);
     let algorithm = run.setting()?.open(grid);

@@ -12,6 +12,7 @@ use flow::usage::Usage;
 use super::stamp;
 use crate::network::embeddings::Embeddings;
 use crate::network::model::{Loading, Model};
+use crate::run::align::ALIGNED;
 use crate::run::config::AlignConfig;
 use crate::tensor::device::Compute;
 
@@ -26,9 +27,6 @@ const PARTS: [&str; 8] = [
     "transformer",
     "vae",
 ];
-
-/// Where a run puts the model that it ends with.
-const ALIGNED: &str = "aligned";
 
 /// One column of the comparison.
 pub(super) struct Contestant {
