@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::member::{Member, Pending, Timeouts};
 use crate::nccl;
 use crate::topology::Topology;
-use crate::watch::Circle;
+use crate::watch::{Alarm, Circle};
 
 /// All ranks of a run, or this process alone. Operations are called by all ranks in the same order.
 ///
@@ -230,5 +230,10 @@ impl Group {
     /// What has ended it.
     pub fn check(&self) -> Result<(), Error> {
         self.0.as_ref().map_or(Ok(()), |member| member.standing("check"))
+    }
+
+    /// What tells other threads that the group has ended.
+    pub fn alarm(&self) -> Alarm {
+        self.0.as_ref().map_or_else(Alarm::default, |member| member.alarm())
     }
 }

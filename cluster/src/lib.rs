@@ -32,3 +32,4 @@ pub use nccl::about_nccl;
 pub use ranks::{Ended, Ranks, ask_to_stop};
 pub use store::{Served, serve};
 pub use topology::{Launch, Node, PORT, Topology};
+pub use watch::Alarm;

@@ -15,7 +15,7 @@ use crate::error::{Error, ranks};
 use crate::nccl::{Communicator, Id, Nccl, Started};
 use crate::store::Place;
 use crate::topology::Topology;
-use crate::watch::{Circle, Fault, Watch};
+use crate::watch::{Alarm, Circle, Fault, Watch};
 
 /// How long a rank waits between two looks at whether another one has stopped.
 const SLICE: Duration = Duration::from_millis(20);
@@ -36,6 +36,8 @@ pub(crate) struct Member {
     pub(crate) world: usize,
     /// Where it stands in the run, as messages name it.
     topology: Topology,
+    /// Of the run's store.
+    place: Place,
     timeouts: Timeouts,
     circle: Circle,
     /// Of this group.
@@ -71,8 +73,9 @@ enum Work {
 impl Member {
     pub(crate) fn join(topology: &Topology, timeouts: Timeouts) -> Result<Self, Error> {
         let place = Place::of(topology);
-        let (rank, world) = (topology.rank, topology.world);
-        let wrong = |what: String| Error::Join { rank, world, store: place.address(), what };
+        let (rank, world, address) = (topology.rank, topology.world, place.address());
+        let wrong = |what: String| Error::Join { rank, world, store: address.clone(), what };
+        let place = place.of_round(topology, timeouts.join).map_err(wrong)?;
         let store = place.open(topology, timeouts.join).map_err(wrong)?;
         let watch = Watch::start(topology, &place, store, timeouts.join).map_err(wrong)?;
         come_together(topology, &watch, timeouts.join).map_err(|what| {
@@ -85,12 +88,12 @@ impl Member {
         watch.pass();
         let topology = topology.clone();
         let circle = Circle { number: 0, ranks: (0..world).collect() };
-        Ok(Self::new(circle, topology, timeouts, None, gloo, Rc::new(watch)))
+        Ok(Self::new(circle, (topology, place), timeouts, None, gloo, Rc::new(watch)))
     }
 
     fn new(
         circle: Circle,
-        topology: Topology,
+        (topology, place): (Topology, Place),
         timeouts: Timeouts,
         store: Option<Store>,
         gloo: Gloo,
@@ -101,6 +104,7 @@ impl Member {
             rank: rank.expect("a rank is in its groups"),
             world: circle.ranks.len(),
             topology,
+            place,
             timeouts,
             circle,
             calls: Cell::new(0),
@@ -119,7 +123,7 @@ impl Member {
         let operation = format!("meeting {name}");
         self.standing(&operation)?;
         let meet = || {
-            let place = Place::of(&self.topology).within(name);
+            let place = self.place.clone().within(name);
             let store = place.again(self.timeouts.join)?;
             let through = place.through().map_err(|error| error.to_string())?;
             let place = circle.ranks.iter().position(|&rank| rank == self.topology.rank);
@@ -128,8 +132,8 @@ impl Member {
             Ok((store, gloo))
         };
         let (store, gloo) = meet().map_err(|failure: Failure| self.fail(&operation, &failure))?;
-        let (topology, watch) = (self.topology.clone(), Rc::clone(&self.watch));
-        Ok(Self::new(circle, topology, self.timeouts, Some(store), gloo, watch))
+        let run = (self.topology.clone(), self.place.clone());
+        Ok(Self::new(circle, run, self.timeouts, Some(store), gloo, Rc::clone(&self.watch)))
     }
 
     /// Where this process stands in the run.
@@ -290,6 +294,10 @@ impl Member {
                 Err(failure) => return Err(self.fail(call.name(), &failure)),
             }
         }
+    }
+
+    pub(crate) fn alarm(&self) -> Alarm {
+        self.watch.alarm()
     }
 
     /// Fails where the group has ended.

@@ -78,7 +78,6 @@ impl Ranks {
                 ("WORLD_SIZE", node.count * n),
                 ("LOCAL_WORLD_SIZE", n),
                 ("MASTER_PORT", usize::from(port)),
-                ("TORCHELASTIC_RESTART_COUNT", 0),
             ] {
                 command.env(name, value.to_string());
             }

@@ -19,8 +19,8 @@ pub struct Topology {
     pub port: u16,
     /// Whether the launcher serves the store; rank 0 does otherwise.
     pub launcher_serves: bool,
-    /// How often the launcher has started the processes again.
-    pub restart: usize,
+    /// Whether that store stays when the launcher starts the processes again.
+    pub store_stays: bool,
     /// What started the process: `torchrun`, `slurm`, `--processes`, or whatever sets torchrun's variables.
     pub launcher: &'static str,
 }
@@ -88,7 +88,7 @@ impl Launch {
         if variables.first(&["RANK", "WORLD_SIZE"]).is_some() {
             return Ok(Self::Rank(variables.torchrun()?));
         }
-        if variables.first(&["SLURM_PROCID"]).is_some() {
+        if variables.first(&["SLURM_PROCID"]).is_some() && !variables.is_batch_script() {
             let topology = variables.slurm()?;
             return Ok(if topology.world == 1 { Self::Alone } else { Self::Rank(topology) });
         }
@@ -154,7 +154,7 @@ impl Variables<'_> {
             host,
             port: self.port(PORT)?,
             launcher_serves,
-            restart: self.optional(&["TORCHELASTIC_RESTART_COUNT"])?.unwrap_or(0),
+            store_stays: launcher_serves && is_torchrun,
             launcher: match (is_torchrun, launcher_serves) {
                 (true, _) => "torchrun",
                 (false, true) => "--processes",
@@ -163,11 +163,17 @@ impl Variables<'_> {
         })
     }
 
+    /// Whether this is sbatch's own script, which is no task of `srun` and yet has the number 0 of one.
+    fn is_batch_script(&self) -> bool {
+        let is_batch = self.first(&["ENVIRONMENT"]).is_some_and(|(_, value)| value == "BATCH");
+        is_batch && self.first(&["SLURM_STEP_NUM_TASKS"]).is_none()
+    }
+
     /// A task of `srun`. The store is on the first node, at a port that is the job's own.
     fn slurm(&self) -> Result<Topology, Error> {
         let why = "SLURM_PROCID is";
         let rank = self.number(&["SLURM_PROCID"], why)?;
-        let world = self.number(&["SLURM_NTASKS"], why)?;
+        let world = self.number(&["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"], why)?;
         let local_rank = self.number(&["SLURM_LOCALID"], why)?;
         let host = match self.first(&HOST) {
             Some((_, host)) => host,
@@ -189,7 +195,7 @@ impl Variables<'_> {
             host,
             port: self.port(20_000 + (job % 10_000) as u16)?,
             launcher_serves: false,
-            restart: self.optional(&["SLURM_RESTART_COUNT"])?.unwrap_or(0),
+            store_stays: false,
             launcher: "slurm",
         })
     }
@@ -309,7 +315,7 @@ mod tests {
             host: "node-a".to_owned(),
             port: 29400,
             launcher_serves: true,
-            restart: 2,
+            store_stays: true,
             launcher: "torchrun",
         };
         assert_eq!(topology, expected);
@@ -340,6 +346,21 @@ mod tests {
             launch(&[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "1"), ("SLURM_LOCALID", "0")]),
             Ok(Launch::Alone)
         );
+    }
+
+    #[test]
+    fn the_script_that_sbatch_runs_is_no_task() {
+        let script = [
+            ("ENVIRONMENT", "BATCH"),
+            ("SLURM_PROCID", "0"),
+            ("SLURM_LOCALID", "0"),
+            ("SLURM_NTASKS", "8"),
+        ];
+        assert_eq!(launch(&script), Ok(Launch::Alone));
+        assert_eq!(launch(&script[..3]), Ok(Launch::Alone));
+        // What srun starts in it is, as many as srun says.
+        let step = [("SLURM_STEP_NUM_TASKS", "2"), ("SLURM_JOB_NODELIST", "n1")];
+        assert_eq!(rank(&[&script[..], &step[..]].concat()).world, 2);
     }
 
     #[test]

@@ -23,6 +23,16 @@ const SILENCE: u32 = 3;
 /// Groups that a rank can be in: that of all, and two more.
 const GROUPS: usize = 3;
 
+/// Tells any thread whether this rank has heard that its group has ended.
+#[derive(Clone, Default)]
+pub struct Alarm(Arc<AtomicBool>);
+
+impl Alarm {
+    pub fn rings(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
 /// A group among those of a run.
 pub(crate) struct Circle {
     /// 0 for that of all.
@@ -109,7 +119,7 @@ struct Shared {
     calls: [AtomicU64; GROUPS],
     at: Mutex<String>,
     fault: Mutex<Option<Fault>>,
-    faulty: AtomicBool,
+    alarm: Alarm,
     stop: Mutex<bool>,
     stopped: Condvar,
 }
@@ -132,7 +142,7 @@ impl Watch {
             calls: Default::default(),
             at: Mutex::new("joining".to_owned()),
             fault: Mutex::default(),
-            faulty: AtomicBool::new(false),
+            alarm: Alarm::default(),
             stop: Mutex::new(false),
             stopped: Condvar::new(),
         });
@@ -153,6 +163,10 @@ impl Watch {
         &self.shared.store
     }
 
+    pub(crate) fn alarm(&self) -> Alarm {
+        self.shared.alarm.clone()
+    }
+
     /// Counts a call of a group.
     pub(crate) fn enter(&self, group: usize, call: &str) {
         *lock(&self.seen) = None;
@@ -166,7 +180,7 @@ impl Watch {
 
     /// What ended the group, once this rank has heard of it.
     pub(crate) fn fault(&self) -> Option<Fault> {
-        if !self.shared.faulty.load(Ordering::Acquire) {
+        if !self.shared.alarm.rings() {
             return None;
         }
         lock(&self.shared.fault).clone()
@@ -348,7 +362,7 @@ impl Shared {
     /// The first fault that this rank hears of stands.
     fn keep(&self, fault: Fault) {
         lock(&self.fault).get_or_insert(fault);
-        self.faulty.store(true, Ordering::Release);
+        self.alarm.0.store(true, Ordering::Release);
     }
 
     fn signs(&self) -> Option<Vec<Sign>> {

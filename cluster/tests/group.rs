@@ -139,6 +139,46 @@ fn a_launcher_may_serve_the_store() {
     }
 }
 
+/// A launcher's store that stays has the keys of earlier rounds, and each node's launcher counts restarts by itself.
+#[test]
+fn rounds_of_a_store_that_stays_find_each_other() {
+    let store = cluster::serve(None).unwrap();
+    let round = |case: &str, restarts: [&str; 2]| {
+        let start = |number: usize| {
+            let variables = [
+                ("TORCHELASTIC_USE_AGENT_STORE", "True"),
+                ("TORCHELASTIC_RUN_ID", "none"),
+                ("TORCHELASTIC_RESTART_COUNT", restarts[number]),
+            ];
+            rank(case, number, 2, store.port(), &variables)
+        };
+        // Rank 1 comes first, and finds what an earlier round has left.
+        let second = start(1);
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        Ranks { children: vec![start(0), second] }
+    };
+    let well = |ranks: Ranks| {
+        for ended in ranks.end() {
+            assert!(ended.success, "{}", ended.error);
+        }
+    };
+    well(round("collectives", ["0", "0"]));
+    let mut ranks = round("loop", ["0", "0"]);
+    (0..2).for_each(|rank| ranks.wait_for_line(rank));
+    ranks.signal(1, "-KILL");
+    assert_says(&ranks.end()[0], &["on rank 0: rank 1 has ended"]);
+    well(round("collectives", ["1", "0"]));
+    let alone = rank(
+        "collectives",
+        1,
+        2,
+        store.port(),
+        &[("JOIN", "1"), ("TORCHELASTIC_USE_AGENT_STORE", "True"), ("TORCHELASTIC_RUN_ID", "none")],
+    );
+    let ended = (Ranks { children: vec![alone] }).end();
+    assert_says(&ended[0], &["rank 0 did not come within 1 s"]);
+}
+
 #[test]
 fn calls_that_differ_are_refused_by_all_who_then_go_on() {
     for (case, says, others_say) in [

@@ -146,7 +146,7 @@ pub struct Rewards {
     threads: usize,
     first_pause: Duration,
     /// Says whether nobody waits for scores any more.
-    is_stopped: fn() -> bool,
+    is_stopped: Arc<dyn Fn() -> bool + Send + Sync>,
 }
 
 /// One group scored by every reward, in the order of the configuration.
@@ -197,20 +197,22 @@ impl Rewards {
         })
     }
 
-    /// As [`Rewards::open`], but those that are open here already, by name, are not opened again.
+    /// As [`Rewards::open`], but those that are open here already, by name, are not opened again, and waits end as
+    /// they do here.
     pub(crate) fn open_beside(
         &self,
         configs: &[RewardConfig],
         threads: usize,
         device: Device,
     ) -> Result<Self> {
-        Self::assembled(configs, threads, |config| {
+        let opened = Self::assembled(configs, threads, |config| {
             let here = self.entries.iter().find(|entry| entry.name == config.name);
             here.map_or_else(
                 || open(&config.kind, threads, device).map(Arc::from),
                 |entry| Ok(Arc::clone(&entry.reward)),
             )
-        })
+        })?;
+        Ok(Self { is_stopped: Arc::clone(&self.is_stopped), ..opened })
     }
 
     fn assembled(
@@ -292,12 +294,12 @@ impl Rewards {
     fn new(entries: Vec<Entry>, threads: usize) -> Result<Self> {
         ensure!(!entries.is_empty(), "a run needs at least one reward");
         ensure!(threads > 0, "rewards need at least one thread");
-        Ok(Self { entries, threads, first_pause: FIRST_PAUSE, is_stopped: || false })
+        Ok(Self { entries, threads, first_pause: FIRST_PAUSE, is_stopped: Arc::new(|| false) })
     }
 
     /// Ends every wait for a reward, by an error, once `is_stopped` says so.
-    pub(crate) fn stop_when(&mut self, is_stopped: fn() -> bool) {
-        self.is_stopped = is_stopped;
+    pub(crate) fn stop_when(&mut self, is_stopped: impl Fn() -> bool + Send + Sync + 'static) {
+        self.is_stopped = Arc::new(is_stopped);
     }
 
     fn outcome(&self, entry: &Entry, prompts: &[&Prompt], images: &[&RgbImage]) -> Result<Outcome> {

@@ -44,9 +44,30 @@ impl Noised {
             noise.normal(stream, experience.size.len())
         };
         let eps: Vec<Vec<f32>> = items.iter().map(of_item).collect();
-        let eps = model.pack(&eps, &experience.size);
+        Self::of(x0, &model.pack(&eps, &experience.size), t)
+    }
+
+    /// Of images `x0` and noise `eps`, `[M, S, C]`, at times `t`, `[M]`.
+    fn of(x0: Tensor, eps: &Tensor, t: Tensor) -> Self {
         let wide = t.reshape([-1, 1, 1]);
-        let x_t = &x0 * (1.0 - &wide) + &eps * &wide;
+        let x_t = &x0 * (1.0 - &wide) + eps * &wide;
         Self { target: eps - &x0, x0, x_t, t }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_goes_from_the_image_to_the_noise() {
+        let row = |values: [f32; 2]| Tensor::from_slice(&values).reshape([1, 1, 2]);
+        let (x0, eps) = (row([4.0, -2.0]), row([1.0, 3.0]));
+        let noised = Noised::of(x0.copy(), &eps, Tensor::from_slice(&[0.25f32]));
+        assert_eq!(noised.x_t, row([3.25, -0.75]));
+        assert_eq!(noised.target, row([-3.0, 5.0]));
+        // Along the velocity the noise is as far as there is time left, and the image as far as has gone.
+        assert_eq!(&noised.x_t + 0.75 * &noised.target, eps);
+        assert_eq!(noised.x_t - 0.25 * noised.target, x0);
     }
 }

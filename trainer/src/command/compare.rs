@@ -162,7 +162,7 @@ pub fn run(config: &CompareConfig, options: &Options<'_>) -> Result<()> {
     let folder = config.output.join("runs");
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     for task in &tasks {
-        task.claim(config)?;
+        task.claim(config, &start)?;
     }
     let left: VecDeque<&Task<'_>> = tasks.iter().filter(|task| !task.is_done()).collect();
     let progress = Mutex::new(Progress::new("compare", tasks.len(), tasks.len() - left.len()));
@@ -242,9 +242,6 @@ fn side_by_side(
     options: &Options<'_>,
 ) -> Result<()> {
     let out = config.output.join("side-by-side");
-    if out.join("side-by-side.png").is_file() {
-        return Ok(());
-    }
     let shown = |task: &&Task<'_>| {
         task.run
             .is_none_or(|run| config.tables[0].runs.contains(run) && task.seed == config.seeds[0])

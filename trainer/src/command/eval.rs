@@ -68,6 +68,17 @@ pub struct Options<'a> {
 /// On all ranks when a model, the prompts or a metric fails, or the output cannot be written; [`Stopped`] when
 /// asked to stop.
 pub fn run(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
+    let outcome = compare(config, options);
+    if let Err(error) = outcome.as_ref()
+        && !error.is::<Stopped>()
+    {
+        // None waits for hours of the others' to hear of it.
+        options.ranks.abort(&format!("{error:#}"));
+    }
+    outcome
+}
+
+fn compare(config: &AlignConfig, options: &Options<'_>) -> Result<()> {
     let ranks = &options.ranks;
     group::ranks::give_way(ranks, Some(options.out))?;
     let prompts = prompts::read(options.prompts)?;
@@ -144,13 +155,13 @@ fn columns(names: &[&str], records: &[Record], metrics: &[Metric<'_>]) -> Vec<Co
 /// Waits for all ranks to have done their part.
 ///
 /// # Errors
-/// On all ranks where a part failed, or somebody was asked to stop.
+/// What the own part failed with; [`Stopped`] on all ranks where somebody was asked to stop.
 fn together(ranks: &Group, part: Result<()>) -> Result<()> {
     let is_stopped = match part {
-        Err(error) if error.is::<Stopped>() => Ok(true),
-        part => part.map(|()| false),
+        Err(error) if error.is::<Stopped>() => true,
+        part => part.map(|()| false)?,
     };
-    if group::ranks::outcomes(ranks, is_stopped)?.contains(&true) {
+    if group::ranks::all(ranks, &is_stopped)?.contains(&true) {
         if ranks.is_first() {
             log::note("stopped: the same command continues");
         }
@@ -224,7 +235,7 @@ fn draw(
     let n_missing: usize = missing.iter().map(|(_, batch)| batch.len()).sum();
     let progress = Progress::new("sample", total, total - n_missing);
     for (image, batch) in missing {
-        check_interrupt()?;
+        check_on(&options.ranks)?;
         let texts: Vec<&str> = batch.iter().map(|&prompt| &*prompts[prompt].text).collect();
         let seed = options.seed + (image * prompts.len() + batch[0]) as u64;
         let images = sample(&model, &texts, seed, &plan, &size, guidance, batch.len())?;
@@ -236,10 +247,10 @@ fn draw(
     Ok(Some(model))
 }
 
-/// Ends the work where someone asked for it.
-fn check_interrupt() -> Result<()> {
+/// Ends the work where someone asked for it, or another of `ranks` has failed.
+fn check_on(ranks: &Group) -> Result<()> {
     if interrupt::asked() {
         bail!(Stopped);
     }
-    Ok(())
+    Ok(ranks.check()?)
 }

@@ -183,10 +183,16 @@ pub(crate) fn gather(
     };
     let scores = thread::scope(|scope| {
         let scoring = Scoring::start(scope, rewards, *watch);
-        experience.roll_out(sources, prompts, &scoring).map(|decoded| {
-            let scores = timed(&mut experience.seconds[2], || scoring.finish());
-            decoded.and(scores)
-        })
+        match experience.roll_out(sources, prompts, &scoring) {
+            Ok(decoded) => {
+                let scores = timed(&mut experience.seconds[2], || scoring.finish());
+                Ok(decoded.and(scores))
+            }
+            Err(error) => {
+                scoring.give_up();
+                Err(error)
+            }
+        }
     })?;
     experience.scores = scoring::of_all(ranks, &division, scores)?;
     let advantages = |scores| config.advantage.of_group(config.group_size, &given(config, scores));

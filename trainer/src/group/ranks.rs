@@ -62,17 +62,44 @@ pub(crate) fn outcomes<T: Serialize + DeserializeOwned>(
     if ranks.world() == 1 {
         return Ok(vec![own?]);
     }
-    let told = own.as_ref().map_err(|error| format!("{error:#}"));
-    let told: Vec<Result<T, String>> = all(ranks, &serde_json::to_value(&told)?)?
-        .into_iter()
-        .map(serde_json::from_value)
-        .collect::<Result<_, _>>()
-        .context("a rank of another version")?;
+    let told = told(ranks, &own)?;
     own?;
     let named = |(rank, outcome): (usize, Result<T, String>)| {
         outcome.map_err(|why| anyhow!("rank {rank}: {why}"))
     };
     told.into_iter().enumerate().map(named).collect()
+}
+
+/// As [`outcomes`], but the error is one that says that all ranks have it.
+///
+/// # Errors
+/// As [`outcomes`]; [`cluster::Error::Shared`].
+pub(crate) fn shared<T: Serialize + DeserializeOwned>(
+    ranks: &Group,
+    own: Result<T>,
+) -> Result<Vec<T>> {
+    let named = |(rank, outcome): (usize, Result<T, String>)| {
+        outcome.map_err(|why| cluster::Error::Shared { what: format!("rank {rank}: {why}") }.into())
+    };
+    told(ranks, &own)?.into_iter().enumerate().map(named).collect()
+}
+
+/// What every rank's `own` came to, or why it failed, by rank.
+///
+/// # Errors
+/// When a rank cannot be reached; what this one failed with comes first.
+fn told<T: Serialize + DeserializeOwned>(
+    ranks: &Group,
+    own: &Result<T>,
+) -> Result<Vec<Result<T, String>>> {
+    let said = own.as_ref().map_err(|error| format!("{error:#}"));
+    let told = all(ranks, &serde_json::to_value(&said)?);
+    let told = told.map_err(|error| match said {
+        Err(why) => error.context(why),
+        Ok(_) => error,
+    })?;
+    let read = told.into_iter().map(serde_json::from_value).collect::<Result<_, _>>();
+    read.context("a rank of another version")
 }
 
 /// What the first rank's `work` comes to, on all ranks; the others do not do it.

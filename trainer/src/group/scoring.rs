@@ -1,5 +1,7 @@
 //! Rewards of groups: computed while the next ones roll out, and put together from all ranks.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::thread::{Scope, ScopedJoinHandle};
 
@@ -18,6 +20,7 @@ use crate::reward::{Outcome, Rewards, Scores};
 pub(crate) struct Scoring<'scope> {
     queue: Sender<(&'scope Prompt, Vec<RgbImage>)>,
     thread: ScopedJoinHandle<'scope, Result<Vec<Scores>>>,
+    is_given_up: Arc<AtomicBool>,
 }
 
 impl<'scope> Scoring<'scope> {
@@ -27,16 +30,19 @@ impl<'scope> Scoring<'scope> {
         watch: &'scope dyn Watch,
     ) -> Self {
         let (queue, groups) = mpsc::channel::<(&Prompt, Vec<RgbImage>)>();
+        let is_given_up = Arc::new(AtomicBool::new(false));
+        let given_up = Arc::clone(&is_given_up);
         let score = move || {
             let score = |(prompt, images): (&Prompt, Vec<RgbImage>)| {
-                ensure!(!watch.is_stopped(), "stopped between two groups");
+                let is_stopped = watch.is_stopped() || given_up.load(Ordering::Relaxed);
+                ensure!(!is_stopped, "stopped between two groups");
                 let images: Vec<&RgbImage> = images.iter().collect();
                 rewards.score(&vec![prompt; images.len()], &images)
             };
             groups.into_iter().map(score).collect()
         };
         let thread = scope.spawn(move || caught(score).map_err(Error::msg).flatten());
-        Self { queue, thread }
+        Self { queue, thread, is_given_up }
     }
 
     /// Scores the `images` of `prompt`, which are those of one group, after all that came before.
@@ -48,6 +54,11 @@ impl<'scope> Scoring<'scope> {
     /// Whether it has ended, which it does before its time where a required reward fails.
     pub(crate) fn has_failed(&self) -> bool {
         self.thread.is_finished()
+    }
+
+    /// Leaves unscored what is still to come.
+    pub(crate) fn give_up(self) {
+        self.is_given_up.store(true, Ordering::Relaxed);
     }
 
     /// Waits for the scores of all that came.
@@ -82,18 +93,11 @@ pub(crate) fn of_all(
         let scores = scores.map(|scores| scores.into_iter().map(f64::from).collect());
         Outcome { scores, failures, retries, seconds: seconds.into(), error }
     };
-    let own: Result<Vec<Vec<Told>>, String> = match own {
-        Ok(own) => {
-            Ok(own.into_iter().map(|it| it.outcomes.into_iter().map(told).collect()).collect())
-        }
-        Err(error) => Err(format!("{error:#}")),
-    };
-    let mut all = Vec::new();
-    for (rank, part) in ranks::all(ranks, &own)?.into_iter().enumerate() {
-        let failed = |why| cluster::Error::Shared { what: format!("rank {rank}: {why}") };
-        all.extend(part.map_err(failed)?);
-    }
-    let mut parts = all.into_iter().map(|told: Vec<Told>| told.into_iter().map(heard).collect());
+    let of_group =
+        |scores: Scores| -> Vec<Told> { scores.outcomes.into_iter().map(told).collect() };
+    let own: Result<Vec<Vec<Told>>> = own.map(|own| own.into_iter().map(of_group).collect());
+    let all = ranks::shared(ranks, own)?.into_iter().flatten();
+    let mut parts = all.map(|told| told.into_iter().map(heard).collect());
     let groups = 0..division.n_groups();
     Ok(groups.map(|group| whole(parts.by_ref().take(division.ranks_of(group).count()))).collect())
 }

@@ -37,7 +37,8 @@ pub struct OptimizerConfig {
     /// Gradients are scaled down to this global norm.
     #[serde(default = "max_grad_norm")]
     pub max_grad_norm: f64,
-    /// Decay of the moving average of the weights; 0 keeps none. What is saved is then the average.
+    /// Decay of the moving average of the weights, and at most n/(n + 9) in step n, so that a short run forgets
+    /// its start; 0 keeps none. What is saved is then the average.
     #[serde(default)]
     pub ema: f64,
 }
@@ -133,6 +134,7 @@ impl AdamW {
                 self.move_segment(index, master, gradients, &scalars);
             }
         });
+        self.average(&masters);
         for network in parameters {
             network.refresh()?;
         }
@@ -210,8 +212,14 @@ impl AdamW {
                 _ => on_device(step, moved, &g),
             }
         }
-        if let Some(ema) = &mut self.ema {
-            let _ = ema[index].lerp_(master, 1.0 - self.config.ema);
+    }
+
+    /// Moves the average towards `masters`.
+    fn average(&mut self, masters: &[&Tensor]) {
+        let n = self.step as f64;
+        let decay = self.config.ema.min(n / (n + 9.0));
+        for (ema, master) in self.ema.iter_mut().flatten().zip(masters) {
+            let _ = no_grad(|| ema.lerp_(master, 1.0 - decay));
         }
     }
 
@@ -396,6 +404,26 @@ mod tests {
         assert!((report.grad_norm - 5.0).abs() < 1e-6);
         let m = Vec::<f32>::try_from(&optimizer.m[0]).unwrap();
         assert!((m[0] - 0.06).abs() < 1e-6 && (m[1] - 0.08).abs() < 1e-6, "{m:?}");
+    }
+
+    #[test]
+    fn the_average_forgets_the_start_of_a_short_run() {
+        let parameters = one_segment();
+        let slow = OptimizerConfig { ema: 0.99, ..config() };
+        let mut optimizer = AdamW::new(slow, &[&parameters]);
+        let mut average = weights(&parameters);
+        for n in 1..=22 {
+            push(&parameters, &[0.3, -1.0, 2.0]);
+            optimizer.step(&[&parameters], 1.0).unwrap();
+            let decay = n as f32 / (n as f32 + 9.0);
+            for (average, weight) in average.iter_mut().zip(weights(&parameters)) {
+                *average = decay * *average + (1.0 - decay) * weight;
+            }
+        }
+        let found = Vec::<f32>::try_from(&optimizer.averaged().unwrap()[0]).unwrap();
+        for (found, expected) in found.iter().zip(average) {
+            assert!((found - expected).abs() < 1e-5, "{found} {expected}");
+        }
     }
 
     #[test]

@@ -85,7 +85,7 @@ fn train(config: &AlignConfig, options: &Options) -> Result<()> {
     let (threads, device) = (options.threads, options.compute.device);
     let ready = Ready::read(config)?;
     agreement::of_files(ranks, config, &held, &ready)?;
-    let rewards = ready.rewards(config, threads, device)?;
+    let rewards = ready.rewards(config, ranks, threads, device)?;
     let mut validation = Validation::open(config, &ready, &rewards, threads, device)?;
     let model = config.load(options.compute, ranks)?;
     let size = config.group.rollout.latent_size(&model.pipeline)?;
@@ -303,6 +303,13 @@ impl Run<'_> {
         error: anyhow::Error,
         progress: &Progress,
     ) -> anyhow::Error {
+        let error = match self.options.ranks.check() {
+            // It may have failed for no other reason.
+            Err(fault) if !error.is::<cluster::Error>() => {
+                anyhow::Error::new(fault).context(format!("{error:#}"))
+            }
+            _ => error,
+        };
         // Where several processes share a run, only together can they save and stop: none goes before all have.
         let cause = error.downcast_ref::<cluster::Error>();
         let is_shared = matches!(cause, Some(cluster::Error::Shared { .. }));
@@ -357,8 +364,9 @@ impl Run<'_> {
     fn once(&mut self, iteration: usize, is_first: bool, progress: &Progress) -> Result<String> {
         let started = Instant::now();
         let numbered = || format!("iteration {}", iteration + 1);
-        let is_alone = self.options.ranks.world() == 1;
-        let watch = Watching { iteration, seconds: self.seconds, is_alone };
+        let ranks = &self.options.ranks;
+        let (is_alone, alarm) = (ranks.world() == 1, ranks.alarm());
+        let watch = Watching { iteration, seconds: self.seconds, is_alone, alarm };
         let experience = self.gather(iteration, &watch).with_context(numbered)?;
         let faults =
             if self.report.is_some() { experience.faults(&self.config.group) } else { vec![] };

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context, Result};
+use cluster::Group;
 use flow::contents;
 use flow::pipeline::Pipeline;
 use flow::prompts::Prompt;
@@ -58,18 +59,21 @@ impl Ready {
         Ok(Self { pipeline, prompts: training, sheet_prompts, held_out })
     }
 
-    /// The rewards, which can all score the training prompts.
+    /// The rewards, which can all score the training prompts, and whose waits end where the run is asked to stop or
+    /// `ranks` are no longer together.
     ///
     /// # Errors
     /// When one does not open, or can never score one of them.
     pub(crate) fn rewards(
         &self,
         config: &AlignConfig,
+        ranks: &Group,
         threads: usize,
         device: Device,
     ) -> Result<Rewards> {
         let mut rewards = Rewards::open(&config.group.rewards, threads, device)?;
-        rewards.stop_when(interrupt::asked);
+        let alarm = ranks.alarm();
+        rewards.stop_when(move || interrupt::asked() || alarm.rings());
         self.check(&rewards, &self.prompts, &config.group.rollout)?;
         Ok(rewards)
     }

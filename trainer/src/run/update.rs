@@ -70,6 +70,7 @@ pub(crate) fn run(
     for (update, (items, total)) in made.enumerate() {
         let mut statistics = Statistics::default();
         for chunk in items.chunks(config.group.rollout.batch) {
+            ranks.check()?;
             ensure!(update > 0 || !is_stopped(), "stopped before the first step of the optimiser");
             let condition = experience.conditions(chunk.iter().map(|item| item.group));
             let batch = algorithm.batch(sources, experience, chunk, &condition)?;

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Error, Result, bail, ensure};
 use cluster::Group;
 use flow::latents::LatentSize;
 use flow::prompts::Prompt;
@@ -178,8 +178,11 @@ pub(crate) struct Validation<'a> {
     pub(crate) standing: Standing,
 }
 
-/// Scores of a batch of prompts: the first one's number, and by metric, where that did not fail.
-type Told = (usize, Vec<Option<Vec<Exact>>>);
+/// Scores of a batch of prompts by metric, where that did not fail.
+type Judged = Vec<Option<Vec<Exact>>>;
+
+/// The number of a batch's first prompt, and its scores.
+type Told = (usize, Judged);
 
 /// Scores of a rank's batches, and what failed.
 type Own = (Vec<Told>, Vec<String>);
@@ -192,11 +195,8 @@ fn of_all(ranks: &Group, own: Result<Own>) -> Result<Own> {
     if ranks.world() == 1 {
         return own;
     }
-    let own = own.map_err(|error| format!("{error:#}"));
     let (mut all, mut faults) = Own::default();
-    for (rank, part) in ranks::all(ranks, &own)?.into_iter().enumerate() {
-        let failed = |why| cluster::Error::Shared { what: format!("rank {rank}: {why}") };
-        let (told, said) = part.map_err(failed)?;
+    for (told, said) in ranks::shared(ranks, own)? {
         all.extend(told);
         faults.extend(said);
     }
@@ -220,8 +220,7 @@ impl<'a> Validation<'a> {
         }
         let prompts = ready.held_out.clone();
         let configs: Vec<RewardConfig> = metrics(config).cloned().collect();
-        let mut metrics = rewards.open_beside(&configs, threads, device).context("validation")?;
-        metrics.stop_when(interrupt::asked);
+        let metrics = rewards.open_beside(&configs, threads, device).context("validation")?;
         let rollout = config.validation.rollout(config);
         ready.check(&metrics, &prompts, rollout).context("validation")?;
         let about = (config.validation.best(config), &prompts);
@@ -293,7 +292,7 @@ impl<'a> Validation<'a> {
         exchange();
         let told = flow::panics::caught(|| self.own(model));
         exchange();
-        let own = told.map_err(anyhow::Error::msg).flatten();
+        let own = told.map_err(Error::msg).flatten()?;
         let (mut all, mut faults) = of_all(trained.group(), own)?;
         all.sort_by_key(|(first, _)| *first);
         let mean = |index: usize| {
@@ -313,12 +312,12 @@ impl<'a> Validation<'a> {
         Ok(Validated { means: means.collect(), is_better, faults, seconds })
     }
 
-    /// This rank's batches of prompts: every world-th.
-    fn own(&self, model: &Model) -> Result<Own> {
+    /// This rank's batches of prompts: every world-th. What judging them failed with, asking no other rank, is inside.
+    fn own(&self, model: &Model) -> Result<Result<Own>> {
         let group = model.engine.trained().group();
         let Self { guidance, size, plan, .. } = self;
         let each = self.batch.min(self.prompts.len().div_ceil(group.world()));
-        let (mut told, mut faults) = (Vec::new(), Vec::new());
+        let mut own = Ok(Own::default());
         let batches = self.prompts.chunks(each).enumerate().skip(group.rank());
         for (index, batch) in batches.step_by(group.world()) {
             if group.world() == 1 && interrupt::asked() {
@@ -327,19 +326,34 @@ impl<'a> Validation<'a> {
             let texts: Vec<&str> = batch.iter().map(|prompt| &*prompt.text).collect();
             let first = index * each;
             let images = sample(model, &texts, first as u64, plan, size, *guidance, batch.len())?;
-            let images: Vec<&RgbImage> = images.iter().collect();
-            let scores = self.metrics.score(&batch.iter().collect::<Vec<_>>(), &images)?;
-            let exact = |scores: Vec<f64>| scores.into_iter().map(Exact::from).collect();
-            for (name, outcome) in self.names.iter().zip(&scores.outcomes) {
-                if let Some(error) = outcome.error.as_ref().filter(|_| outcome.scores.is_none()) {
-                    faults.push(format!("validation goes without {name:?}: {error}"));
-                }
+            let judged = flow::panics::caught(|| self.judge(batch, &images));
+            own = own.and_then(|(mut told, mut faults)| {
+                let (scores, said) = judged.map_err(Error::msg).flatten()?;
+                told.push((first, scores));
+                faults.extend(said);
+                Ok((told, faults))
+            });
+            if own.is_err() {
+                break;
             }
-            let scores = scores.outcomes.into_iter().map(|outcome| outcome.scores.map(exact));
-            told.push((first, scores.collect()));
         }
         model.engine.attend()?;
-        Ok((told, faults))
+        Ok(own)
+    }
+
+    /// Scores of `images` by metric, where that did not fail, and what did.
+    fn judge(&self, prompts: &[Prompt], images: &[RgbImage]) -> Result<(Judged, Vec<String>)> {
+        let images: Vec<&RgbImage> = images.iter().collect();
+        let scores = self.metrics.score(&prompts.iter().collect::<Vec<_>>(), &images)?;
+        let mut faults = Vec::new();
+        for (name, outcome) in self.names.iter().zip(&scores.outcomes) {
+            if let Some(error) = outcome.error.as_ref().filter(|_| outcome.scores.is_none()) {
+                faults.push(format!("validation goes without {name:?}: {error}"));
+            }
+        }
+        let exact = |scores: Vec<f64>| scores.into_iter().map(Exact::from).collect();
+        let scores = scores.outcomes.into_iter().map(|outcome| outcome.scores.map(exact));
+        Ok((scores.collect(), faults))
     }
 }
 

@@ -1,6 +1,7 @@
 //! What an iteration is told of signals, and signals of it.
 
 use anyhow::{Result, ensure};
+use cluster::Alarm;
 
 use super::interrupt;
 use crate::group::experience::{Stage, Watch};
@@ -11,6 +12,8 @@ pub(super) struct Watching {
     pub(super) seconds: [Option<f64>; 4],
     /// Several processes must stop at the same place, which is the end of an iteration.
     pub(super) is_alone: bool,
+    /// Where they are no longer together, each stops as soon as it can.
+    pub(super) alarm: Alarm,
 }
 
 impl Watch for Watching {
@@ -28,6 +31,6 @@ impl Watch for Watching {
     }
 
     fn is_stopped(&self) -> bool {
-        self.is_alone && interrupt::asked()
+        self.alarm.rings() || self.is_alone && interrupt::asked()
     }
 }

@@ -6,16 +6,17 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use flow::checkpoint::{read_bounded, write_atomically};
 use flow::pipeline::Pipeline;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::{CompareConfig, Options, RunConfig, growth, slug};
 use crate::algorithm;
 use crate::run::align::{ALIGNED, Stopped};
 use crate::run::config::AlignConfig;
 use crate::run::interrupt;
+use crate::run::record::{content, content_of_pipeline};
 use crate::run::settings::{self, Source};
 
 /// Iterations over whose passes the mean is taken: windows move.
@@ -32,6 +33,20 @@ pub(super) struct Task<'a> {
     pub(super) n_images: f64,
     preset: &'a str,
     settings: Vec<String>,
+}
+
+/// What a run's folder is for.
+#[derive(Serialize)]
+struct Note<'a> {
+    /// A prompt, when it is scored.
+    images: usize,
+    /// Hashes of what files hold.
+    model: String,
+    prompts: String,
+    held_out: String,
+    run: &'a AlignConfig,
+    /// Says what scores it.
+    score: &'a AlignConfig,
 }
 
 /// Part of `eval.json`.
@@ -103,23 +118,32 @@ impl<'a> Task<'a> {
         Ok(column.means)
     }
 
-    /// Makes the folder and notes what it is for; refuses one that was made for something else.
-    pub(super) fn claim(&self, config: &CompareConfig) -> Result<()> {
+    /// Makes the folder and notes what it is for; refuses one that was made for something else: by the text of
+    /// presets, or the prompts, of another day, too.
+    pub(super) fn claim(&self, config: &CompareConfig, start: &AlignConfig) -> Result<()> {
         fs::create_dir_all(&self.folder)
             .with_context(|| format!("cannot make {}", self.folder.display()))?;
-        let mut wanted = vec![self.preset.to_owned(), format!("{}", config.prompts.display())];
-        if config.images > 1 {
-            wanted.push(format!("images={}", config.images));
+        let run = settings::align(&Source::Preset(self.preset), &self.settings)?.config;
+        let wanted = Note {
+            images: config.images,
+            model: content_of_pipeline(&run.model)?,
+            prompts: content(&run.prompts)?,
+            held_out: content(&config.prompts)?,
+            score: start,
+            run: &run,
+        };
+        let wanted = toml::to_string(&wanted)?;
+        let note = self.folder.join("settings.toml");
+        if !note.exists() && fs::read_dir(&self.folder)?.next().is_none() {
+            return Ok(write_atomically(&note, wanted.as_bytes())?);
         }
-        let wanted = [&wanted[..], &self.settings].concat().join("\n") + "\n";
-        let note = self.folder.join("settings.txt");
-        match read_bounded(&note) {
-            Ok(found) => ensure!(
-                found == wanted.as_bytes(),
-                "{} holds a run with other settings: remove it or choose another output",
+        let found = read_bounded(&note).unwrap_or_default();
+        let found = String::from_utf8_lossy(&found);
+        if let Some(odd) = wanted.lines().find(|&line| found.lines().all(|known| known != line)) {
+            bail!(
+                "{} holds a run with other settings, without `{odd}`: remove it or choose another output",
                 self.folder.display()
-            ),
-            Err(_) => write_atomically(&note, wanted.as_bytes())?,
+            );
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use serde_json::json;
 use tch::Device;
 
 use super::record::{self, Record};
-use super::{check_interrupt, stamp};
+use super::{check_on, stamp};
 use crate::reward::{RewardConfig, Rewards};
 use crate::run::progress::Progress;
 
@@ -61,10 +61,12 @@ impl<'a> Metric<'a> {
         Ok(())
     }
 
-    /// Scores by a row a prompt, where all of them are there.
+    /// Scores by a row a prompt, where all of them are there, and none of more images than are asked for.
     pub(super) fn scores(&self, record: &Record) -> Option<Vec<Vec<f32>>> {
-        let rows = self.rows(record);
-        self.missing(&rows).is_empty().then_some(rows)
+        let mut rows = self.rows(record);
+        let is_whole = self.missing(&rows).is_empty();
+        rows.iter_mut().for_each(|row| row.truncate(self.n_images));
+        is_whole.then_some(rows)
     }
 
     /// Scores the images of `record` that it has not scored, this rank's share of them, and keeps every few
@@ -82,7 +84,7 @@ impl<'a> Metric<'a> {
         };
         let progress = Progress::new("score", total, total - missing.len());
         for chunk in missing.chunks(PROMPTS_AT_ONCE) {
-            check_interrupt()?;
+            check_on(ranks)?;
             let images = self.images(record, chunk)?;
             let prompts: Vec<&Prompt> = chunk
                 .iter()
@@ -110,7 +112,7 @@ impl<'a> Metric<'a> {
 
     /// Prompts without a score for each image.
     fn missing(&self, rows: &[Vec<f32>]) -> Vec<usize> {
-        (0..rows.len()).filter(|&prompt| rows[prompt].len() != self.n_images).collect()
+        (0..rows.len()).filter(|&prompt| rows[prompt].len() < self.n_images).collect()
     }
 
     fn images(&self, record: &Record, prompts: &[usize]) -> Result<Vec<RgbImage>> {

@@ -153,8 +153,8 @@ impl Record {
             .into())
     }
 
-    /// Scores of every prompt by the metric `name` with `key`, a row each; a row that holds no `n` scores
-    /// is still to come.
+    /// Scores of every prompt by the metric `name` with `key`, a row each, with one
+    /// for each image that was ever asked for.
     pub(super) fn rows(&self, name: &str, key: &str, n_prompts: usize) -> Vec<Vec<f32>> {
         let known = self.scores.get(name).filter(|scores| scores.key == key);
         let mut rows = known.map(|scores| scores.rows.clone()).unwrap_or_default();

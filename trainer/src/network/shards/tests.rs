@@ -18,7 +18,7 @@ fn on_ranks<T: Send>(world: usize, work: impl Fn(&Group) -> T + Sync) -> Vec<T> 
     let port = store.port();
     let rank = |rank: usize| {
         let host = "127.0.0.1".to_owned();
-        let (local_rank, local_world, launcher, restart) = (rank, world, "a test", 0);
+        let (local_rank, local_world, launcher) = (rank, world, "a test");
         let topology = Topology {
             rank,
             world,
@@ -27,7 +27,7 @@ fn on_ranks<T: Send>(world: usize, work: impl Fn(&Group) -> T + Sync) -> Vec<T> 
             host,
             port,
             launcher_serves: true,
-            restart,
+            store_stays: false,
             launcher,
         };
         let [join, step] = [60; 2].map(Duration::from_secs);
