@@ -103,6 +103,8 @@ struct Plan {
     in_decoder: f64,
     /// Passes an image: forward alone; forward and backward.
     nfe: [f64; 2],
+    /// Other values of the weights that the algorithm keeps: as many as it asks of what trains.
+    n_copies: f64,
     /// Images an iteration.
     images: f64,
     /// Numbers of one image's trajectory.
@@ -114,7 +116,9 @@ impl Plan {
         let Options { config, pipeline, text_tokens, .. } = *options;
         config.validate()?;
         let size = config.group.rollout.latent_size(pipeline)?;
-        let nfe = passes(config, config.group.rollout.grid(&pipeline.scheduler, &size))?;
+        let grid = config.group.rollout.grid(&pipeline.scheduler, &size);
+        let nfe = passes(config, grid)?;
+        let n_copies = config.setting()?.open(grid).n_references() as f64;
         let shapes = Shapes::new();
         pipeline.dry_velocity(&shapes, 1, size.tokens(), text_tokens);
         let segments = segments(&pipeline.transformer);
@@ -136,6 +140,7 @@ impl Plan {
             block_inputs: tokens * network.width() as f64 * network.n_blocks() as f64,
             in_decoder: if follows_rewards { kept_in_decoder(pipeline, &size) } else { 0.0 },
             nfe,
+            n_copies,
             images: config.group.prompts_per_iteration as f64 * group,
             trajectory: (2.0 * nfe[0] + 1.0) * size.len() as f64,
             size,
@@ -173,6 +178,7 @@ impl Plan {
             is_adapted: lora,
             bytes: BF16,
             has_average: config.optimizer.ema > 0.0,
+            n_copies: self.n_copies,
         }
     }
 

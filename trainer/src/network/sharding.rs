@@ -50,6 +50,8 @@ pub(crate) struct Sharded {
     pub(crate) bytes: f64,
     /// Whether a moving average is kept.
     pub(crate) has_average: bool,
+    /// Other values of the weights that train, which networks see in turn.
+    pub(crate) n_copies: f64,
 }
 
 /// Bytes of a rank.
@@ -57,7 +59,7 @@ pub(crate) struct Sharded {
 pub(crate) struct Held {
     pub(crate) weights: f64,
     pub(crate) gradients: f64,
-    /// Masters, moments and the average.
+    /// Masters, moments, the average, and other values of the weights.
     pub(crate) states: f64,
 }
 
@@ -71,7 +73,7 @@ impl Sharded {
     pub(crate) fn held(&self, world: usize) -> Held {
         let n = self.among(world) as f64;
         let Self { bytes, trained, .. } = *self;
-        let copies = if self.has_average { 4.0 } else { 3.0 };
+        let states = 3.0 + f64::from(u8::from(self.has_average)) + self.n_copies;
         let divided = if self.is_adapted { world as f64 } else { n };
         // Where networks compute in f32 with what a rank holds, that is the masters.
         let is_shared = bytes == F32 && !self.is_adapted;
@@ -86,10 +88,16 @@ impl Sharded {
             }
         };
         let adapters = if self.is_adapted { trained } else { 0.0 };
+        // As networks see them; in f32 what is divided is that.
+        let seen = match self.shard {
+            _ if is_shared && (world == 1 || matches!(self.shard, Shard::All | Shard::Node)) => 0.0,
+            Shard::All | Shard::Node if !self.is_adapted => trained / n,
+            _ => trained,
+        };
         Held {
             weights: bytes * (weights + adapters),
             gradients: bytes * gradients,
-            states: F32 * copies * trained / divided,
+            states: F32 * states * trained / divided + bytes * self.n_copies * seen,
         }
     }
 
@@ -139,6 +147,7 @@ mod tests {
         is_adapted: false,
         bytes: 2.0,
         has_average: false,
+        n_copies: 0.0,
     };
 
     fn assert_near(found: f64, expected: f64) {
@@ -203,6 +212,17 @@ mod tests {
         let [sum, gather] = lora.step(2);
         assert_near(sum, 0.2);
         assert_near(gather, 0.1);
+    }
+
+    #[test]
+    fn other_values_of_the_weights_count_as_networks_see_them_and_as_they_are_kept() {
+        // 12·11.9/32, and twice 4·11.9/32 and 2·11.9.
+        let both = Sharded { n_copies: 2.0, ..FLUX };
+        assert_near(both.held(32).states, 4.4625 + 2.975 + 47.6);
+        let all = Sharded { shard: Shard::All, ..both };
+        assert_near(all.held(32).states, 4.4625 + 2.975 + 1.4875);
+        let alone = Sharded { bytes: 4.0, ..both };
+        assert_near(alone.held(1).states, 142.8 + 95.2);
     }
 
     #[test]

@@ -105,7 +105,8 @@ pub struct RanksConfig {
     #[serde(default = "join_seconds")]
     pub join_seconds: f64,
     /// Seconds that a rank waits for another one in one operation; longer than a group's rewards, a sheet
-    /// of samples or a checkpoint can take, and than any reward's 60·patience + timeout.
+    /// of samples or a checkpoint can take, and than any reward's 60·patience + (retries + 1)·timeout, whose
+    /// patience is none where it is not required.
     #[serde(default = "step_seconds")]
     pub step_seconds: f64,
 }
@@ -123,12 +124,12 @@ impl RanksConfig {
         for (index, reward) in rewards.iter().enumerate() {
             let Some(timeout) = reward.kind.timeout() else { continue };
             let patience = if reward.required { reward.patience } else { 0.0 };
-            let longest = 60.0 * patience + timeout;
+            let longest = 60.0 * patience + f64::from(reward.retries + 1) * timeout;
             ensure!(
                 self.step_seconds > longest,
-                "ranks.step_seconds = {}: a rank may wait {longest} s for {name}.{index} (60·patience + timeout), and \
-                 would be given up meanwhile; raise ranks.step_seconds above that, or lower {name}.{index}.patience, \
-                 in minutes",
+                "ranks.step_seconds = {}: a rank may wait {longest} s for {name}.{index} (60·patience + (retries + \
+                 1)·timeout), and would be given up meanwhile; raise ranks.step_seconds above that, or lower \
+                 {name}.{index}.patience, in minutes, retries or timeout",
                 self.step_seconds
             );
         }
@@ -391,9 +392,10 @@ mod tests {
             ranks.outlasts(&[reward("kind = 'colour'"), reward(&server)], "rewards")
         };
         assert!(checked(900.0, "").is_ok());
-        assert!(checked(781.0, "patience = 10\ntimeout = 180").is_ok());
-        let refused = checked(780.0, "patience = 10\ntimeout = 180").unwrap_err().to_string();
-        for part in ["ranks.step_seconds = 780", "780 s for rewards.1", "rewards.1.patience"] {
+        let slow = "patience = 10\ntimeout = 180\nretries = 1";
+        assert!(checked(961.0, slow).is_ok());
+        let refused = checked(960.0, slow).unwrap_err().to_string();
+        for part in ["ranks.step_seconds = 960", "960 s for rewards.1", "rewards.1.patience"] {
             assert!(refused.contains(part), "{refused}");
         }
         assert!(checked(200.0, "patience = 10\nrequired = false").is_ok());

@@ -327,7 +327,7 @@ impl Parameters {
     /// While an interpreter over these parameters is in use.
     pub(crate) fn take_gradients(&self) -> Result<Vec<Vec<Gradient>>> {
         if let Some(gathering) = &self.gathering {
-            let take = |index| Ok(vec![self.of_all(gathering.take_gradient(index))?]);
+            let take = |index| Ok(vec![self.of_all(gathering.take_gradient(index)?)?]);
             return (0..self.segments.len()).map(take).collect();
         }
         let (mut views, mut learned) = (self.views.borrow_mut(), self.learned.borrow_mut());

@@ -119,6 +119,7 @@ mod tests {
         is_adapted: false,
         bytes: 2.0,
         has_average: false,
+        n_copies: 0.0,
     };
     const ITERATION: Iteration = Iteration {
         sharded: SHARDED,

@@ -42,6 +42,8 @@ pub(super) struct Gathering {
     course: RefCell<VecDeque<usize>>,
     source: RefCell<Option<Rc<[Tensor]>>>,
     in_flight: RefCell<Option<(usize, Pending)>>,
+    /// A segment whose gradients are being added up.
+    adding: RefCell<Option<(usize, Pending)>>,
     /// Sums over ranks and passes, of this rank's parts.
     gradients: RefCell<Vec<Option<Tensor>>>,
     /// Sums of each parameter as it was read.
@@ -86,10 +88,11 @@ impl Gathering {
     }
 
     /// What has been added up of segment `index`, which starts anew.
-    pub(super) fn take_gradient(&self, index: usize) -> Gradient {
+    pub(super) fn take_gradient(&self, index: usize) -> Result<Gradient> {
+        self.settle()?;
         let sum = self.gradients.borrow_mut()[index].take();
         let values = sum.unwrap_or_else(|| self.seen[index].to_kind(Kind::Float).zeros_like());
-        Gradient { offset: 0, values }
+        Ok(Gradient { offset: 0, values })
     }
 
     fn number(&self, flats: &Rc<[Tensor]>) -> usize {
@@ -135,9 +138,19 @@ impl Gathering {
         Ok(whole)
     }
 
-    /// Adds the sum over ranks of `flat`, a whole segment and its padding, to the gradient of segment `index`.
+    /// Starts to add the sum over ranks of `flat`, a whole segment and its padding, to the gradient of segment
+    /// `index`; it travels while the segment before it computes.
     fn add(&self, group: &Group, index: usize, flat: &Tensor) -> Result<()> {
-        let part = group.reduce_scatter(flat, Reduce::Sum)?;
+        let started = group.start_reduce_scatter(flat, Reduce::Sum)?;
+        self.settle()?;
+        *self.adding.borrow_mut() = Some((index, started));
+        Ok(())
+    }
+
+    /// Waits for what is being added up.
+    fn settle(&self) -> Result<()> {
+        let Some((index, started)) = self.adding.borrow_mut().take() else { return Ok(()) };
+        let part = started.wait()?;
         let sum = &mut self.gradients.borrow_mut()[index];
         *sum = Some(match sum.take() {
             Some(before) => before + part,
