@@ -148,10 +148,9 @@ pub struct Verify {
     /// Largest GMSD of a picture that passes
     #[arg(long, value_name = "X", value_parser = gmsd())]
     pub max_gmsd: Option<f64>,
-    /// Threads of ONNX Runtime
-    #[arg(long, value_name = "N", default_value_t = 1,
-          value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub threads: u16,
+    /// Threads of ONNX Runtime; by default one a processor
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
     /// How much is said
     #[command(flatten)]
     pub says: Says,
@@ -258,7 +257,6 @@ impl Args {
 
     /// What it means.
     pub fn request(self) -> Request {
-        let available = || std::thread::available_parallelism().map_or(1, usize::from);
         Request {
             checkpoint: self.checkpoint,
             target: self.out,
@@ -291,9 +289,15 @@ impl Args {
                 max_gmsd: self.max_gmsd,
                 wanted: self.pictures.into(),
             },
-            threads: self.threads.map_or_else(available, usize::from),
+            threads: threads(self.threads),
         }
     }
+}
+
+/// As many as asked for, else one a processor.
+pub fn threads(asked: Option<u16>) -> usize {
+    let available = || std::thread::available_parallelism().map_or(1, usize::from);
+    asked.map_or_else(available, usize::from)
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use clap::{CommandFactory, Parser};
-use exporter::args::{Args, Inspect, Verify, Wrap};
+use exporter::args::{Args, Inspect, Verify, Wrap, threads as threads_of};
 use exporter::export::plan::plan;
 use exporter::export::{Table, export};
 use exporter::target::Target;
@@ -86,7 +86,7 @@ fn compare(typed: &Verify) -> Result<()> {
         max_gmsd: *max_gmsd,
         wanted: (*pictures).into(),
     };
-    let report = verify::again(folder, checkpoint, loras, &asked, usize::from(*threads))?;
+    let report = verify::again(folder, checkpoint, loras, &asked, threads_of(*threads))?;
     say(report.table())?;
     report.check()
 }

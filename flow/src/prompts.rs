@@ -7,7 +7,7 @@ mod table;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-pub use file::{ENDS, Prompts, read};
+pub use file::{ENDS, MAX_FILE, Prompts, of_bytes, read};
 pub use row::{ANSWER, TEXT_FIELDS};
 pub use table::no_column;
 

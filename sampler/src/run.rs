@@ -2,12 +2,12 @@
 
 use std::{
     collections::HashSet,
-    io::{Read, Write},
+    io::Read,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use flow::{
     checkpoint::Weights,
     lora::scaled_path,
@@ -27,8 +27,6 @@ use crate::{
     sheet::Layout,
 };
 
-/// Most bytes of prompts on standard input.
-const MAX_STANDARD: u64 = 256 << 20;
 /// Most images in one run.
 const MAX_IMAGES: usize = 1_000_000;
 
@@ -74,15 +72,20 @@ impl Run {
         let files = outputs::image_files(&args.out, n_images).map_err(usage)?;
         let mut files = files.into_iter();
         let mut images = Vec::with_capacity(n_images);
-        for prompt in &prompts {
-            let request = settings::of_prompt(prompt, &base)?;
+        for (index, prompt) in prompts.iter().enumerate() {
+            let of_file = |error: Usage| match &args.prompts {
+                Some(file) => Usage(format!("{}: prompt {}: {error}", name_of(file), index + 1)),
+                None => error,
+            };
+            let request = settings::of_prompt(prompt, &base).map_err(of_file)?;
             let first = request.seed.unwrap_or_else(random_seed);
             if first.checked_add(count as u64 - 1).is_none() {
                 bail!(usage(format!("--seed {first} + {count} images passes the largest seed")));
             }
             for (seed, file) in (first..=u64::MAX).zip(files.by_ref().take(count)) {
                 let request = Request { seed: Some(seed), ..request.clone() };
-                images.push(Image { file, job: export.job(request).map_err(Usage::from)? });
+                let job = export.job(request).map_err(|error| of_file(error.into()))?;
+                images.push(Image { file, job });
             }
         }
         let of_prompts = images.iter().step_by(count).flat_map(|image| &image.job.notices);
@@ -212,7 +215,7 @@ fn prompts(args: &Generate) -> Result<(Vec<Prompt>, Vec<String>)> {
             let unused = (!unused.is_empty())
                 .then(|| format!("{} are no settings of an image", unused.join(", ")));
             let notices = read.notices().into_iter().chain(unused);
-            let notices = notices.map(|notice| format!("{}: {notice}", file.display())).collect();
+            let notices = notices.map(|notice| format!("{}: {notice}", name_of(file))).collect();
             Ok((read.prompts, notices))
         }
         (None, None) => bail!(usage("a prompt is missing: give --prompt or --prompts")),
@@ -228,12 +231,15 @@ pub fn read_prompts(file: &Path) -> Result<Prompts> {
         return Ok(prompts::read(file)?);
     }
     let mut text = Vec::new();
-    std::io::stdin().lock().take(MAX_STANDARD).read_to_end(&mut text)?;
+    std::io::stdin().lock().take(prompts::MAX_FILE + 1).read_to_end(&mut text)?;
     let is_json = matches!(text.trim_ascii_start().first(), Some(b'{' | b'"'));
-    let suffix = if is_json { ".jsonl" } else { ".txt" };
-    let mut copy = tempfile::Builder::new().prefix("standard-input").suffix(suffix).tempfile()?;
-    copy.write_all(&text)?;
-    Ok(prompts::read(copy.path())?)
+    let extension = if is_json { "jsonl" } else { "txt" };
+    prompts::of_bytes(extension, &text).map_err(|why| anyhow!("standard input: {why}"))
+}
+
+/// As people know a prompt file.
+fn name_of(file: &Path) -> String {
+    if file == Path::new(STANDARD) { "standard input".into() } else { file.display().to_string() }
 }
 
 /// Gives each image its noise from a file, or all the same.

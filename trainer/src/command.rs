@@ -58,6 +58,7 @@ pub fn run(cli: &Cli) -> Result<()> {
     tch::set_num_threads(threads as i32);
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     let device = ranks::device(&cli.device, place.as_ref());
+    computes_nothing(cli)?;
     let compute = device::compute(&device, &cli.precision)?;
     let is_patient = matches!(
         cli.command,
@@ -70,6 +71,36 @@ pub fn run(cli: &Cli) -> Result<()> {
     );
     interrupt::listen(is_patient, ranks::answers(place.as_ref()))?;
     carry_out(cli, place.as_ref(), threads, compute)
+}
+
+/// Refuses to be told on what to compute where nothing is computed.
+fn computes_nothing(cli: &Cli) -> Result<()> {
+    let name = match &cli.command {
+        Command::Config { .. } => "config",
+        Command::Consolidate { .. } => "consolidate",
+        Command::Convert { .. } => "convert",
+        Command::Init { .. } => "init",
+        Command::Plan { .. } => "plan",
+        Command::Signs { .. } => "signs",
+        _ => return Ok(()),
+    };
+    for (option, value) in [("--device", &cli.device), ("--precision", &cli.precision)] {
+        ensure!(
+            value == "auto",
+            Usage(format!("{option} {value}: {name} computes no network, leave it out"))
+        );
+    }
+    Ok(())
+}
+
+/// Refuses settings that an option of `command` says.
+fn said_by_options(command: &str, settings: &[String], options: &[(&str, &str)]) -> Result<()> {
+    for (key, option) in options {
+        if let Some(setting) = settings.iter().find(|setting| settings::key(setting) == *key) {
+            bail!(Usage(format!("--set {setting}: {command} reads {option} in its place")));
+        }
+    }
+    Ok(())
 }
 
 fn carry_out(
@@ -95,6 +126,7 @@ fn carry_out(
         }
         Command::Eval { .. } => evaluate(&cli.command, place, threads, compute),
         Command::Score { images, prompt, prompts, source } => {
+            said_by_options("score", &source.settings, &[("prompts", "--prompts")])?;
             let config = settings::read(&of(source), &settings::ALIGN_PRESETS, &source.settings)?;
             let shown = match (prompt, prompts) {
                 (Some(text), _) => score::Shown::All(text),
@@ -170,6 +202,7 @@ fn evaluate(
         return eval::votes(votes);
     }
     let prompts = prompts.as_deref().context("--prompts is missing")?;
+    said_by_options("eval", &source.settings, &eval::OPTIONS)?;
     let config: AlignConfig =
         settings::read(&of(source), &settings::ALIGN_PRESETS, &source.settings)?;
     let ranks = ranks::meet(place, &config, compute)?;
@@ -184,6 +217,9 @@ fn evaluate(
 fn measure(command: &Command, threads: usize, compute: device::Compute) -> Result<()> {
     match command {
         Command::Plan { model, text_tokens, lora_rank, utilisation, source } => {
+            let of_lora = lora_rank.map(|_| ("lora.rank", "--lora-rank"));
+            let options: Vec<_> = [("model", "--model")].into_iter().chain(of_lora).collect();
+            said_by_options("plan", &source.settings, &options)?;
             let run = settings::align(&of(source), &source.settings)?;
             let own = run.config.lora.as_ref().map(|lora| lora.rank);
             plan::run(&plan::Options {
@@ -195,6 +231,7 @@ fn measure(command: &Command, threads: usize, compute: device::Compute) -> Resul
             })
         }
         Command::Bench { iteration: Some(preset), model, settings, repeats, json, .. } => {
+            said_by_options("bench", settings, &[("model", "--model")])?;
             let own = [format!("model={model}")];
             let settings = [&settings[..], &own].concat();
             let run = settings::align(&Source::Preset(preset), &settings)?;

@@ -65,6 +65,8 @@ impl GroupConfig {
         self.rollout.validate()?;
         let p = self.advantage.quasi_norm;
         ensure!(p > 0.0 && p <= 2.0, "advantage.quasi_norm = {p}: in (0, 2]");
+        let limit = self.advantage.limit.unwrap_or(1.0);
+        ensure!(limit > 0.0 && limit.is_finite(), "advantage.limit = {limit}: above 0");
         ensure!(!self.rewards.is_empty(), "no [[rewards]]: at least one is needed");
         Ok(())
     }

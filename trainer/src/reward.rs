@@ -430,7 +430,7 @@ fn open(kind: &RewardKind, threads: usize, device: Device) -> Result<Box<dyn Rew
             Box::new(ImageModel::open(config, threads)?)
         }
         RewardKind::Server(config) => Box::new(Server::open(config)?),
-        RewardKind::Chat(config) => Box::new(Chat::open(config)?),
+        RewardKind::Chat(config) => Box::new(Chat::open(config, false)?),
         RewardKind::Pairwise { judge } => {
             Box::new(Pairwise::open(judge, threads, device).context("the `judge`")?)
         }

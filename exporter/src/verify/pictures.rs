@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use flow::checkpoint::{Weights, write_atomically};
 use flow::latents::LatentSize;
 use flow::lora::Lora;
-use flow::models::transformer::image_ids;
+use flow::models::transformer::{GUIDANCE, image_ids};
 use flow::ops::shapes::Shapes;
 use flow::picture::Picture;
 use flow::pipeline::Pipeline;
@@ -39,7 +39,6 @@ const PARTS: [Part; 4] =
     [Part::TextEncoder, Part::TextEncoder2, Part::Transformer, Part::VaeDecoder];
 /// Steps of Euler's method.
 const STEPS: usize = 8;
-const GUIDANCE: f32 = 3.5;
 /// Side in pixels that no picture is above.
 pub const MAX_SIDE: usize = 256;
 /// Work of the transformer in one program, in floating-point operations, that is done unasked.
@@ -235,7 +234,7 @@ impl Brush<'_> {
                 Tensor::new(&[size.tokens(), 3], image_ids(size.rows(), size.columns())),
             ];
             if pipeline.transformer.guidance_embeds {
-                inputs.push(Tensor::new(&[*n], vec![GUIDANCE; *n]));
+                inputs.push(Tensor::new(&[*n], vec![GUIDANCE as f32; *n]));
             }
             let v = network(Part::Transformer, &inputs)?.pop().context("no velocity")?;
             ensure!(v.shape() == tokens, "a velocity has shape {:?}", v.shape());

@@ -1,7 +1,7 @@
 //! Prompt files, read row by row: what is wrong with one row is told and costs that row alone.
 
 use std::fmt::Display;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::Path;
 
 use serde_json::Value;
@@ -11,7 +11,7 @@ use super::{Parsed, Prompt, table};
 use crate::checkpoint::{CheckpointError, open_for_reading};
 
 /// Largest accepted prompt file, in bytes.
-const MAX_FILE: u64 = 256 * 1024 * 1024;
+pub const MAX_FILE: u64 = 256 * 1024 * 1024;
 /// What the names of prompt files end in.
 pub const ENDS: [&str; 5] = ["txt", "json", "jsonl", "csv", "tsv"];
 /// Most line ends, commas and tabs of a prompt file: a byte on disk can be a hundred in memory.
@@ -113,25 +113,42 @@ pub fn read(path: &Path) -> Result<Prompts, CheckpointError> {
     let malformed = |why: String| CheckpointError::malformed(path, why);
     let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
     let extension = extension.to_ascii_lowercase();
+    if !path.exists() {
+        return Err(CheckpointError::io(path)(io::ErrorKind::NotFound.into()));
+    }
     if !ENDS.contains(&&*extension) {
         return Err(malformed(format!("a prompt file ends in .{}", ENDS.join(", ."))));
     }
     let mut file = open_for_reading(path)?;
     let size = file.metadata().map_err(CheckpointError::io(path))?.len();
-    if size > MAX_FILE {
-        return Err(malformed(format!("{size} bytes, a prompt file has at most {MAX_FILE}")));
-    }
+    check_size(size).map_err(malformed)?;
     let mut bytes = Vec::new();
     file.by_ref().take(MAX_FILE).read_to_end(&mut bytes).map_err(CheckpointError::io(path))?;
+    of_bytes(&extension, &bytes).map_err(malformed)
+}
+
+fn check_size(size: u64) -> Parsed<()> {
+    if size > MAX_FILE {
+        return Err(format!("{size} bytes, a prompt file has at most {MAX_FILE}"));
+    }
+    Ok(())
+}
+
+/// As [`read`], of what a file whose name ends in `extension`, one of [`ENDS`], would hold.
+///
+/// # Errors
+/// What is wrong with it, of which no name is known.
+pub fn of_bytes(extension: &str, bytes: &[u8]) -> Parsed<Prompts> {
+    check_size(bytes.len() as u64)?;
     if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
-        return Err(malformed("is UTF-16: save it as UTF-8".into()));
+        return Err("is UTF-16: save it as UTF-8".into());
     }
     let n_parts = bytes.iter().filter(|byte| matches!(byte, b'\n' | b',' | b'\t')).count();
     if n_parts > MAX_PARTS {
-        return Err(malformed(format!("more than {MAX_PARTS} lines and fields")));
+        return Err(format!("more than {MAX_PARTS} lines and fields"));
     }
-    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
-    let read = match &*extension {
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+    let read = match extension {
         "json" => parse_json(bytes),
         "jsonl" => Ok(lines(bytes, |line| {
             let value = serde_json::from_str(line).map_err(|error| format!("not JSON: {error}"))?;
@@ -141,7 +158,7 @@ pub fn read(path: &Path) -> Result<Prompts, CheckpointError> {
         "tsv" => table::parse(bytes, b'\t'),
         _ => Ok(lines(bytes, of_text)),
     };
-    read.and_then(Prompts::any).map_err(malformed)
+    read.and_then(Prompts::any)
 }
 
 fn parse_json(bytes: &[u8]) -> Parsed<Prompts> {

@@ -395,6 +395,29 @@ fn make_targets() -> BTreeSet<String> {
     targets
 }
 
+/// A name of three words or more after `::` is a test's.
+#[test]
+fn tests_that_documents_name_exist() {
+    let code: Vec<String> =
+        sources().iter().map(|file| fs::read_to_string(root().join(file)).unwrap()).collect();
+    let mut n_named = 0;
+    for file in files_below(&root().join("docs")) {
+        let text = fs::read_to_string(root().join("docs").join(&file)).unwrap_or_default();
+        let quoted = text.split('`').skip(1).step_by(2);
+        for name in quoted.filter_map(|quoted| quoted.rsplit_once("::")).map(|(_, name)| name) {
+            let is_test = name.matches('_').count() > 1
+                && name.chars().all(|letter| letter.is_ascii_lowercase() || letter == '_');
+            if is_test {
+                n_named += 1;
+                let declared = format!("fn {name}(");
+                let is_there = code.iter().any(|code| code.contains(&declared));
+                assert!(is_there, "{}: no test {name}", file.display());
+            }
+        }
+    }
+    assert!(n_named > 20, "{n_named}");
+}
+
 #[test]
 fn the_readme_names_what_exists() {
     let readme = fs::read_to_string(root().join("README.md")).expect("README.md");

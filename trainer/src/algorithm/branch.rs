@@ -148,9 +148,14 @@ impl Method for BranchConfig {
                 && splits.last().is_some_and(|&last| last + 1 < n_steps),
             "branch.splits = {splits:?}: rising, and below the last of rollout.steps = {n_steps}"
         );
-        ensure!(self.split_noise > 0.0, "branch.split_noise = {}: above 0", self.split_noise);
+        let is_noise = self.split_noise > 0.0 && self.split_noise.is_finite();
+        ensure!(is_noise, "branch.split_noise = {}: above 0", self.split_noise);
         ensure!(self.prune_interval > 0, "branch.prune_interval must be at least 1");
-        ensure!(!self.prune_depths.contains(&0), "branch.prune_depths: depths count from 1");
+        ensure!(
+            self.prune_depths.iter().all(|depth| (1..=n_steps).contains(depth)),
+            "branch.prune_depths = {:?}: from 1 to rollout.steps = {n_steps}",
+            self.prune_depths
+        );
         let share = self.prune_share;
         ensure!(share > 0.0 && share <= 1.0, "branch.prune_share = {share}: in (0, 1]");
         Ok(())

@@ -150,7 +150,8 @@ impl Method for NeighborConfig {
         let (sigma, b, n) = (setting.group.sigma, setting.n_anchors, setting.n_updates);
         ensure!(sigma > 0.0 && sigma <= 1.0, "sigma = {sigma}: in (0, 1]");
         ensure!(b.is_multiple_of(n), "updates = {n} must divide anchors = {b}");
-        ensure!(self.tau > 0.0, "neighbor.tau = {}: above 0", self.tau);
+        let is_width = self.tau > 0.0 && self.tau.is_finite();
+        ensure!(is_width, "neighbor.tau = {}: above 0", self.tau);
         ensure!(self.clip > 0.0 && self.clip < 1.0, "neighbor.clip = {}: in (0, 1)", self.clip);
         Ok(())
     }

@@ -94,8 +94,8 @@ impl Method for NftConfig {
 
     fn validate(&self, _: &Setting<'_>) -> Result<()> {
         let Self { mix, limit, kl, decay_rate, decay_max, .. } = *self;
-        ensure!(mix > 0.0, "nft.mix = {mix}: above 0");
-        ensure!(limit > 0.0, "nft.limit = {limit}: above 0");
+        ensure!(mix > 0.0 && mix.is_finite(), "nft.mix = {mix}: above 0");
+        ensure!(limit > 0.0 && limit.is_finite(), "nft.limit = {limit}: above 0");
         ensure!(kl >= 0.0, "nft.kl = {kl}: at least 0");
         ensure!(decay_rate >= 0.0, "nft.decay_rate = {decay_rate}: at least 0");
         ensure!((0.0..1.0).contains(&decay_max), "nft.decay_max = {decay_max}: from 0, below 1");

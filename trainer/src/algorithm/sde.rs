@@ -134,9 +134,9 @@ impl Method for SdeConfig {
         ensure!(level > 0.0 && level.is_finite(), "sde.level = {level}: above 0");
         ensure!(self.noise != Sde::Cps || level < 1.0, "sde.level = {level}: below 1 with cps");
         ensure!(clip > 0.0 && clip < 1.0, "sde.clip = {clip}: in (0, 1)");
-        ensure!(kl >= 0.0, "sde.kl = {kl}: at least 0");
+        ensure!(kl >= 0.0 && kl.is_finite(), "sde.kl = {kl}: at least 0");
         if let Some(limit) = self.divergence {
-            ensure!(limit > 0.0, "sde.divergence = {limit}: above 0");
+            ensure!(limit > 0.0 && limit.is_finite(), "sde.divergence = {limit}: above 0");
             ensure!(!self.guard, "sde.guard normalises a clipped ratio: not with sde.divergence");
         }
         if let Some(share) = compress {
@@ -147,9 +147,9 @@ impl Method for SdeConfig {
             );
         }
         if let Some(window) = &self.window {
-            window.validate()?;
             let n_steps = setting.group.rollout.steps;
             ensure!(n_steps >= 3, "rollout.steps = {n_steps}: a window needs at least 3");
+            window.validate(n_steps)?;
         }
         Ok(())
     }

@@ -81,15 +81,20 @@ impl WindowConfig {
         (!is_read).then_some("sde.window.strategy does not read it")
     }
 
-    pub(crate) fn validate(&self) -> Result<()> {
+    /// In rollouts of `n_steps`.
+    pub(crate) fn validate(&self, n_steps: usize) -> Result<()> {
         let Self { size, interval, interval_min, within, rate, .. } = *self;
-        ensure!(size > 0, "sde.window.size must be at least 1");
+        ensure!(within > 0.0 && within <= 1.0, "sde.window.within = {within}: in (0, 1]");
+        let end = self.end(n_steps);
+        ensure!(
+            (1..=end).contains(&size),
+            "sde.window.size = {size}: from 1 to {end}, within which it stays of rollout.steps = {n_steps}"
+        );
         ensure!(
             (1..=interval).contains(&interval_min),
             "sde.window.interval_min = {interval_min}: from 1 to interval = {interval}"
         );
-        ensure!(within > 0.0 && within <= 1.0, "sde.window.within = {within}: in (0, 1]");
-        ensure!(rate >= 0.0, "sde.window.rate = {rate}: at least 0");
+        ensure!(rate >= 0.0 && rate.is_finite(), "sde.window.rate = {rate}: at least 0");
         Ok(())
     }
 

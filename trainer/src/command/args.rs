@@ -378,11 +378,11 @@ pub struct SampleArgs {
     /// Guidance scale [default: 3.5 if the model embeds one]
     #[arg(long, value_parser = values::guidance, allow_negative_numbers = true)]
     pub guidance: Option<f64>,
-    /// Pixels [default: the model's own]
+    /// Pixels, with -H [default: the model's own]
     #[arg(short = 'W', long, requires = "height", value_parser = whole(1..=MAX_PIXELS as i64),
           allow_negative_numbers = true)]
     pub width: Option<usize>,
-    /// Pixels [default: the model's own]
+    /// Pixels, with -W [default: the model's own]
     #[arg(short = 'H', long, requires = "width", value_parser = whole(1..=MAX_PIXELS as i64),
           allow_negative_numbers = true)]
     pub height: Option<usize>,

@@ -251,7 +251,7 @@ fn side_by_side(
 }
 
 impl CompareConfig {
-    fn validate(&self) -> Result<()> {
+    pub(super) fn validate(&self) -> Result<()> {
         ensure!(!self.seeds.is_empty(), "seeds = []: at least one is needed");
         ensure!(self.validate_every > 0, "validate_every = 0: curves need validations");
         ensure!(self.count > 0, "count = 0: at least one prompt is needed");

@@ -41,6 +41,10 @@ mod table;
 mod votes;
 mod wins;
 
+/// Settings of a run that options say here.
+pub(super) const OPTIONS: [(&str, &str); 3] =
+    [("model", "--model"), ("prompts", "--prompts"), ("seed", "--seed")];
+
 /// What to compare.
 pub struct Options<'a> {
     /// Pipeline folders; a LoRA among them goes on the nearest pipeline before it.

@@ -22,6 +22,7 @@ use crate::network::engine::segments;
 use crate::network::lora::{LoraConfig, RANK};
 use crate::network::sharding::{Shard, Sharded};
 use crate::run::config::AlignConfig;
+use crate::run::lock;
 use crate::run::ready::Ready;
 use crate::tensor::device::{Compute, precision_name};
 
@@ -63,6 +64,7 @@ pub fn run(options: &Options<'_>) -> Result<()> {
 pub(super) fn dry(config: &AlignConfig, compute: Compute) -> Result<()> {
     let ready = Ready::read(config)?;
     ready.check_light(config)?;
+    lock::check(&config.output)?;
     let pipeline = &ready.pipeline;
     Component::ALL.iter().try_for_each(|component| pipeline.weights(*component).map(drop))?;
     if let Some(lora) = &config.lora {

@@ -5,7 +5,7 @@ mod course;
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use cluster::Group;
 use flow::checkpoint::{Dtype, MAX_SHARD_BYTES};
 use flow::latents::LatentSize;
@@ -13,6 +13,7 @@ use flow::log;
 use flow::noise::Noise;
 use flow::path;
 use flow::pipeline::Component;
+use flow::usage::Usage;
 use image::RgbImage;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -82,6 +83,44 @@ pub struct FlowConfig {
     pub optimizer: OptimizerConfig,
 }
 
+impl PretrainConfig {
+    /// # Errors
+    /// One line that names a setting that is out of range.
+    pub(super) fn validate(&self) -> Result<()> {
+        ensure!(
+            self.autoencoder.is_some() || self.flow.is_some(),
+            "nothing to train: give [autoencoder], [flow] or both"
+        );
+        ensure!(
+            !self.output.is_file(),
+            "output = {}: a file, name a folder",
+            self.output.display()
+        );
+        let autoencoder = self.autoencoder.as_ref();
+        if let Some(AutoencoderConfig { kl_weight, .. }) = autoencoder {
+            let is_weight = *kl_weight >= 0.0 && kl_weight.is_finite();
+            ensure!(is_weight, "autoencoder.kl_weight = {kl_weight}: at least 0");
+        }
+        let stages = autoencoder
+            .map(|stage| ("autoencoder", stage.batch, stage.image_passes, &stage.optimizer))
+            .into_iter()
+            .chain(
+                self.flow
+                    .as_ref()
+                    .map(|stage| ("flow", stage.batch, stage.image_passes, &stage.optimizer)),
+            );
+        for (name, batch, image_passes, optimizer) in stages {
+            ensure!(batch > 0, "{name}.batch = 0: at least 1");
+            ensure!(
+                image_passes >= batch,
+                "{name}.image_passes = {image_passes}: at least {name}.batch = {batch}, a step"
+            );
+            optimizer.validate().map_err(|error| anyhow!("{name}.{error}"))?;
+        }
+        Ok(())
+    }
+}
+
 /// Images encoded at a time.
 const ENCODE_BATCH: usize = 64;
 
@@ -92,10 +131,7 @@ const ENCODE_BATCH: usize = 64;
 /// When data or model cannot be read, training diverges, or the output cannot be written;
 /// [`Stopped`](crate::run::align::Stopped) when somebody asked for it.
 pub fn run(config: &PretrainConfig, resume: bool, device: Device) -> Result<()> {
-    ensure!(
-        config.autoencoder.is_some() || config.flow.is_some(),
-        "nothing to train: give [autoencoder], [flow] or both"
-    );
+    config.validate().map_err(|error| Usage(error.to_string()))?;
     let course = Course::open(config, resume)?;
     ensure!(
         config.data.join(METADATA).exists(),

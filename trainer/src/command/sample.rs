@@ -112,7 +112,10 @@ fn check(options: &Options<'_>) -> Result<()> {
         check_pixels(width, height).map_err(|error| Usage(error.to_string()))?;
     }
     let images = (0..options.n).map(|index| numbered(options.out, index, options.n));
-    for file in images.chain(options.latents_out.map(Path::to_path_buf)) {
+    let files: Vec<PathBuf> = images.chain(options.latents_out.map(Path::to_path_buf)).collect();
+    for (index, file) in files.iter().enumerate() {
+        let is_first = !files[..index].contains(file);
+        ensure!(is_first, Usage(format!("{} would be written twice", file.display())));
         ensure!(!file.is_dir(), Usage(format!("{} is a folder: name a file", file.display())));
     }
     Ok(())

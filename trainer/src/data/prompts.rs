@@ -54,6 +54,13 @@ fn is_prompts(name: &str) -> bool {
 /// One line that names the file, and what is wrong with it.
 fn file(path: &Path) -> Result<Vec<Prompt>> {
     let is_parquet = path.extension().is_some_and(|end| end.eq_ignore_ascii_case(PARQUET));
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    ensure!(
+        !path.exists() || is_prompts(name.trim_start_matches('.')),
+        "{}: a prompt file ends in .{} or .{PARQUET}",
+        path.display(),
+        ENDS.join(", .")
+    );
     let read = if is_parquet {
         let read = parquet(path).and_then(|prompts| prompts.any().map_err(anyhow::Error::msg));
         read.with_context(|| path.display().to_string())?

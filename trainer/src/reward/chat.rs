@@ -4,7 +4,7 @@
 //! The judge sees one image, or two when [`super::pairwise`] asks, then the question; it answers at
 //! temperature 0, and a pattern finds the verdict in what it says.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use image::RgbImage;
 use regex::Regex;
 use schemars::JsonSchema;
@@ -58,6 +58,9 @@ fn default_max_tokens() -> u32 {
 struct Judge {
     prompt: String,
     pattern: String,
+    /// Whether it is asked of two images, not of one.
+    #[serde(default)]
+    is_for_pairs: bool,
 }
 
 /// Asks the judge about images.
@@ -70,8 +73,24 @@ pub(super) struct Chat {
 }
 
 impl Chat {
-    pub(super) fn open(config: &ChatConfig) -> Result<Self> {
+    /// One that is asked of single images, or of pairs.
+    ///
+    /// # Errors
+    /// When it has no question, or one of the other kind.
+    pub(super) fn open(config: &ChatConfig, is_for_pairs: bool) -> Result<Self> {
         let judge = config.judge.as_deref().map(shipped).transpose()?;
+        if let Some(judge) = judge.as_ref().filter(|judge| judge.is_for_pairs != is_for_pairs) {
+            let name = config.judge.as_deref().unwrap_or_default();
+            bail!(if judge.is_for_pairs {
+                format!(
+                    "`judge` {name:?} is asked which of two images is better: kind = \"pairwise\" asks so"
+                )
+            } else {
+                format!(
+                    "`judge` {name:?} is asked for one image's score, and a pairwise reward for the better of two"
+                )
+            });
+        }
         let (prompt, pattern) = judge.map(|judge| (judge.prompt, judge.pattern)).unzip();
         let known = JUDGES.map(|(name, _)| name).join(", ");
         let prompt = config.prompt.clone().or(prompt);

@@ -60,6 +60,11 @@ impl RewardConfig {
     /// Refuses what every kind of reward must not have.
     pub(super) fn validate(&self) -> Result<()> {
         let Self { name, weight, std_floor, retries, patience, .. } = self;
+        let is_letter = |letter: char| letter.is_alphanumeric() || "-_.".contains(letter);
+        ensure!(
+            !name.is_empty() && name.chars().all(is_letter),
+            "name = {name:?}: letters, digits, -, _ and ., at least one"
+        );
         ensure!(weight.is_finite(), "weight = {weight}: a finite number, of reward {name:?}");
         ensure!(
             std_floor.is_finite() && *std_floor >= 0.0,

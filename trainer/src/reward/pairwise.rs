@@ -25,7 +25,7 @@ pub(super) struct Pairwise {
 impl Pairwise {
     pub(super) fn open(judge: &RewardKind, threads: usize, device: Device) -> Result<Self> {
         let judge = match judge {
-            RewardKind::Chat(config) => Judge::Chat(Box::new(Chat::open(config)?)),
+            RewardKind::Chat(config) => Judge::Chat(Box::new(Chat::open(config, true)?)),
             RewardKind::Pairwise { .. } => {
                 bail!("the `judge` of a pairwise reward is another kind")
             }

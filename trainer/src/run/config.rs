@@ -115,7 +115,7 @@ fn join_seconds() -> f64 {
     300.0
 }
 fn step_seconds() -> f64 {
-    900.0
+    1200.0
 }
 
 impl RanksConfig {
@@ -391,14 +391,14 @@ mod tests {
             let server = format!("kind = 'server'\nurl = 'http://a'\n{more}");
             ranks.outlasts(&[reward("kind = 'colour'"), reward(&server)], "rewards")
         };
-        assert!(checked(900.0, "").is_ok());
+        assert!(checked(RanksConfig::default().step_seconds, "").is_ok());
         let slow = "patience = 10\ntimeout = 180\nretries = 1";
         assert!(checked(961.0, slow).is_ok());
         let refused = checked(960.0, slow).unwrap_err().to_string();
         for part in ["ranks.step_seconds = 960", "960 s for rewards.1", "rewards.1.patience"] {
             assert!(refused.contains(part), "{refused}");
         }
-        assert!(checked(200.0, "patience = 10\nrequired = false").is_ok());
+        assert!(checked(361.0, "patience = 10\nrequired = false").is_ok());
         let pair = "kind = 'pairwise'\njudge = {kind = 'chat', url = 'http://a', model = 'm', timeout = 300}";
         let ranks = RanksConfig::default();
         assert!(ranks.outlasts(&[reward(pair)], "judges").is_err());

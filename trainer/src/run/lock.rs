@@ -17,6 +17,16 @@ pub(crate) struct Lock {
     path: PathBuf,
 }
 
+/// Whether `folder` can be written to, or made; nothing is left there.
+///
+/// # Errors
+/// When it cannot.
+pub(crate) fn check(folder: &Path) -> Result<()> {
+    let there = folder.ancestors().find(|above| above.exists()).unwrap_or(Path::new("."));
+    let failed = || format!("cannot write to {}", folder.display());
+    tempfile::tempfile_in(there).map(drop).with_context(failed)
+}
+
 impl Lock {
     /// Takes `folder`, which is made where it is missing.
     ///

@@ -171,10 +171,17 @@ pub(crate) fn resolved<T: DeserializeOwned + JsonSchema + Serialize>(
     source: &Source<'_>,
     presets: &[(&str, &str)],
     settings: &[String],
+    validate: impl Fn(&T) -> Result<()>,
 ) -> Result<(Table, Layers)> {
     let layers = gathered(source, presets, settings)?;
     let config: T = parsed(&layers, &Schema::of::<T>(), &layers.merged()?)?;
+    validate(&config).map_err(|error| Usage(error.to_string()))?;
     Ok((Table::try_from(config)?, layers))
+}
+
+/// The key of a single setting, KEY=VALUE.
+pub(crate) fn key(setting: &str) -> &str {
+    setting.split('=').next().unwrap_or_default().trim()
 }
 
 /// Takes `key` out of `table`.
@@ -428,6 +435,29 @@ mod tests {
     }
 
     /// What a run leaves in its folder can be given to another.
+    /// What has no base is an addition to one.
+    #[test]
+    fn settings_that_documents_show_are_read() {
+        let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.toml");
+        let mut n_shown = 0;
+        for entry in std::fs::read_dir(docs).unwrap() {
+            let document = entry.unwrap().path();
+            let text = std::fs::read_to_string(&document).unwrap_or_default();
+            for shown in text.split("```toml\n").skip(1) {
+                let shown = shown.split("```").next().unwrap_or_default();
+                let base = if shown.contains("base = ") { "" } else { "base = \"signs\"\n" };
+                std::fs::write(&path, format!("{base}{shown}")).unwrap();
+                if let Err(error) = align(&Source::File(&path), &[]) {
+                    panic!("{}: {error:#}", document.display());
+                }
+                n_shown += 1;
+            }
+        }
+        assert!(n_shown > 4, "{n_shown}");
+    }
+
     #[test]
     fn resolved_settings_read_back() {
         let folder = tempfile::tempdir().unwrap();

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{CompareConfig, Options, RunConfig, growth, slug};
 use crate::algorithm;
+use crate::command::eval::OPTIONS;
 use crate::run::align::{ALIGNED, Stopped};
 use crate::run::config::AlignConfig;
 use crate::run::interrupt;
@@ -184,7 +185,11 @@ impl<'a> Task<'a> {
         flags.extend(["--images".to_owned(), config.images.to_string()]);
         flags.extend(models.iter().flat_map(|model| ["--model".to_owned(), text(model)]));
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
-        self.call("eval", &config.preset, &config.settings, options, &flags)
+        let is_option =
+            |setting: &&String| OPTIONS.iter().any(|(key, _)| settings::key(setting) == *key);
+        let settings: Vec<String> =
+            config.settings.iter().filter(|setting| !is_option(setting)).cloned().collect();
+        self.call("eval", &config.preset, &settings, options, &flags)
     }
 
     fn call(

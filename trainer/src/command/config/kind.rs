@@ -84,8 +84,12 @@ impl Kind {
     pub(super) fn resolved(self, source: &Source<'_>, said: &[String]) -> Result<(Table, Layers)> {
         match self {
             Self::Align => unreachable!("a run has more to it"),
-            Self::Compare => settings::resolved::<CompareConfig>(source, self.presets(), said),
-            Self::Pretrain => settings::resolved::<PretrainConfig>(source, self.presets(), said),
+            Self::Compare => {
+                settings::resolved(source, self.presets(), said, CompareConfig::validate)
+            }
+            Self::Pretrain => {
+                settings::resolved(source, self.presets(), said, PretrainConfig::validate)
+            }
         }
     }
 }
