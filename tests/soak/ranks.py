@@ -291,6 +291,49 @@ def restarted(home, _):
     yield well, f"{n} kills" + ("" if well else (home / "said").read_text()[-2000:])
 
 
+def replaced(home, _):
+    """torchruns of one rank each, which count restarts apart."""
+    calm = home / "calm"
+    run(calm, 2, iterations=30, save_every=2)
+    for lost in ("a rank", "a machine"):
+        out, said = home / lost.split()[1], open(home / "said", "w")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        launcher = ["torchrun", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--no-python"]
+        launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "ng"]
+        launcher += ["--rdzv-conf", "keep_alive_interval=1,keep_alive_max_attempt=3"]
+        env = dict(os.environ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=str(int(lost == "a machine")))
+        start = lambda: subprocess.Popen(
+            launcher + command(out, 1, ["--resume"], iterations=30, save_every=2), cwd=ROOT, env=env, stdout=said,
+            stderr=said)
+        # The first one serves torchrun's own store.
+        machines = [start()]
+        time.sleep(3)
+        machines.append(start())
+        deadline = time.monotonic() + 300
+        while not (out.exists() and has_begun(out) and list((out / "checkpoints").glob("iteration-*"))):
+            if time.monotonic() > deadline or any(machine.poll() is not None for machine in machines):
+                break
+            time.sleep(0.05)
+        pid = machines[1].pid
+        (rank,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        if lost == "a machine":
+            machines[1].kill()
+        os.kill(int(rank), signal.SIGKILL)
+        if lost == "a machine":
+            machines[1].wait()
+            machines[1] = start()
+        codes = []
+        for machine in machines:
+            try:
+                codes.append(machine.wait(max(1, deadline - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                machine.terminate()
+                codes.append(None)
+        well = codes == [0, 0] and weights(out) == weights(calm)
+        yield well, f"{lost} lost" + ("" if well else f": {codes}\n" + (home / "said").read_text()[-3000:])
+
+
 def memory(home, _):
     """Of a model of many blocks, so that one is little: anonymous memory by the kernel's account."""
     model = home / "model"
@@ -456,7 +499,7 @@ def rotten(home, _):
 
 PARTS = {
     "equal": equal, "narrow": narrow, "killed": killed, "frozen": frozen, "saves": saves, "disk": disk, "rotten": rotten,
-    "resumed": resumed, "restarted": restarted, "memory": memory,
+    "resumed": resumed, "restarted": restarted, "replaced": replaced, "memory": memory,
 }
 
 

@@ -10,7 +10,8 @@
 //!
 //! which is the gradient of log σ(−Σ …), the likelihood that the group is ordered as its advantages are, over β. As in
 //! the authors' release, L of a member is silenced where exp(L_lag − L) has left 1 ± ε as A asks for; weights that lag
-//! behind are the reference, or those that the run started from.
+//! behind are the reference, or those that the run started from. Images come from the weights that train, as the release's
+//! do for its first 200 steps; after them it draws from the reference.
 
 use anyhow::{Result, ensure};
 use flow::schedule::Grid;
