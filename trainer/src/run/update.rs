@@ -285,7 +285,7 @@ mod tests {
         "rewards=[{name = 'jpeg', kind = 'jpeg', prefer = 'small', weight = 1.0}]",
         "group_size=4",
         "updates=1",
-        "rollout.steps=5",
+        "rollout.steps=6",
         "rollout.size=[32, 32]",
         "optimizer.learning_rate=1e-5",
         "optimizer.eps=1e-12",
