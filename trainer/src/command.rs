@@ -84,11 +84,14 @@ fn computes_nothing(cli: &Cli) -> Result<()> {
         Command::Signs { .. } => "signs",
         _ => return Ok(()),
     };
-    for (option, value) in [("--device", &cli.device), ("--precision", &cli.precision)] {
-        ensure!(
-            value == "auto",
-            Usage(format!("{option} {value}: {name} computes no network, leave it out"))
-        );
+    // That is where they do what they do.
+    let is_here = ["auto", "cpu"].contains(&&*cli.device);
+    for (option, value, is_meant) in [
+        ("--device", &cli.device, is_here),
+        ("--precision", &cli.precision, cli.precision == "auto"),
+    ] {
+        let why = || Usage(format!("{option} {value}: {name} computes no network, leave it out"));
+        ensure!(is_meant, why());
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tests::program::{Ended, Program, typed};
 
 use crate::align::{MODEL, Run, SHORT, WEIGHTS, same_tensors};
-use crate::trust::server;
+use crate::trust::{answering, server};
 
 /// A reward that costs nothing, and a rate at which one update can be seen.
 pub(crate) const CHEAP: [&str; 3] = [
@@ -302,6 +302,29 @@ fn ranks_that_wait_for_a_reward_or_a_judge_stop_and_save() {
         let last = ended.stderr.lines().last().unwrap_or_default();
         assert!(last.starts_with("stopped after iteration 1 of 6"), "{last}");
         assert!(run.checkpoint(1).join("SHA256SUMS").is_file());
+    }
+}
+
+/// Of four batches of a validation the judge answers the first badly, while the other rank has two to draw, for which
+/// it needs this one where weights are divided.
+#[test]
+fn a_judge_that_fails_on_one_rank_is_named_however_weights_are_held() {
+    for shard in ["ranks.shard=states", "ranks.shard=all"] {
+        let run = Run::new();
+        let (address, answering) = answering("127.0.0.1:0", 3, |call, _| {
+            serde_json::json!({ "scores": if call == 0 { vec![] } else { vec![0.5] } })
+        });
+        let judge = format!(
+            "judges=[{{name='far', kind='server', retries=0, patience=0, url='http://{address}/', weight=0}}]"
+        );
+        let more = ["rollout.batch=1", "validate_every=1", "validation={count=4}", shard, &judge];
+        let ended = Ended::after(&mut shared(&run, 2, &more));
+        assert_eq!(ended.status.code(), Some(1), "{shard}: {}", ended.stderr);
+        let last = ended.stderr.lines().find(|line| line.starts_with("error: "));
+        let last = last.unwrap_or_default();
+        assert!(last.contains("validation after iteration 0: rank "), "{shard}: {last}");
+        assert!(last.contains("reward \"far\" failed"), "{shard}: {last}");
+        answering.join().unwrap();
     }
 }
 
