@@ -1,5 +1,7 @@
 //! What each program refuses: the exit code, one line that names the culprit, nothing left behind.
 
+mod typed;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

@@ -311,9 +311,11 @@ fn ranks_that_wait_for_a_reward_or_a_judge_stop_and_save() {
 fn a_judge_that_fails_on_one_rank_is_named_however_weights_are_held() {
     for shard in ["ranks.shard=states", "ranks.shard=all"] {
         let run = Run::new();
-        let (address, answering) = answering("127.0.0.1:0", 3, |call, _| {
-            serde_json::json!({ "scores": if call == 0 { vec![] } else { vec![0.5] } })
-        });
+        let (address, answering) = answering(
+            "127.0.0.1:0",
+            3,
+            |call, _| serde_json::json!({ "scores": if call == 0 { vec![] } else { vec![0.5] } }),
+        );
         let judge = format!(
             "judges=[{{name='far', kind='server', retries=0, patience=0, url='http://{address}/', weight=0}}]"
         );
