@@ -248,6 +248,10 @@ fn what_is_known_is_not_made_again() {
     assert_eq!(twice.len(), 2 * images.len());
     assert!(again.iter().all(|(file, written)| twice[file] == *written));
     assert_ne!(more[0].means, columns[0].means);
+    // Fewer again: the first of each, and scores of the others stay.
+    for fewer in [&[][..], &["--processes", "2"]] {
+        assert_eq!(comparison.run(&models, fewer), columns);
+    }
     let file = fs::File::options().append(true).open(Path::new(&lora).join(lora::FILE)).unwrap();
     file.set_modified(SystemTime::now() + Duration::from_secs(5)).unwrap();
     comparison.run(&models, &["--images", "2"]);

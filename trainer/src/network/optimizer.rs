@@ -18,7 +18,7 @@ use crate::tensor::parameters::{Gradient, Parameters, numbers_of};
 pub struct OptimizerConfig {
     /// Step size.
     pub learning_rate: f64,
-    /// Iterations over which the step size rises from 0.
+    /// Steps of the optimiser, of which an iteration may make several, over which the step size rises from 0.
     #[serde(default)]
     pub warmup: usize,
     /// Decay of the first moment.
