@@ -1,7 +1,8 @@
 //! Prompt files, read row by row: what is wrong with one row is told and costs that row alone.
 
 use std::fmt::Display;
-use std::io::{self, Read};
+use std::fs;
+use std::io::Read;
 use std::path::Path;
 
 use serde_json::Value;
@@ -113,9 +114,7 @@ pub fn read(path: &Path) -> Result<Prompts, CheckpointError> {
     let malformed = |why: String| CheckpointError::malformed(path, why);
     let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
     let extension = extension.to_ascii_lowercase();
-    if !path.exists() {
-        return Err(CheckpointError::io(path)(io::ErrorKind::NotFound.into()));
-    }
+    fs::metadata(path).map_err(CheckpointError::io(path))?;
     if !ENDS.contains(&&*extension) {
         return Err(malformed(format!("a prompt file ends in .{}", ENDS.join(", ."))));
     }

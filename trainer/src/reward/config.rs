@@ -26,7 +26,7 @@ use super::{ChatConfig, DetectorConfig, MAX_PATIENCE, MAX_RETRIES, ServerConfig}
 /// One reward of a run. Unknown keys are refused, those of [`RewardKind`] included.
 #[derive(Clone, Debug, Deserialize, JsonSchema, Serialize)]
 pub struct RewardConfig {
-    /// Name in logs and metrics; unique in a run.
+    /// Name in logs and metrics, unique in a run: letters, digits, -, _ and . of them.
     pub name: String,
     /// Factor on this reward's advantages, finite. 0 scores it without training on it.
     pub weight: f64,
