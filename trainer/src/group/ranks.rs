@@ -76,12 +76,12 @@ pub(crate) fn outcomes<T: Serialize + DeserializeOwned>(
 /// As [`outcomes`]; [`cluster::Error::Shared`].
 pub(crate) fn shared<T: Serialize + DeserializeOwned>(
     ranks: &Group,
-    own: Result<T>,
+    own: &Result<T>,
 ) -> Result<Vec<T>> {
     let named = |(rank, outcome): (usize, Result<T, String>)| {
         outcome.map_err(|why| cluster::Error::Shared { what: format!("rank {rank}: {why}") }.into())
     };
-    told(ranks, &own)?.into_iter().enumerate().map(named).collect()
+    told(ranks, own)?.into_iter().enumerate().map(named).collect()
 }
 
 /// What every rank's `own` came to, or why it failed, by rank.

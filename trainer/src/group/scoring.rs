@@ -96,7 +96,7 @@ pub(crate) fn of_all(
     let of_group =
         |scores: Scores| -> Vec<Told> { scores.outcomes.into_iter().map(told).collect() };
     let own: Result<Vec<Vec<Told>>> = own.map(|own| own.into_iter().map(of_group).collect());
-    let all = ranks::shared(ranks, own)?.into_iter().flatten();
+    let all = ranks::shared(ranks, &own)?.into_iter().flatten();
     let mut parts = all.map(|told| told.into_iter().map(heard).collect());
     let groups = 0..division.n_groups();
     Ok(groups.map(|group| whole(parts.by_ref().take(division.ranks_of(group).count()))).collect())

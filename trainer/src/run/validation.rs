@@ -196,7 +196,7 @@ fn of_all(ranks: &Group, own: Result<Own>) -> Result<Own> {
         return own;
     }
     let (mut all, mut faults) = Own::default();
-    for (told, said) in ranks::shared(ranks, own)? {
+    for (told, said) in ranks::shared(ranks, &own)? {
         all.extend(told);
         faults.extend(said);
     }

@@ -65,7 +65,9 @@ impl<'a> Metric<'a> {
     pub(super) fn scores(&self, record: &Record) -> Option<Vec<Vec<f32>>> {
         let mut rows = self.rows(record);
         let is_whole = self.missing(&rows).is_empty();
-        rows.iter_mut().for_each(|row| row.truncate(self.n_images));
+        for row in &mut rows {
+            row.truncate(self.n_images);
+        }
         is_whole.then_some(rows)
     }
 
