@@ -89,9 +89,10 @@ impl Place {
             0 => gather(&store, topology.world, deadline),
             rank => find(&store, rank, &own, deadline),
         };
-        let number =
-            number.map_err(|who| format!("{who} did not come within {} s", patience.as_secs()))?;
-        Ok(self.within(&number))
+        let late = |who: Vec<usize>| {
+            format!("{} did not come within {} s", ranks(&who), patience.as_secs())
+        };
+        Ok(self.within(&number?.map_err(late)?))
     }
 
     /// The same store, for keys of a group called `name`.
@@ -191,7 +192,11 @@ fn here(rank: usize) -> String {
 }
 
 /// Rank 0: begins a round; its number, once all its ranks have found themselves in it. Who has not where time is over.
-fn gather(store: &Store, world: usize, deadline: Instant) -> Result<String, String> {
+fn gather(
+    store: &Store,
+    world: usize,
+    deadline: Instant,
+) -> Result<Result<String, Vec<usize>>, String> {
     let number = store.add(ROUNDS, 1)?.to_string();
     let mut listed = vec![String::new(); world];
     loop {
@@ -209,30 +214,35 @@ fn gather(store: &Store, world: usize, deadline: Instant) -> Result<String, Stri
             }
         }
         if absent.is_empty() {
-            return Ok(number);
+            return Ok(Ok(number));
         }
         if is_new {
             store.set(ROUND, &format!("{number} {}", listed.join(" ")))?;
         }
         if Instant::now() > deadline {
-            return Err(ranks(&absent));
+            return Ok(Err(absent));
         }
         thread::sleep(PAUSE);
     }
 }
 
 /// Another rank: the number of the round that it is in, once rank 0 has said so.
-fn find(store: &Store, rank: usize, own: &str, deadline: Instant) -> Result<String, String> {
+fn find(
+    store: &Store,
+    rank: usize,
+    own: &str,
+    deadline: Instant,
+) -> Result<Result<String, Vec<usize>>, String> {
     loop {
         let said = if store.has(ROUND)? { store.get(ROUND)? } else { String::new() };
         let mut words = said.split(' ');
         let number = words.next().unwrap_or_default();
         if words.nth(rank) == Some(own) {
             store.set(&format!("{number}/found/{rank}"), own)?;
-            return Ok(number.to_owned());
+            return Ok(Ok(number.to_owned()));
         }
         if Instant::now() > deadline {
-            return Err(ranks(&[0]));
+            return Ok(Err(vec![0]));
         }
         thread::sleep(PAUSE);
     }
