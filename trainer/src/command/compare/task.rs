@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use flow::checkpoint::{read_bounded, write_atomically};
 use flow::pipeline::Pipeline;
 use serde::{Deserialize, Serialize};
@@ -140,12 +140,15 @@ impl<'a> Task<'a> {
         }
         let found = read_bounded(&note).unwrap_or_default();
         let found = String::from_utf8_lossy(&found);
-        if let Some(odd) = wanted.lines().find(|&line| found.lines().all(|known| known != line)) {
-            bail!(
-                "{} holds a run with other settings, without `{odd}`: remove it or choose another output",
-                self.folder.display()
-            );
-        }
+        // What is left out of one of them shows in the other.
+        let odd = wanted.lines().zip(found.lines()).find(|(wanted, found)| wanted != found);
+        let odd =
+            odd.map_or(String::new(), |(wanted, found)| format!(", `{found}` for `{wanted}`"));
+        ensure!(
+            found == wanted,
+            "{} holds a run with other settings{odd}: remove it or choose another output",
+            self.folder.display()
+        );
         Ok(())
     }
 
